@@ -1,0 +1,89 @@
+"""paretorch searches bits x sparsity x architecture of a trained PyTorch network under a real budget.
+
+    import paretorch
+    front = paretorch.Study(task, budget=["size_bytes <= 25%"]).run(trials=40)
+    front.export("knee", "deploy/")
+    module = paretorch.load("deploy/")
+
+Names are imported when they are first used, so that `import paretorch` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paretorch.errors import ArtifactError, ConfigError, ParetorchError, TrialError
+    from paretorch.objectives.measurement import Measurement, Metric
+    from paretorch.objectives.objective import Budget, Objective
+    from paretorch.runners.artifact import load
+    from paretorch.runners.task import Task, accuracy
+    from paretorch.search.candidate import Candidate
+    from paretorch.search.front import Front
+    from paretorch.search.study import Study
+    from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+    from paretorch.spaces.space import Rule, Space
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArtifactError": "errors",
+    "Budget": "objectives.objective",
+    "Candidate": "search.candidate",
+    "ConfigError": "errors",
+    "Front": "search.front",
+    "Measurement": "objectives.measurement",
+    "Metric": "objectives.measurement",
+    "Objective": "objectives.objective",
+    "ParetorchError": "errors",
+    "Prune": "spaces.recipe",
+    "Quantize": "spaces.recipe",
+    "Recipe": "spaces.recipe",
+    "Recover": "spaces.recipe",
+    "Rule": "spaces.space",
+    "Space": "spaces.space",
+    "Sparsify": "spaces.recipe",
+    "Student": "spaces.recipe",
+    "Study": "search.study",
+    "Task": "runners.task",
+    "TrialError": "errors",
+    "accuracy": "runners.task",
+    "load": "runners.artifact",
+}
+__all__ = [
+    "ArtifactError",
+    "Budget",
+    "Candidate",
+    "ConfigError",
+    "Front",
+    "Measurement",
+    "Metric",
+    "Objective",
+    "ParetorchError",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Recover",
+    "Rule",
+    "Space",
+    "Sparsify",
+    "Student",
+    "Study",
+    "Task",
+    "TrialError",
+    "accuracy",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'paretorch' has no attribute {name!r}")
+    value = getattr(import_module(f"paretorch.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

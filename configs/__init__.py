@@ -1,0 +1,1 @@
+"""Configuration files: schema, loading, the user's task, and the ready configurations."""

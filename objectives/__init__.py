@@ -1,0 +1,1 @@
+"""What is good: measured numbers, costs by arithmetic, objectives, budgets and order."""

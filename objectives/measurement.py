@@ -1,0 +1,67 @@
+"""Measured numbers, each with its spread. The unit is in the name: `latency_ms`, `size_bytes`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value and its 95% interval; `n` is what it rests on (images, timed pairs), 0 for an exact number."""
+
+    value: float
+    low: float
+    high: float
+    n: int = 0
+
+    @classmethod
+    def exact(cls, value: float) -> Metric:
+        return cls(float(value), float(value), float(value))
+
+    @classmethod
+    def rate(cls, hits: float, n: int) -> Metric:
+        """A share of successes with Wilson's interval (Wilson 1927), which holds at 0 and 1 too.
+
+        >>> metric = Metric.rate(90, 100)
+        >>> round(metric.low, 4), round(metric.high, 4)
+        (0.8256, 0.9448)
+        """
+        p, z2 = hits / n, Z95 * Z95
+        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        # At 0 and 1 an end of the interval is the value itself but for a rounding error.
+        return cls(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
+
+    @classmethod
+    def mean(cls, total: float, total_of_squares: float, n: int) -> Metric:
+        """The mean of `n` scores with a normal interval, from their sum and their sum of squares."""
+        value = total / n
+        variance = max(0.0, total_of_squares / n - value * value) * (n / (n - 1) if n > 1 else 1.0)
+        half = Z95 * math.sqrt(variance / n)
+        return cls(value, value - half, value + half, n)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run of a recipe gave: metrics by name, seconds by phase, and where it ran."""
+
+    metrics: Mapping[str, Metric]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    fidelity: str = "full"
+
+    def value(self, name: str) -> float:
+        return self.metrics[name].value
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        metrics = {name: Metric(**entry) for name, entry in data["metrics"].items()}
+        return cls(metrics, data.get("seconds", {}), data.get("environment", {}), data.get("fidelity", "full"))

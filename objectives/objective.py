@@ -1,0 +1,164 @@
+"""What is good: objectives to pursue and limits to keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+COSTS = ("size_bytes", "latency_ms", "macs")
+_UNITS = {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1024.0, "MiB": 1048576.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
+_UNITS |= {"K": 1e3, "M": 1e6, "G": 1e9}
+_UNITS_OF = {
+    "size_bytes": ("", "B", "kB", "MB", "GB", "KiB", "MiB"),
+    "latency_ms": ("", "ms", "us", "s"),
+    "macs": ("", "K", "M", "G"),
+}
+_LIMIT = re.compile(r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric and the direction in which it gets better.
+
+    >>> Objective.parse("size_bytes").maximize, Objective.parse("accuracy").maximize
+    (False, True)
+    """
+
+    metric: str
+    maximize: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        """`accuracy`, `max accuracy`, `min size_bytes`; costs are minimised and all else is maximised unless it says."""
+        words = text.split()
+        if len(words) == 2 and words[0] in ("min", "max"):
+            return cls(words[1], words[0] == "max")
+        if len(words) == 1:
+            return cls(words[0], words[0] not in COSTS)
+        raise ConfigError(f"objective {text!r}: write a metric, or 'min METRIC' or 'max METRIC'")
+
+    def loss(self, value: float, baseline: float) -> float:
+        """A number to minimise: 0 is best, 1 is a cost equal to the baseline's, or a metric of zero."""
+        scale = abs(baseline) or 1.0
+        return 1.0 - value / scale if self.maximize else value / scale
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit. `value` is absolute, a share of the baseline, or (signed per cent) a difference from it.
+
+    kind: `absolute`, `share` or `difference`. A difference is in points for a metric (`accuracy >= -1%` is the
+    baseline less 0.01) and relative for a cost (`size_bytes <= -75%` is a quarter of the baseline).
+    """
+
+    text: str
+    metric: str
+    upper: bool
+    value: float
+    kind: str
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """Raises `ConfigError` for anything but `METRIC <= NUMBER[UNIT]` or `METRIC >= NUMBER[UNIT]`.
+
+        >>> Limit.parse("size_bytes <= 25%").resolve(1000.0)
+        250.0
+        >>> round(Limit.parse("accuracy >= -1%").resolve(0.95), 4)
+        0.94
+        """
+        match = _LIMIT.match(text)
+        if not match:
+            raise ConfigError(f"limit {text!r}: write METRIC <= NUMBER or METRIC >= NUMBER, such as 'size_bytes <= 25%', "
+                              "'latency_ms <= 4', 'accuracy >= -1%'")  # fmt: skip
+        metric, unit, number = match["metric"], match["unit"], match["number"]
+        upper = match["sign"] == "<="
+        amount = float(number.replace("_", ""))
+        if unit == "%":
+            signed = number[0] in "+-"
+            if not signed and metric not in COSTS:
+                raise ConfigError(f"limit {text!r}: {number}% of what? Write {amount / 100:g} for an absolute limit, or a "
+                                  "signed number such as -1% for points relative to the baseline")  # fmt: skip
+            return cls(text.strip(), metric, upper, amount / 100, "difference" if signed else "share")
+        allowed = _UNITS_OF.get(metric, ("",))
+        if unit not in allowed:
+            names = ", ".join(name for name in (*allowed, "%") if name)
+            raise ConfigError(f"limit {text!r}: unknown unit {unit!r} for {metric}; choose from {names}")
+        if amount <= 0 and metric in COSTS:
+            raise ConfigError(f"limit {text!r}: {metric} is always above zero; write a positive number")
+        return cls(text.strip(), metric, upper, amount * _UNITS[unit], "absolute")
+
+    def resolve(self, baseline: float) -> float:
+        """The absolute limit."""
+        if self.kind == "absolute":
+            return self.value
+        if self.kind == "share":
+            return self.value * baseline
+        return baseline * (1 + self.value) if self.metric in COSTS else baseline + self.value
+
+    def excess(self, value: float, baseline: float) -> float:
+        """By what share of the limit it is exceeded; <= 0 is inside."""
+        limit = self.resolve(baseline)
+        over = value - limit if self.upper else limit - value
+        return over / (abs(limit) or 1.0)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All limits; a candidate must keep every one."""
+
+    limits: tuple[Limit, ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Budget:
+        """Raises one `ConfigError` with the problems of all the texts."""
+        limits, problems = [], []
+        for text in texts:
+            try:
+                limits.append(Limit.parse(text))
+            except ConfigError as error:
+                problems += error.problems
+        doubles = {(limit.metric, limit.upper) for limit in limits if sum((o.metric, o.upper) == (limit.metric, limit.upper) for o in limits) > 1}
+        problems += [f"budget: two limits of the same kind for {metric}" for metric, _ in sorted(doubles)]
+        if problems:
+            raise ConfigError(problems)
+        return cls(tuple(limits))
+
+    def excess(self, values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
+        """The excess of each limit whose metric is in `values`, by the limit's text."""
+        return {
+            limit.text: limit.excess(values[limit.metric], baseline[limit.metric])
+            for limit in self.limits
+            if limit.metric in values
+        }
+
+    def describe(self, baseline: Mapping[str, float]) -> list[str]:
+        """Each limit with what it means for this baseline."""
+        lines = []
+        for limit in self.limits:
+            bound = show(limit.metric, limit.resolve(baseline[limit.metric]))
+            lines.append(limit.text if limit.kind == "absolute" else f"{limit.text}  (= {bound})")
+        return lines
+
+
+def show(metric: str, value: float) -> str:
+    """A number for people: `41.2 kB`, `0.123 ms`, `97.3%`.
+
+    >>> show("size_bytes", 41234), show("latency_ms", 0.1234), show("accuracy", 0.9731), show("macs", 40_550_000)
+    ('41.2 kB', '0.123 ms', '97.31%', '40.6 M')
+    """
+    if value != value:
+        return "-"
+    if metric == "accuracy":
+        return f"{100 * value:.2f}%"
+    if metric == "latency_ms":
+        return f"{value:.3g} ms"
+    if metric in ("size_bytes", "macs", "onnx_bytes"):
+        units = ("", "k", "M", "G", "T") if metric == "macs" else ("B", "kB", "MB", "GB", "TB")
+        step = 0
+        while abs(value) >= 999.5 and step < 4:
+            value, step = value / 1000, step + 1
+        return f"{value:.3g} {units[step]}".rstrip()
+    return f"{value:.4g}"

@@ -1,0 +1,52 @@
+"""Order among candidates: dominance, hypervolume, knee. All points are losses (smaller is better) in rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """Which rows no other row beats (`<=` everywhere and `<` somewhere); of equal rows all stay.
+
+    >>> nondominated([[1, 3], [2, 2], [3, 3]]).tolist()
+    [True, True, False]
+    """
+    p = np.asarray(points, dtype=float)
+    if not len(p):
+        return np.zeros(0, dtype=bool)
+    no_worse = (p[:, None, :] <= p[None, :, :]).all(-1)
+    better = (p[:, None, :] < p[None, :, :]).any(-1)
+    return np.asarray(~(no_worse & better).any(0))
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """The volume that the points dominate below the reference, by slicing along the last axis (any dimension).
+
+    >>> hypervolume([[0.0, 0.5], [0.5, 0.0]], [1.0, 1.0])
+    0.75
+    """
+    ref = np.asarray(reference, dtype=float)
+    p = np.asarray(points, dtype=float).reshape(-1, len(ref))
+    p = p[(p < ref).all(1)]
+    if not len(p):
+        return 0.0
+    p = np.unique(p[nondominated(p)], axis=0)
+    if len(ref) == 1:
+        return float(ref[0] - p.min())
+    p = p[np.argsort(p[:, -1], kind="stable")]
+    edges = np.append(p[:, -1], ref[-1])
+    return sum(
+        (edges[i + 1] - edges[i]) * hypervolume(p[: i + 1, :-1], ref[:-1]) for i in range(len(p)) if edges[i + 1] > edges[i]
+    )
+
+
+def knee(points: ArrayLike) -> int:
+    """The row farthest below the plane through the extremes, every axis scaled to [0, 1] (Das 1999).
+
+    >>> knee([[0.0, 1.0], [0.1, 0.1], [1.0, 0.0]])
+    1
+    """
+    p = np.asarray(points, dtype=float)
+    span = np.ptp(p, axis=0)
+    return int(np.argmin(((p - p.min(0)) / np.where(span > 0, span, 1.0)).sum(1)))

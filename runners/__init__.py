@@ -1,0 +1,1 @@
+"""The doing: data, tracing, compression, recovery, export, measurement and files."""

@@ -1,0 +1,137 @@
+"""A task: everything that is the user's. The network, the data, the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..errors import Diverged, TaskError
+from ..objectives.measurement import Metric
+
+Data = Dataset[Any] | DataLoader[Any]
+Split = Literal["train", "validation", "test"]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Whether each sample's highest output is its target: `[n, classes]`, `[n]` -> `[n]` of 0 and 1."""
+    return (outputs.argmax(1) == targets).float()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compressed, and how one tells whether it still works.
+
+    model: a function without arguments that returns the *trained* network, a new object at each call, mapping one input
+    tensor to one output tensor. train, validation, test: datasets or DataLoaders of `(input, target)`; the search
+    trains and calibrates on *train*, selects on *validation*, and looks at *test* once, for the finalists.
+    metric: `metric(outputs, targets)` returns one score per sample, higher is better; its mean is the metric and its
+    interval comes from the number of samples. metric_name: how it is called in objectives and budgets.
+    loss: for recovery; cross-entropy when None.
+
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        >>> task = Task("tiny", lambda: nn.Linear(4, 2), train=data, validation=data)
+        >>> tuple(example_input(task).shape)
+        (2, 4)
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    train: Data
+    validation: Data
+    test: Data | None = None
+    metric: Callable[[Tensor, Tensor], Tensor] = accuracy
+    metric_name: str = "accuracy"
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not callable(self.model) or isinstance(self.model, nn.Module):
+            raise TaskError(f"task {self.name!r}: model must be a function that returns the network, not {type(self.model).__name__}; "
+                            "write model=lambda: load_my_network()")  # fmt: skip
+        if not callable(self.metric):
+            raise TaskError(f"task {self.name!r}: metric must be a function of (outputs, targets), not {self.metric!r}")
+
+
+def dataset(task: Task, split: Split) -> Dataset[Any]:
+    """The samples of a split; raises `TaskError` when there are none."""
+    data = getattr(task, split)
+    if data is None:
+        raise TaskError(f"task {task.name!r} has no {split} data")
+    samples = data.dataset if isinstance(data, DataLoader) else data
+    if not hasattr(samples, "__len__"):
+        raise TaskError(f"task {task.name!r}: the {split} data has no length; use a dataset with __len__ and __getitem__")
+    if not len(samples):
+        raise TaskError(f"task {task.name!r}: the {split} data is empty")
+    return samples
+
+
+def batches(
+    task: Task, split: Split, *, batch_size: int | None = None, limit: int | None = None, shuffle: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `(inputs, targets)` of a split; `limit` samples at most, in an order drawn from the seed `shuffle`.
+
+    A dataset sorted by class is the usual trap of calibration, so whatever takes a part of a split shuffles it.
+    """
+    samples = dataset(task, split)
+    data = getattr(task, split)
+    generator = torch.Generator().manual_seed(shuffle or 0)
+    if limit is not None or shuffle is not None:
+        order = torch.randperm(len(samples), generator=generator).tolist()  # type: ignore[arg-type]
+        samples = Subset(samples, order[:limit])
+    extra = {}
+    if isinstance(data, DataLoader):
+        extra = {"collate_fn": data.collate_fn, "num_workers": data.num_workers}
+    for batch in DataLoader(samples, batch_size=batch_size or task.batch_size, generator=generator, **extra):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+            raise TaskError(f"task {task.name!r}: the {split} data must give (input, target) pairs with one input tensor, "
+                            f"not {type(batch).__name__}")  # fmt: skip
+        yield batch[0], torch.as_tensor(batch[1])
+
+
+def inputs(task: Task, split: Split, limit: int, seed: int) -> Tensor:
+    """At most `limit` inputs of a split, drawn with the seed, in one tensor."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)  # augmentation in the user's dataset draws from the global generator
+    try:
+        return torch.cat([x for x, _ in batches(task, split, limit=limit, shuffle=seed)])
+    finally:
+        torch.set_rng_state(state)
+
+
+def example_input(task: Task, size: int = 2) -> Tensor:
+    """The first `size` validation inputs."""
+    found = next(iter(batches(task, "validation", batch_size=size)))[0]
+    if not found.is_floating_point():
+        raise TaskError(f"task {task.name!r}: inputs are {found.dtype}; paretorch compresses networks of floating-point inputs")
+    return found
+
+
+def loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+    return task.loss(outputs, targets) if task.loss else F.cross_entropy(outputs, targets)
+
+
+def score(task: Task, pairs: Iterator[tuple[Tensor, Tensor]]) -> Metric:
+    """The task's metric over `(outputs, targets)` pairs, with its 95% interval.
+
+    Raises `Diverged` for a metric that is not finite, `TaskError` for one that does not give a score per sample.
+    """
+    total = squares = 0.0
+    n = 0
+    for outputs, targets in pairs:
+        scores = torch.as_tensor(task.metric(outputs, targets)).double()
+        if scores.shape != (len(outputs),):
+            raise TaskError(f"metric {task.metric_name!r} returned the shape {tuple(scores.shape)} for {len(outputs)} samples; "
+                            "it must return one score per sample, as paretorch.accuracy does")  # fmt: skip
+        if not bool(scores.isfinite().all()):
+            raise Diverged(f"metric {task.metric_name!r} returned {float(scores[~scores.isfinite()][0])}")
+        total, squares, n = total + float(scores.sum()), squares + float((scores * scores).sum()), n + len(scores)
+    if task.metric is accuracy:
+        return Metric.rate(total, n)
+    return Metric.mean(total, squares, n)

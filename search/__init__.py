@@ -1,0 +1,1 @@
+"""The loop: the only place that imports Optuna and MLflow."""

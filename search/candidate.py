@@ -1,0 +1,65 @@
+"""A candidate: a recipe, what became of it, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..objectives.measurement import Measurement, Metric
+from ..spaces.recipe import Recipe
+
+OK, OVER_BUDGET, FAILED = "ok", "over_budget", "failed"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One finished trial.
+
+    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit) or `failed`. reason: why, for
+    people. excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that
+    the space does not hold. label: the name of a trivial baseline. test: the finalists' numbers on the test split.
+    """
+
+    number: int
+    recipe: Recipe
+    state: str
+    reason: str = ""
+    measurement: Measurement | None = None
+    excess: Mapping[str, float] = field(default_factory=dict)
+    picks: Mapping[str, int] | None = None
+    label: str = ""
+    test: Mapping[str, Metric] = field(default_factory=dict)
+
+    @property
+    def violation(self) -> float:
+        """The sum of what is over the limits, each as a share of its limit."""
+        return sum(max(0.0, value) for value in self.excess.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "recipe": self.recipe.to_dict(),
+            "state": self.state,
+            "reason": self.reason,
+            "measurement": self.measurement.to_dict() if self.measurement else None,
+            "excess": dict(self.excess),
+            "picks": dict(self.picks) if self.picks is not None else None,
+            "label": self.label,
+            "test": {name: vars(metric) for name, metric in self.test.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        measurement = data["measurement"]
+        return cls(
+            number=data["number"],
+            recipe=Recipe.from_dict(data["recipe"]),
+            state=data["state"],
+            reason=data["reason"],
+            measurement=Measurement.from_dict(measurement) if measurement else None,
+            excess=data["excess"],
+            picks=data["picks"],
+            label=data["label"],
+            test={name: Metric(**entry) for name, entry in data.get("test", {}).items()},
+        )

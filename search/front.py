@@ -1,0 +1,140 @@
+"""The front: the candidates inside the budget that no other beats, and how to choose among them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, StudyError
+from ..objectives.measurement import Measurement, Metric
+from ..objectives.objective import Budget, Limit, Objective
+from ..objectives.pareto import hypervolume, knee, nondominated
+from .candidate import FAILED, OK, Candidate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Front:
+    """All candidates of a study, and the best among them.
+
+    `members` is the front, the smallest first. `baseline` is the measurement of the untouched network.
+    """
+
+    candidates: tuple[Candidate, ...]
+    objectives: tuple[Objective, ...]
+    budget: Budget
+    baseline: Measurement
+    directory: Path | None = None
+    test_baseline: Metric | None = None
+
+    def losses(self, candidate: Candidate) -> list[float]:
+        """The objectives as numbers to minimise, relative to the baseline."""
+        if candidate.measurement is None:
+            raise StudyError(f"candidate {candidate.number} was never measured ({candidate.reason})")
+        return [o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives]
+
+    @cached_property
+    def members(self) -> tuple[Candidate, ...]:
+        """The candidates inside the budget that nothing beats; of equal ones the first."""
+        ok = [c for c in self.candidates if c.state == OK and c.measurement is not None]
+        points = [self.losses(c) for c in ok]
+        best = [c for c, keep, i in zip(ok, nondominated(points), range(len(ok)), strict=True) if keep and points.index(points[i]) == i]
+        return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
+
+    def knee(self) -> Candidate:
+        """The member farthest below the plane through the front's extremes."""
+        return self._chosen(self.members)[knee([self.losses(c) for c in self.members])]
+
+    def best(self, metric: str) -> Candidate:
+        """The member that is best in one objective."""
+        objective = next((o for o in self.objectives if o.metric == metric), None)
+        if objective is None:
+            raise ConfigError(f"{metric!r} is not an objective here; choose from {', '.join(o.metric for o in self.objectives)}")
+        return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
+
+    def select(self, pick: str) -> Candidate:
+        """One candidate by `knee`, a number, an objective's name (its best), or limits such as `size_bytes <= 80kB`.
+
+        Under limits (joined by `and`) the member best in the first objective is taken. Raises `ConfigError`.
+        """
+        text = pick.strip()
+        if text == "knee":
+            return self.knee()
+        if text.isdigit():
+            found = next((c for c in self.candidates if c.number == int(text)), None)
+            if found is None or found.measurement is None:
+                why = f"candidate {text} has no file ({found.reason})" if found else f"there is no candidate {text}"
+                raise ConfigError(f"--pick {pick}: {why}; the front has {_numbers(self.members)}")
+            return found
+        if text in [o.metric for o in self.objectives]:
+            return self.best(text)
+        if "<=" in text or ">=" in text:
+            limits = [Limit.parse(part) for part in text.split(" and ")]
+            for limit in limits:
+                if limit.metric not in self.baseline.metrics:
+                    raise ConfigError(f"--pick {pick!r}: unknown metric {limit.metric!r}; metrics: {', '.join(self.baseline.metrics)}")
+            inside = [
+                c for c in self._chosen(self.members)
+                if all(x.excess(c.measurement.value(x.metric), self.baseline.value(x.metric)) <= 0 for x in limits)  # type: ignore[union-attr]
+            ]  # fmt: skip
+            if not inside:
+                raise ConfigError(f"--pick {pick!r}: no member of the front keeps it; members: {_numbers(self.members)}")
+            return min(inside, key=lambda c: self.losses(c)[0])
+        close = difflib.get_close_matches(text, ["knee", *(o.metric for o in self.objectives)], 1)
+        raise ConfigError(f"--pick {pick!r}: write knee, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
+                          f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}")  # fmt: skip
+
+    def _chosen(self, members: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        if not members:
+            raise StudyError("the front is empty: no candidate kept the budget; see the least-violating ones, "
+                             "and pick one of them by its number")  # fmt: skip
+        return members
+
+    def least_violating(self, count: int = 3) -> list[Candidate]:
+        """The measured candidates over the budget that miss it by the least."""
+        over = [c for c in self.candidates if c.measurement is not None and c.state not in (OK, FAILED)]
+        return sorted(over, key=lambda c: (c.violation, c.number))[:count]
+
+    def hypervolume(self, upto: int | None = None) -> float:
+        """The share of the box between the ideal (cost 0, the baseline's metric) and the baseline's costs that is dominated.
+
+        The reference point is the baseline's cost on each cost axis and a metric of zero. `upto` counts only the
+        candidates numbered below it.
+        """
+        ok = [c for c in self.candidates if c.state == OK and c.measurement is not None and (upto is None or c.number < upto)]
+        return hypervolume([self.losses(c) for c in ok], [1.0] * len(self.objectives)) if ok else 0.0
+
+    def table(self) -> pd.DataFrame:
+        """All candidates as a pandas DataFrame, a row each, with intervals, states and reasons."""
+        import pandas as pd
+
+        members = {c.number for c in self.members}
+        rows = []
+        for c in self.candidates:
+            row: dict[str, object] = {
+                "number": c.number, "state": c.state, "front": c.number in members, "label": c.label, "reason": c.reason,
+            }  # fmt: skip
+            for prefix, metrics in (("", c.measurement.metrics if c.measurement else {}), ("test_", c.test)):
+                for name, metric in metrics.items():
+                    row[prefix + name] = metric.value
+                    if metric.low != metric.high:
+                        row[f"{prefix}{name}_low"], row[f"{prefix}{name}_high"] = metric.low, metric.high
+            row["recipe"] = c.recipe.to_json()
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def export(self, pick: str, to: str | Path) -> Path:
+        """Write the picked candidate as an artifact directory; see `paretorch.runners.artifact.write`."""
+        from .export import export_candidate
+
+        return export_candidate(self, self.select(pick), Path(to))
+
+
+def _numbers(members: Sequence[Candidate]) -> str:
+    return ", ".join(str(c.number) for c in members) or "no member"

@@ -1,0 +1,185 @@
+"""A recipe: what is done to a trained network, exactly. Plain frozen data without a tensor.
+
+`Recipe()` is the untouched network. A recipe is never a space: it names final numbers (this layer has 4 bits, that
+group keeps 24 channels), so it means the same in production, without Optuna and without the search that found it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import RecipeError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Student:
+    """Leave out whole residual blocks, by module name; the others keep the teacher's weights."""
+
+    drop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Keep `keep` channels of a dependency group (named by its first layer); the others are really removed."""
+
+    group: str
+    keep: int
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """Set the share `ratio` of a layer's weights, those of least magnitude, to zero."""
+
+    layer: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Store a layer's weights in `weight_bits` (2..8 integers, 16 float16) and feed it `activation_bits` (8 or 32)."""
+
+    layer: str
+    weight_bits: int
+    activation_bits: int = 32
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Win accuracy back: `batchnorm` re-estimates statistics, `finetune` trains for `epochs`, taught by the original.
+
+    `distill` is the weight of the teacher's soft targets against the labels, at `temperature`.
+    """
+
+    method: str
+    epochs: float = 0.0
+    learning_rate: float = 0.01
+    distill: float = 0.9
+    temperature: float = 2.0
+
+
+Step = Student | Prune | Sparsify | Quantize | Recover
+# The order of surgery: a step may rely on all that stand before it.
+ORDER: tuple[type, ...] = (Student, Prune, Sparsify, Quantize, Recover)
+_NAMES = {kind.__name__.lower(): kind for kind in ORDER}
+_METHODS = ("batchnorm", "finetune")
+
+
+def _check(step: Step) -> None:
+    match step:
+        case Prune(group, keep) if keep < 1:
+            raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
+        case Sparsify(layer, ratio) if not 0 < ratio < 1:
+            raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
+        case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16, 32):
+            raise RecipeError(f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, 32")
+        case Quantize(layer, bits, activations) if activations not in (8, 32) or (activations == 8 and bits > 8):
+            raise RecipeError(
+                f"quantize {layer}: activation_bits = {activations} with weight_bits = {bits}; "
+                "choose 32, or 8 together with weights of at most 8 bits"
+            )
+        case Recover(method, epochs) if method not in _METHODS or epochs < 0:
+            raise RecipeError(f"recover: method {method!r}, epochs {epochs}; methods: {', '.join(_METHODS)}; epochs >= 0")
+        case _:
+            pass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All steps that turn the trained network into a candidate, kept in the order of surgery.
+
+    Raises `RecipeError` for a step with an impossible number or two steps of one kind for the same target.
+
+        >>> Recipe((Quantize("fc", 8), Student(("layer3.2",)))).describe()
+        'without layer3.2, weights 8 bit'
+    """
+
+    steps: tuple[Step, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version > VERSION:
+            raise RecipeError(f"recipe version {self.version} is newer than this paretorch reads ({VERSION}); upgrade it")
+        for step in self.steps:
+            _check(step)
+        targets = Counter((type(s).__name__.lower(), next(iter(asdict(s).values()))) for s in self.steps)
+        targets.update(("recover", "twice") for s in self.steps if isinstance(s, Recover))
+        twice = [f"{kind} {target}" for (kind, target), count in targets.items() if count > 1]
+        if twice:
+            raise RecipeError(f"two steps for the same target: {', '.join(twice)}")
+        ordered = sorted(self.steps, key=lambda s: (ORDER.index(type(s)), str(next(iter(asdict(s).values())))))
+        object.__setattr__(self, "steps", tuple(ordered))
+
+    def of(self, kind: type) -> list[Any]:
+        """The steps of one kind, in order."""
+        return [step for step in self.steps if isinstance(step, kind)]
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that only an equal recipe shares."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "steps": [{"step": type(step).__name__.lower(), **asdict(step)} for step in self.steps],
+        }
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal recipes give equal texts."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` gave; raises `RecipeError` for anything else."""
+        try:
+            steps = []
+            for entry in data["steps"]:
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "step"}
+                if entry["step"] not in _NAMES:
+                    raise RecipeError(f"unknown step {entry['step']!r}; steps: {', '.join(_NAMES)}")
+                kind = _NAMES[entry["step"]]
+                unknown = set(values) - {field.name for field in fields(kind)}
+                if unknown:
+                    raise RecipeError(f"step {entry['step']!r} has no field {', '.join(sorted(unknown))}")
+                steps.append(kind(**values))
+            return cls(tuple(steps), int(data["version"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"not a recipe: {error!r}") from error
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts: list[str] = []
+        drop = [name for step in self.of(Student) for name in step.drop]
+        if drop:
+            parts.append(f"without {' '.join(drop)}")
+        if prunes := self.of(Prune):
+            parts.append(f"{len(prunes)} group{'s' * (len(prunes) > 1)} narrowed")
+        if sparse := [step.ratio for step in self.of(Sparsify)]:
+            parts.append(f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {_span([round(100 * r) for r in sparse])}% sparse")
+        quantized = self.of(Quantize)
+        if quantized:
+            parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit")
+            int8 = sum(step.activation_bits == 8 for step in quantized)
+            if int8:
+                parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
+        for step in self.of(Recover):
+            parts.append("BatchNorm re-estimated" if step.method == "batchnorm" else f"{step.epochs:g} epochs of recovery")
+        return ", ".join(parts) or "untouched"
+
+    def diff(self, other: Recipe) -> str:
+        """What `other` has that this has not (`+`), and the reverse (`-`), one step a line."""
+        mine, theirs = set(self.steps), set(other.steps)
+        lines = [f"- {s}" for s in self.steps if s not in theirs] + [f"+ {s}" for s in other.steps if s not in mine]
+        return "\n".join(lines)
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -1,0 +1,234 @@
+"""The search space: for each layer, group and network, the choices that a recipe is put together from.
+
+A space is a handful of rules. A *rule* selects layers by patterns (glob on the name, a kind, `first`, `last`) and gives
+them choices; the last rule that selects a layer wins; `share` makes one choice for all layers of the rule. Against a
+`Structure` the rules become a flat, static list of *axes*, each with ordered choices, which any sampler can handle as
+integers. `Space.recipe` turns picks into the canonical `Recipe`: two picks that mean the same network give equal recipes.
+
+Width is not a step of its own: it narrows every dependency group, so it is written into the recipe as `Prune` steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..errors import ConfigError
+from .recipe import Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from .structure import Structure, inside, kept_channels
+
+KINDS = ("conv", "depthwise", "grouped", "linear")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Choices for the layers (or groups) that the patterns select, one for all of them when `share`."""
+
+    choices: tuple[Any, ...]
+    layers: tuple[str, ...] = ("*",)
+    share: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One decision: `choices[i]` for all `targets`."""
+
+    name: str
+    kind: str
+    targets: tuple[str, ...]
+    choices: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Rules per technique; an empty field leaves that technique out.
+
+    weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
+    sparsity: shares of zeros. channels: shares of a dependency group's channels that are removed. width: shares of all
+    channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None.
+    """
+
+    weight_bits: tuple[Rule, ...] = ()
+    activation_bits: tuple[Rule, ...] = ()
+    sparsity: tuple[Rule, ...] = ()
+    channels: tuple[Rule, ...] = ()
+    width: tuple[float, ...] = (1.0,)
+    depth: tuple[int, ...] = (0,)
+    recovery: tuple[Recover | None, ...] = field(default=(None,))
+
+    def axes(self, structure: Structure) -> tuple[Axis, ...]:
+        """All decisions for this network; raises `ConfigError` with every pattern that selects nothing."""
+        problems: list[str] = []
+        layers = [layer.name for layer in structure.layers]
+        groups = [group.name for group in structure.groups]
+        axes = [Axis("width", "width", tuple(groups), self.width)] if groups else []
+        depth = tuple(d for d in self.depth if d <= len(structure.blocks)) or (0,)
+        axes.append(Axis("depth", "depth", structure.blocks, depth))
+        axes += _rule_axes("channels", self.channels, groups, structure, problems)
+        axes += _rule_axes("sparsity", self.sparsity, layers, structure, problems)
+        axes += _rule_axes("weight_bits", self.weight_bits, layers, structure, problems)
+        axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, problems)
+        axes.append(Axis("recovery", "recovery", (), self.recovery))
+        if problems:
+            raise ConfigError(problems, "space")
+        return tuple(axes)
+
+    def recipe(self, structure: Structure, picks: Mapping[str, int]) -> Recipe:
+        """The canonical recipe of the picked choices (by axis name; an axis that is not picked takes its first)."""
+        value: dict[tuple[str, str], Any] = {}
+        single: dict[str, Any] = {}
+        for axis in self.axes(structure):
+            chosen = axis.choices[picks.get(axis.name, 0)]
+            if axis.kind in ("width", "depth", "recovery"):
+                single[axis.kind] = chosen
+            else:
+                value.update({(axis.kind, target): chosen for target in axis.targets})
+        steps: list[Step] = []
+        drop = structure.blocks[: single["depth"]]
+        if drop:
+            steps.append(Student(tuple(sorted(drop))))
+        alive = [layer for layer in structure.layers if not inside(layer.name, drop)]
+        made = {layer.output for layer in alive}
+        for group in structure.groups:
+            share = single["width"] * (1 - value.get(("channels", group.name), 0.0))
+            keep = kept_channels(group.channels, share, group.round_to)
+            if group.name in made and keep < group.channels:
+                steps.append(Prune(group.name, keep))
+        for layer in alive:
+            if ratio := value.get(("sparsity", layer.name), 0.0):
+                steps.append(Sparsify(layer.name, ratio))
+            bits = value.get(("weight_bits", layer.name), 32)
+            activations = value.get(("activation_bits", layer.name), 32)
+            if bits < 32:
+                steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
+        if steps and single["recovery"] is not None:
+            steps.append(single["recovery"])
+        return Recipe(tuple(steps))
+
+    def encode(self, structure: Structure, recipe: Recipe) -> dict[str, int] | None:
+        """Picks that give this recipe, or None when the space does not hold it."""
+        quantized = {step.layer: step for step in recipe.of(Quantize)}
+        sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+        dropped = sum(len(step.drop) for step in recipe.of(Student))
+        recovery = next(iter(recipe.of(Recover)), None)
+        axes = self.axes(structure)
+        keep = {step.group: step.keep for step in recipe.of(Prune)}
+        for width in self.width if structure.groups else (1.0,):
+            picks: dict[str, int] = {}
+            for axis in axes:
+                drop = structure.blocks[:dropped]
+                targets = [t for t in axis.targets if not inside(t, drop)]
+                wanted: set[Any]
+                if axis.kind == "width":
+                    wanted = {width}
+                elif axis.kind == "depth":
+                    wanted = {dropped}
+                elif axis.kind == "recovery":
+                    wanted = {recovery if recipe.steps else axis.choices[0]}
+                elif axis.kind == "channels":
+                    wanted = set.intersection(set(axis.choices), *(_ratios(axis, structure, t, width, keep) for t in targets))
+                    wanted = {min(wanted)} if wanted else {None}
+                elif axis.kind == "sparsity":
+                    wanted = {sparse.get(t, 0.0) for t in targets}
+                elif axis.kind == "weight_bits":
+                    wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets}
+                else:  # where weights stay float an activation width has no effect: any choice will do
+                    wanted = {quantized[t].activation_bits for t in targets if t in quantized and quantized[t].weight_bits <= 8}
+                wanted = wanted or {axis.choices[0]}
+                if len(wanted) > 1 or not wanted <= set(axis.choices):
+                    break
+                picks[axis.name] = axis.choices.index(wanted.pop())
+            else:
+                if self.recipe(structure, picks) == recipe:
+                    return picks
+        return None
+
+
+def _ratios(axis: Axis, structure: Structure, name: str, width: float, keep: Mapping[str, int]) -> set[float]:
+    group = structure.group(name)
+    wanted = keep.get(name, group.channels)
+    return {r for r in axis.choices if kept_channels(group.channels, width * (1 - r), group.round_to) == wanted}
+
+
+def _rule_axes(
+    kind: str, rules: Sequence[Rule], names: Sequence[str], structure: Structure, problems: list[str]
+) -> list[Axis]:
+    if not names:
+        return []
+    owner: dict[str, int] = {}
+    for number, rule in enumerate(rules):
+        for pattern in rule.layers:
+            selected = [name for name in names if matches(pattern, name, structure)]
+            if not selected:
+                close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:5])
+                problems.append(f"{kind}.{number}.layers: pattern {pattern!r} selects no {'group' if kind == 'channels' else 'layer'}; "
+                                f"write a name, a glob such as 'layer1.*', first, last, or a kind ({', '.join(KINDS)}); "
+                                f"names here: {', '.join(close)}{', ...' if len(names) > len(close) else ''}")  # fmt: skip
+            owner.update(dict.fromkeys(selected, number))
+    axes: list[Axis] = []
+    for number, rule in enumerate(rules):
+        targets = tuple(name for name in names if owner.get(name) == number)
+        if rule.share and targets:
+            label = "all" if rule.layers == ("*",) else "+".join(rule.layers)
+            axes.append(Axis(f"{kind}/{label}", kind, targets, rule.choices))
+        else:
+            axes += [Axis(f"{kind}/{target}", kind, (target,), rule.choices) for target in targets]
+    return axes
+
+
+def matches(pattern: str, name: str, structure: Structure) -> bool:
+    """Whether a pattern selects a layer or the group named after it."""
+    if pattern == "first":
+        return name == structure.layers[0].name
+    if pattern == "last":
+        return name == structure.layers[-1].name
+    if pattern in KINDS:
+        return structure.layer(name).kind == pattern
+    return fnmatchcase(name, pattern)
+
+
+def default_space(structure: Structure, train_images: int = 0) -> Space:
+    """What is searched when nothing is said: every technique, with few choices each.
+
+    The first and the last layer keep at least 6 bits. Activations share one width, because int8 pays in contiguous
+    regions only. Recovery trains on at most 20,000 images, so that a trial stays a matter of seconds or minutes.
+    """
+    ends = Rule((6, 8), ("first", "last"))
+    recovery: list[Recover | None] = [Recover("batchnorm") if structure.folds else None]
+    if train_images:
+        recovery.append(Recover("finetune", epochs=round(min(1.0, 20_000 / train_images), 3)))
+    return Space(
+        weight_bits=(Rule((3, 4, 6, 8)), ends),
+        activation_bits=(Rule((8, 32), share=True),),
+        sparsity=(Rule((0.0, 0.5)),),
+        channels=(Rule((0.0, 0.25, 0.5)),),
+        width=(1.0, 0.75, 0.5),
+        depth=(0, 1) if structure.blocks else (0,),
+        recovery=tuple(recovery),
+    )
+
+
+def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
+    """The trivial baselines that everybody would try first, so that the front shows what the search adds."""
+    layers = [layer.name for layer in structure.layers]
+    int8 = any(8 in rule.choices for rule in space.activation_bits)
+    batchnorm = Recover("batchnorm") if structure.folds else None
+
+    def recipe(*steps: Step) -> Recipe:
+        return Recipe((*steps, batchnorm) if batchnorm and steps else steps)
+
+    def narrow(share: float) -> list[Step]:
+        kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)
+        return [Prune(name, keep) for name, keep, channels in kept if keep < channels]
+
+    found = [("untouched", Recipe()), ("fp16", Recipe(tuple(Quantize(name, 16) for name in layers)))]
+    for bits in (8, 6, 4):
+        found.append((f"uniform {bits}-bit", recipe(*(Quantize(name, bits, 8 if int8 else 32) for name in layers))))
+    found.append(("uniform 50% sparse", recipe(*(Sparsify(name, 0.5) for name in layers))))
+    found.append(("uniform 25% pruning", recipe(*narrow(0.75))))
+    found.append(("width 0.5", recipe(*narrow(0.5))))
+    unique = {recipe.key: (name, recipe) for name, recipe in reversed(found)}
+    return list(reversed(unique.values()))
