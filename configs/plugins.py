@@ -1,0 +1,156 @@
+"""From what a configuration says about the task to a `Task`: a function of the user's, or a built-in task.
+
+A file is imported under a name of its own (`paretorch_task_...`), so that two files called task.py do not meet, and its
+folder comes first on `sys.path`, as when Python runs the file, so that it can import its neighbours. The module stays
+in `sys.modules`: what it defines can then be pickled for forked DataLoader workers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ParetorchError, TaskError
+from .schema import Config
+
+if TYPE_CHECKING:
+    from ..runners.task import Task
+
+
+def load_task(config: Config) -> Task:
+    """The task that a configuration names, ready to use.
+
+    Raises `TaskError` for a file or function that does not exist, for an exception in the user's code (with its type,
+    message and line, and the exception itself as the cause), for a result that is not a `Task`, and for every mistake
+    in a built-in task.
+
+        >>> from paretorch.configs.load import load
+        >>> load_task(load(Path("configs/digits.yaml"))).name  # doctest: +SKIP
+        'digits'
+    """
+    from ..runners.task import Task
+
+    if not isinstance(config.task, str):
+        from .builtin import builtin_task
+
+        return builtin_task(config.task, config.path, config.search.seed)
+    where, _, name = config.task.rpartition(":")
+    is_file = where.endswith(".py") or "/" in where
+    module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
+    shown = str(config.path(where)) if is_file else where
+    function = _function(module, name, shown)
+    file = Path(module.__file__) if module.__file__ else None
+    try:
+        task = function()
+    except ParetorchError:
+        raise  # says what is wrong already
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{shown}: {name}() failed: {_told(error, file)}") from error
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"{shown}: {name}() returned {_kind(task)}; it must return a paretorch.Task "
+            "(return paretorch.Task(name=..., model=..., train=..., validation=...))"
+        )
+    return task
+
+
+def _import_file(path: Path) -> ModuleType:
+    try:
+        code = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        near = sorted(entry.name for entry in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, 1)
+        hint = f"did you mean {close[0]}?" if close else f"Python files there: {', '.join(near) or 'none'}"
+        raise TaskError(f"task file {path} does not exist; {hint}") from error
+    except OSError as error:
+        raise TaskError(f"task file {path} cannot be read: {error.strerror or error}") from error
+    # The content is part of the name: an edited file is imported anew, an unchanged one is not.
+    digest = hashlib.sha256(str(path).encode() + b"\0" + code).hexdigest()
+    name = f"paretorch_task_{path.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task file {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    _importable(path.parent)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, ParetorchError):
+            raise TaskError(f"{path} cannot be imported: {_told(error, path)}") from error
+        raise
+    return module
+
+
+def _import_module(name: str, folder: Path) -> ModuleType:
+    _importable(folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the name itself is a misspelt name; the rest is an import inside the user's code.
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise TaskError(
+                f"task module {name!r} is not found (no module {error.name!r} in this environment or in {folder}); "
+                "install it, or write the path of a file such as my_task.py:task"
+            ) from error
+        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+    except ParetorchError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+
+
+def _importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _function(module: ModuleType, name: str, shown: str) -> Callable[[], Any]:
+    if not hasattr(module, name):
+        own = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+        ]
+        close = difflib.get_close_matches(name, own, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise TaskError(f"{shown} has no function {name!r}; {hint}functions there: {', '.join(own) or 'none'}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise TaskError(
+            f"{shown}: {name} is {_kind(function)}, not a function; define `def {name}():` that returns the task"
+        )
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise TaskError(f"{shown}: {name} is called without arguments, but {error}; give them defaults") from error
+    return function  # type: ignore[no-any-return]
+
+
+def _told(error: BaseException, file: Path | None) -> str:
+    """Type, message and place of an exception in the user's code."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    # The user's own line helps more than the line of the library that it called.
+    own = [frame for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
+    near = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename != __file__]
+    frame = (own or near or list(frames))[-1]
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text} ({frame.filename}, line {frame.lineno}, in {frame.name})"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
