@@ -34,8 +34,11 @@ class ConfigError(ParetorchError):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.source = source
         count = len(self.problems)
-        head = f"{source or 'configuration'}: {count} problem{'s' if count > 1 else ''}"
+        head = f"{source or 'configuration'}: {count} problem{'s' * (count != 1)}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str], str | None]]:  # by default it is rebuilt from its text
+        return type(self), (self.problems, self.source)
 
 
 class TaskError(ParetorchError):
@@ -68,6 +71,9 @@ class OverBudget(TrialError):
     def __init__(self, message: str, excess: Mapping[str, float]) -> None:
         super().__init__(message)
         self.excess = dict(excess)
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, float]]]:  # by default it is rebuilt from its text
+        return type(self), (str(self), self.excess)
 
 
 class Diverged(TrialError):

@@ -32,7 +32,11 @@ def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
     for layer in structure.layers:
         if inside(layer.name, dropped):
             continue
-        outputs = keep.get(layer.output, layer.weight_shape[0]) if layer.output else layer.weight_shape[0]
+        outputs = layer.weight_shape[0]
+        if (
+            layer.output and layer.output in keep
+        ):  # a depthwise layer may make several channels from each of its group's
+            outputs = outputs * keep[layer.output] // channels[layer.output]
         gone = sum(n - n * keep[group] // channels[group] for group, n in layer.inputs if group in keep)
         inputs = layer.weight_shape[1] if layer.kind == "depthwise" else layer.weight_shape[1] - gone
         out[layer.name] = (outputs, inputs)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 COSTS = ("size_bytes", "latency_ms", "macs")
-_UNITS = {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1024.0, "MiB": 1048576.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
-_UNITS |= {"K": 1e3, "M": 1e6, "G": 1e9}
-_UNITS_OF = {
-    "size_bytes": ("", "B", "kB", "MB", "GB", "KiB", "MiB"),
-    "latency_ms": ("", "ms", "us", "s"),
-    "macs": ("", "K", "M", "G"),
+_UNITS = {
+    "size_bytes": {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+    "latency_ms": {"us": 1e-3, "ms": 1.0, "s": 1e3},
+    "macs": {"K": 1e3, "M": 1e6, "G": 1e9},
 }
-_LIMIT = re.compile(r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$")
+_LIMIT = re.compile(
+    r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$"
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,20 @@ class Objective:
     def parse(cls, text: str) -> Objective:
         """`accuracy`, `max accuracy`, `min size_bytes`; costs are minimised and all else is maximised unless it says."""
         words = text.split()
-        if len(words) == 2 and words[0] in ("min", "max"):
-            return cls(words[1], words[0] == "max")
-        if len(words) == 1:
-            return cls(words[0], words[0] not in COSTS)
+        if words and words[-1].isidentifier() and words[-1] not in ("min", "max"):
+            if len(words) == 2 and words[0] in ("min", "max"):
+                return cls(words[1], words[0] == "max")
+            if len(words) == 1:
+                return cls(words[0], words[0] not in COSTS)
         raise ConfigError(f"objective {text!r}: write a metric, or 'min METRIC' or 'max METRIC'")
 
     def loss(self, value: float, baseline: float) -> float:
-        """A number to minimise: 0 is best, 1 is a cost equal to the baseline's, or a metric of zero."""
+        """A number to minimise: a cost as a share of the baseline's, or what share of the baseline's metric is lost.
+
+        So 1 is a cost equal to the baseline's, or a metric of zero; a metric better than the baseline's is below 0.
+        """
         scale = abs(baseline) or 1.0
-        return 1.0 - value / scale if self.maximize else value / scale
+        return (baseline - value) / scale if self.maximize else value / scale
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,20 @@ class Limit:
             if not signed and metric not in COSTS:
                 raise ConfigError(f"limit {text!r}: {number}% of what? Write {amount / 100:g} for an absolute limit, or a "
                                   "signed number such as -1% for points relative to the baseline")  # fmt: skip
-            return cls(text.strip(), metric, upper, amount / 100, "difference" if signed else "share")
-        allowed = _UNITS_OF.get(metric, ("",))
-        if unit not in allowed:
-            names = ", ".join(name for name in (*allowed, "%") if name)
-            raise ConfigError(f"limit {text!r}: unknown unit {unit!r} for {metric}; choose from {names}")
-        if amount <= 0 and metric in COSTS:
-            raise ConfigError(f"limit {text!r}: {metric} is always above zero; write a positive number")
-        return cls(text.strip(), metric, upper, amount * _UNITS[unit], "absolute")
+            limit = cls(text.strip(), metric, upper, amount / 100, "difference" if signed else "share")
+        else:
+            allowed = _UNITS.get(metric, {})
+            if unit and unit not in allowed:
+                raise ConfigError(
+                    f"limit {text!r}: unknown unit {unit!r} for {metric}; choose from {', '.join((*allowed, '%'))}"
+                )
+            limit = cls(text.strip(), metric, upper, amount * allowed.get(unit, 1.0), "absolute")
+            if metric == "accuracy" and not 0 <= amount <= 1:
+                raise ConfigError(f"limit {text!r}: accuracy lies between 0 and 1; write a number such as 0.9, or a signed "
+                                  "percentage such as -1% for points relative to the baseline")  # fmt: skip
+        if metric in COSTS and limit.resolve(1.0) <= 0:
+            raise ConfigError(f"limit {text!r}: {metric} is always above zero, and this limit is not")
+        return limit
 
     def resolve(self, baseline: float) -> float:
         """The absolute limit."""
@@ -101,8 +111,9 @@ class Limit:
     def excess(self, value: float, baseline: float) -> float:
         """By what share of the limit it is exceeded; <= 0 is inside."""
         limit = self.resolve(baseline)
-        over = value - limit if self.upper else limit - value
-        return over / (abs(limit) or 1.0)
+        excess = (value - limit if self.upper else limit - value) / (abs(limit) or 1.0)
+        # 0.905 is 1 point less than 0.915, but not in binary: a value at its limit keeps it.
+        return 0.0 if abs(excess) < 1e-12 else excess
 
 
 @dataclass(frozen=True)
@@ -115,13 +126,15 @@ class Budget:
     def parse(cls, texts: Sequence[str]) -> Budget:
         """Raises one `ConfigError` with the problems of all the texts."""
         limits, problems = [], []
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             try:
                 limits.append(Limit.parse(text))
             except ConfigError as error:
                 problems += error.problems
-        doubles = {(limit.metric, limit.upper) for limit in limits if sum((o.metric, o.upper) == (limit.metric, limit.upper) for o in limits) > 1}
-        problems += [f"budget: two limits of the same kind for {metric}" for metric, _ in sorted(doubles)]
+        by_side: dict[tuple[str, bool], list[str]] = {}
+        for limit in limits:
+            by_side.setdefault((limit.metric, limit.upper), []).append(repr(limit.text))
+        problems += [f"limits {' and '.join(same)}: keep one of them" for same in by_side.values() if len(same) > 1]
         if problems:
             raise ConfigError(problems)
         return cls(tuple(limits))
@@ -146,7 +159,7 @@ class Budget:
 def show(metric: str, value: float) -> str:
     """A number for people: `41.2 kB`, `0.123 ms`, `97.3%`.
 
-    >>> show("size_bytes", 41234), show("latency_ms", 0.1234), show("accuracy", 0.9731), show("macs", 40_550_000)
+    >>> show("size_bytes", 41234), show("latency_ms", 0.1234), show("accuracy", 0.9731), show("macs", 40_560_000)
     ('41.2 kB', '0.123 ms', '97.31%', '40.6 M')
     """
     if value != value:
@@ -154,7 +167,7 @@ def show(metric: str, value: float) -> str:
     if metric == "accuracy":
         return f"{100 * value:.2f}%"
     if metric == "latency_ms":
-        return f"{value:.3g} ms"
+        return f"{value:.3g} ms" if abs(value) < 999.5 else f"{value:.0f} ms"
     if metric in ("size_bytes", "macs", "onnx_bytes"):
         units = ("", "k", "M", "G", "T") if metric == "macs" else ("B", "kB", "MB", "GB", "TB")
         step = 0

@@ -34,11 +34,11 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     p = np.unique(p[nondominated(p)], axis=0)
     if len(ref) == 1:
         return float(ref[0] - p.min())
+    if len(ref) == 2:  # sorted by the first axis the second falls: a staircase
+        return float(np.diff(p[:, 0], append=ref[0]) @ (ref[1] - p[:, 1]))
     p = p[np.argsort(p[:, -1], kind="stable")]
-    edges = np.append(p[:, -1], ref[-1])
-    return sum(
-        (edges[i + 1] - edges[i]) * hypervolume(p[: i + 1, :-1], ref[:-1]) for i in range(len(p)) if edges[i + 1] > edges[i]
-    )
+    heights = np.diff(p[:, -1], append=ref[-1])
+    return sum(float(h) * hypervolume(p[: i + 1, :-1], ref[:-1]) for i, h in enumerate(heights) if h > 0)
 
 
 def knee(points: ArrayLike) -> int:

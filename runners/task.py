@@ -9,10 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from ..errors import Diverged, TaskError
 from ..objectives.measurement import Metric
+from ..objectives.objective import COSTS
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
@@ -29,7 +38,8 @@ class Task:
 
     model: a function without arguments that returns the *trained* network, a new object at each call, mapping one input
     tensor to one output tensor. train, validation, test: datasets or DataLoaders of `(input, target)`; the search
-    trains and calibrates on *train*, selects on *validation*, and looks at *test* once, for the finalists.
+    trains and calibrates on *train*, selects on *validation*, and looks at *test* once, for the finalists. Of a
+    DataLoader the samples, how they are collated and the workers are used; order and `batch_size` are the task's.
     metric: `metric(outputs, targets)` returns one score per sample, higher is better; its mean is the metric and its
     interval comes from the number of samples. metric_name: how it is called in objectives and budgets.
     loss: for recovery; cross-entropy when None.
@@ -57,6 +67,13 @@ class Task:
                             "write model=lambda: load_my_network()")  # fmt: skip
         if not callable(self.metric):
             raise TaskError(f"task {self.name!r}: metric must be a function of (outputs, targets), not {self.metric!r}")
+        if self.loss is not None and not callable(self.loss):
+            raise TaskError(f"task {self.name!r}: loss must be a function of (outputs, targets), not {self.loss!r}")
+        if not self.metric_name.isidentifier() or self.metric_name in COSTS:
+            raise TaskError(f"task {self.name!r}: metric_name = {self.metric_name!r}; objectives and budgets call the metric by it: "
+                            f"write a word such as 'f1', none of {', '.join(COSTS)}")  # fmt: skip
+        if self.batch_size < 1:
+            raise TaskError(f"task {self.name!r}: batch_size = {self.batch_size}; it must be at least 1")
 
 
 def dataset(task: Task, split: Split) -> Dataset[Any]:
@@ -64,12 +81,29 @@ def dataset(task: Task, split: Split) -> Dataset[Any]:
     data = getattr(task, split)
     if data is None:
         raise TaskError(f"task {task.name!r} has no {split} data")
-    samples = data.dataset if isinstance(data, DataLoader) else data
-    if not hasattr(samples, "__len__"):
-        raise TaskError(f"task {task.name!r}: the {split} data has no length; use a dataset with __len__ and __getitem__")
+    samples = _loaded(task, split, data) if isinstance(data, DataLoader) else data
+    if not hasattr(samples, "__len__") or isinstance(samples, IterableDataset):
+        raise TaskError(
+            f"task {task.name!r}: the {split} data has no length; use a dataset with __len__ and __getitem__"
+        )
     if not len(samples):
         raise TaskError(f"task {task.name!r}: the {split} data is empty")
     return samples
+
+
+def _loaded(task: Task, split: Split, loader: DataLoader[Any]) -> Dataset[Any]:
+    """The samples that a DataLoader gives: two loaders may split one dataset by their samplers alone."""
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset
+    if loader.batch_size is None:
+        raise TaskError(f"task {task.name!r}: the {split} DataLoader has a batch_sampler or batch_size=None, which paretorch "
+                        "would ignore, for it draws its own batches; give the dataset itself")  # fmt: skip
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, list(loader.sampler.indices))
+    if not isinstance(loader.sampler, SequentialSampler | RandomSampler):
+        raise TaskError(f"task {task.name!r}: the {split} DataLoader has a {type(loader.sampler).__name__}, which paretorch would "
+                        "ignore, for it draws its own order; give the dataset itself, or a Subset of it")  # fmt: skip
+    return loader.dataset
 
 
 def batches(
@@ -85,14 +119,20 @@ def batches(
     if limit is not None or shuffle is not None:
         order = torch.randperm(len(samples), generator=generator).tolist()  # type: ignore[arg-type]
         samples = Subset(samples, order[:limit])
-    extra = {}
+    extra: dict[str, Any] = {}
     if isinstance(data, DataLoader):
-        extra = {"collate_fn": data.collate_fn, "num_workers": data.num_workers}
+        extra = {"collate_fn": data.collate_fn, "num_workers": data.num_workers, "worker_init_fn": data.worker_init_fn}
     for batch in DataLoader(samples, batch_size=batch_size or task.batch_size, generator=generator, **extra):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
             raise TaskError(f"task {task.name!r}: the {split} data must give (input, target) pairs with one input tensor, "
                             f"not {type(batch).__name__}")  # fmt: skip
-        yield batch[0], torch.as_tensor(batch[1])
+        try:
+            targets = torch.as_tensor(batch[1])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(
+                f"task {task.name!r}: the {split} targets must be numbers or one tensor per sample: {error}"
+            ) from error
+        yield batch[0], targets
 
 
 def inputs(task: Task, split: Split, limit: int, seed: int) -> Tensor:
@@ -109,22 +149,29 @@ def example_input(task: Task, size: int = 2) -> Tensor:
     """The first `size` validation inputs."""
     found = next(iter(batches(task, "validation", batch_size=size)))[0]
     if not found.is_floating_point():
-        raise TaskError(f"task {task.name!r}: inputs are {found.dtype}; paretorch compresses networks of floating-point inputs")
+        raise TaskError(
+            f"task {task.name!r}: inputs are {found.dtype}; paretorch compresses networks of floating-point inputs"
+        )
     return found
 
 
 def loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+    """What recovery minimises."""
     return task.loss(outputs, targets) if task.loss else F.cross_entropy(outputs, targets)
 
 
 def score(task: Task, pairs: Iterator[tuple[Tensor, Tensor]]) -> Metric:
-    """The task's metric over `(outputs, targets)` pairs, with its 95% interval.
+    """The task's metric over `(outputs, targets)` pairs, with its 95% interval: Wilson's where all scores are 0 or 1.
 
-    Raises `Diverged` for a metric that is not finite, `TaskError` for one that does not give a score per sample.
+    Raises `Diverged` for outputs of NaN or a metric that is not finite, `TaskError` for one that does not give a score
+    per sample.
     """
     total = squares = 0.0
     n = 0
+    binary = True
     for outputs, targets in pairs:
+        if bool(outputs.isnan().any()):  # argmax would make a class of it
+            raise Diverged("the network's outputs hold NaN")
         scores = torch.as_tensor(task.metric(outputs, targets)).double()
         if scores.shape != (len(outputs),):
             raise TaskError(f"metric {task.metric_name!r} returned the shape {tuple(scores.shape)} for {len(outputs)} samples; "
@@ -132,6 +179,9 @@ def score(task: Task, pairs: Iterator[tuple[Tensor, Tensor]]) -> Metric:
         if not bool(scores.isfinite().all()):
             raise Diverged(f"metric {task.metric_name!r} returned {float(scores[~scores.isfinite()][0])}")
         total, squares, n = total + float(scores.sum()), squares + float((scores * scores).sum()), n + len(scores)
-    if task.metric is accuracy:
+        binary = binary and bool(((scores == 0) | (scores == 1)).all())
+    if not n:
+        raise TaskError(f"task {task.name!r}: there are no samples to score")
+    if binary:
         return Metric.rate(total, n)
     return Metric.mean(total, squares, n)

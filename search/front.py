@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, StudyError
 from ..objectives.measurement import Measurement, Metric
-from ..objectives.objective import Budget, Limit, Objective
+from ..objectives.objective import Budget, Objective
 from ..objectives.pareto import hypervolume, knee, nondominated
 from .candidate import FAILED, OK, Candidate
 
@@ -44,7 +44,8 @@ class Front:
         """The candidates inside the budget that nothing beats; of equal ones the first."""
         ok = [c for c in self.candidates if c.state == OK and c.measurement is not None]
         points = [self.losses(c) for c in ok]
-        best = [c for c, keep, i in zip(ok, nondominated(points), range(len(ok)), strict=True) if keep and points.index(points[i]) == i]
+        kept = nondominated(points)
+        best = [c for i, c in enumerate(ok) if kept[i] and points.index(points[i]) == i]
         return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
 
     def knee(self) -> Candidate:
@@ -55,7 +56,9 @@ class Front:
         """The member that is best in one objective."""
         objective = next((o for o in self.objectives if o.metric == metric), None)
         if objective is None:
-            raise ConfigError(f"{metric!r} is not an objective here; choose from {', '.join(o.metric for o in self.objectives)}")
+            raise ConfigError(
+                f"{metric!r} is not an objective here; choose from {', '.join(o.metric for o in self.objectives)}"
+            )
         return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
 
     def select(self, pick: str) -> Candidate:
@@ -66,7 +69,7 @@ class Front:
         text = pick.strip()
         if text == "knee":
             return self.knee()
-        if text.isdigit():
+        if text.isdecimal():
             found = next((c for c in self.candidates if c.number == int(text)), None)
             if found is None or found.measurement is None:
                 why = f"candidate {text} has no file ({found.reason})" if found else f"there is no candidate {text}"
@@ -75,20 +78,27 @@ class Front:
         if text in [o.metric for o in self.objectives]:
             return self.best(text)
         if "<=" in text or ">=" in text:
-            limits = [Limit.parse(part) for part in text.split(" and ")]
-            for limit in limits:
-                if limit.metric not in self.baseline.metrics:
-                    raise ConfigError(f"--pick {pick!r}: unknown metric {limit.metric!r}; metrics: {', '.join(self.baseline.metrics)}")
-            inside = [
-                c for c in self._chosen(self.members)
-                if all(x.excess(c.measurement.value(x.metric), self.baseline.value(x.metric)) <= 0 for x in limits)  # type: ignore[union-attr]
-            ]  # fmt: skip
+            limits = Budget.parse(text.split(" and "))
+            if unknown := [limit.metric for limit in limits.limits if limit.metric not in self.baseline.metrics]:
+                raise ConfigError(
+                    f"--pick {pick!r}: unknown metric {', '.join(map(repr, unknown))}; metrics: {', '.join(self.baseline.metrics)}"
+                )
+            inside = [c for c in self._chosen(self.members) if self._keeps(limits, c)]
             if not inside:
-                raise ConfigError(f"--pick {pick!r}: no member of the front keeps it; members: {_numbers(self.members)}")
+                raise ConfigError(
+                    f"--pick {pick!r}: no member of the front keeps it; members: {_numbers(self.members)}"
+                )
             return min(inside, key=lambda c: self.losses(c)[0])
         close = difflib.get_close_matches(text, ["knee", *(o.metric for o in self.objectives)], 1)
         raise ConfigError(f"--pick {pick!r}: write knee, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
                           f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}")  # fmt: skip
+
+    def _keeps(self, limits: Budget, candidate: Candidate) -> bool:
+        assert candidate.measurement is not None
+        values, baseline = (
+            {name: metric.value for name, metric in m.metrics.items()} for m in (candidate.measurement, self.baseline)
+        )
+        return all(excess <= 0 for excess in limits.excess(values, baseline).values())
 
     def _chosen(self, members: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         if not members:
@@ -102,12 +112,16 @@ class Front:
         return sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
     def hypervolume(self, upto: int | None = None) -> float:
-        """The share of the box between the ideal (cost 0, the baseline's metric) and the baseline's costs that is dominated.
+        """The volume of losses that the front dominates below 1 on each axis: the baseline's cost, a metric of zero.
 
-        The reference point is the baseline's cost on each cost axis and a metric of zero. `upto` counts only the
-        candidates numbered below it.
+        0 is a front that is nowhere cheaper than the baseline; 1 would be the baseline's metric at no cost at all.
+        `upto` counts only the candidates numbered below it.
         """
-        ok = [c for c in self.candidates if c.state == OK and c.measurement is not None and (upto is None or c.number < upto)]
+        ok = [
+            c
+            for c in self.candidates
+            if c.state == OK and c.measurement is not None and (upto is None or c.number < upto)
+        ]
         return hypervolume([self.losses(c) for c in ok], [1.0] * len(self.objectives)) if ok else 0.0
 
     def table(self) -> pd.DataFrame:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 from ..errors import RecipeError
 
@@ -68,24 +70,70 @@ Step = Student | Prune | Sparsify | Quantize | Recover
 # The order of surgery: a step may rely on all that stand before it.
 ORDER: tuple[type, ...] = (Student, Prune, Sparsify, Quantize, Recover)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
+_Kind = TypeVar("_Kind")
 _METHODS = ("batchnorm", "finetune")
+# By the declared type of a field: what is accepted, what it is turned into, and how to say so.
+_TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
+    "str": (str, str, "a name"),
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a finite number"),
+    "tuple[str, ...]": (tuple, lambda names: tuple(sorted(set(map(str, names)))), "a tuple of names"),
+}
+
+
+def _canonical(step: Step) -> Step:
+    """The step with plain numbers and sorted names: 1, 1.0 and NumPy's 1 are equal but would give three texts."""
+    if not isinstance(step, ORDER):
+        raise RecipeError(f"{step!r} is not a step; steps: {', '.join(_NAMES)}")
+    values: dict[str, Any] = {}
+    for field in fields(step):
+        value = getattr(step, field.name)
+        accepted, plain, wanted = _TYPES[str(field.type)]
+        if (
+            not isinstance(value, accepted)
+            or isinstance(value, bool)
+            or (accepted is Real and not math.isfinite(value))
+        ):
+            raise RecipeError(f"{type(step).__name__.lower()}: {field.name} = {value!r}; it must be {wanted}")
+        values[field.name] = plain(value)
+    return replace(step, **values)
+
+
+def _target(step: Step) -> str:
+    """What at most one step of each kind is for: a group, a layer, or the whole network."""
+    match step:
+        case Prune(name) | Sparsify(name) | Quantize(name):
+            return name
+        case _:
+            return ""
 
 
 def _check(step: Step) -> None:
     match step:
+        case Student(drop) if not drop:
+            raise RecipeError("student: it leaves out no block; leave the step out instead")
         case Prune(group, keep) if keep < 1:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
             raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
-        case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16, 32):
-            raise RecipeError(f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, 32")
+        case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise RecipeError(
+                f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, or leave the step out for 32"
+            )
         case Quantize(layer, bits, activations) if activations not in (8, 32) or (activations == 8 and bits > 8):
             raise RecipeError(
                 f"quantize {layer}: activation_bits = {activations} with weight_bits = {bits}; "
                 "choose 32, or 8 together with weights of at most 8 bits"
             )
-        case Recover(method, epochs) if method not in _METHODS or epochs < 0:
-            raise RecipeError(f"recover: method {method!r}, epochs {epochs}; methods: {', '.join(_METHODS)}; epochs >= 0")
+        case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
+            raise RecipeError(
+                f"recover: method {method!r}, epochs {epochs}; choose batchnorm without epochs, or finetune with epochs > 0"
+            )
+        case Recover(_, _, rate, distill, temperature) if rate <= 0 or temperature <= 0 or not 0 <= distill <= 1:
+            raise RecipeError(
+                f"recover: learning_rate {rate}, distill {distill}, temperature {temperature}; "
+                "learning_rate > 0, distill in 0..1, temperature > 0"
+            )
         case _:
             pass
 
@@ -94,6 +142,7 @@ def _check(step: Step) -> None:
 class Recipe:
     """All steps that turn the trained network into a candidate, kept in the order of surgery.
 
+    Equal recipes have one form: blocks are sorted, numbers are plain, a step that would change nothing is refused.
     Raises `RecipeError` for a step with an impossible number or two steps of one kind for the same target.
 
         >>> Recipe((Quantize("fc", 8), Student(("layer3.2",)))).describe()
@@ -104,19 +153,19 @@ class Recipe:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version > VERSION:
-            raise RecipeError(f"recipe version {self.version} is newer than this paretorch reads ({VERSION}); upgrade it")
-        for step in self.steps:
+        if type(self.version) is not int or not 1 <= self.version <= VERSION:
+            raise RecipeError(f"recipe version {self.version!r} is not one that this paretorch reads (1..{VERSION})")
+        steps = [_canonical(step) for step in self.steps]
+        for step in steps:
             _check(step)
-        targets = Counter((type(s).__name__.lower(), next(iter(asdict(s).values()))) for s in self.steps)
-        targets.update(("recover", "twice") for s in self.steps if isinstance(s, Recover))
-        twice = [f"{kind} {target}" for (kind, target), count in targets.items() if count > 1]
+        targets = Counter((type(step).__name__.lower(), _target(step)) for step in steps)
+        twice = [f"{kind} {target}".rstrip() for (kind, target), count in targets.items() if count > 1]
         if twice:
             raise RecipeError(f"two steps for the same target: {', '.join(twice)}")
-        ordered = sorted(self.steps, key=lambda s: (ORDER.index(type(s)), str(next(iter(asdict(s).values())))))
-        object.__setattr__(self, "steps", tuple(ordered))
+        steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
+        object.__setattr__(self, "steps", tuple(steps))
 
-    def of(self, kind: type) -> list[Any]:
+    def of(self, kind: type[_Kind]) -> list[_Kind]:
         """The steps of one kind, in order."""
         return [step for step in self.steps if isinstance(step, kind)]
 
@@ -139,17 +188,20 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` gave; raises `RecipeError` for anything else."""
         try:
+            if unknown := set(data) - {"steps", "version"}:
+                raise RecipeError(
+                    f"a recipe has no field {', '.join(sorted(map(str, unknown)))}; fields: steps, version"
+                )
             steps = []
             for entry in data["steps"]:
                 values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "step"}
                 if entry["step"] not in _NAMES:
                     raise RecipeError(f"unknown step {entry['step']!r}; steps: {', '.join(_NAMES)}")
                 kind = _NAMES[entry["step"]]
-                unknown = set(values) - {field.name for field in fields(kind)}
-                if unknown:
-                    raise RecipeError(f"step {entry['step']!r} has no field {', '.join(sorted(unknown))}")
+                if unknown := set(values) - {field.name for field in fields(kind)}:
+                    raise RecipeError(f"step {entry['step']!r} has no field {', '.join(sorted(map(str, unknown)))}")
                 steps.append(kind(**values))
-            return cls(tuple(steps), int(data["version"]))
+            return cls(tuple(steps), data["version"])
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a recipe: {error!r}") from error
 
@@ -162,7 +214,9 @@ class Recipe:
         if prunes := self.of(Prune):
             parts.append(f"{len(prunes)} group{'s' * (len(prunes) > 1)} narrowed")
         if sparse := [step.ratio for step in self.of(Sparsify)]:
-            parts.append(f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {_span([round(100 * r) for r in sparse])}% sparse")
+            parts.append(
+                f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {_span([round(100 * r) for r in sparse])}% sparse"
+            )
         quantized = self.of(Quantize)
         if quantized:
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit")
@@ -170,7 +224,9 @@ class Recipe:
             if int8:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
         for step in self.of(Recover):
-            parts.append("BatchNorm re-estimated" if step.method == "batchnorm" else f"{step.epochs:g} epochs of recovery")
+            parts.append(
+                "BatchNorm re-estimated" if step.method == "batchnorm" else f"{step.epochs:g} epochs of recovery"
+            )
         return ", ".join(parts) or "untouched"
 
     def diff(self, other: Recipe) -> str:

@@ -11,16 +11,25 @@ Width is not a step of its own: it narrows every dependency group, so it is writ
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RecipeError
 from .recipe import Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
 from .structure import Structure, inside, kept_channels
 
 KINDS = ("conv", "depthwise", "grouped", "linear")
+# By technique: whether a number is a possible choice, and which ones are.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "width": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
+    "depth": (lambda x: isinstance(x, int) and x >= 0, "whole numbers of blocks, 0 or more"),
+    "channels": (lambda x: 0 <= x < 1, "shares from 0, below 1"),
+    "sparsity": (lambda x: 0 <= x < 1, "shares from 0, below 1"),
+    "weight_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 16, 32), "2..8, 16, 32"),
+    "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,11 @@ class Rule:
     choices: tuple[Any, ...]
     layers: tuple[str, ...] = ("*",)
     share: bool = False
+
+    def __post_init__(self) -> None:
+        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        object.__setattr__(self, "choices", tuple(self.choices))
+        object.__setattr__(self, "layers", layers)
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,8 @@ class Space:
     recovery: tuple[Recover | None, ...] = field(default=(None,))
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
-        """All decisions for this network; raises `ConfigError` with every pattern that selects nothing."""
-        problems: list[str] = []
+        """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
+        problems = self._problems()
         layers = [layer.name for layer in structure.layers]
         groups = [group.name for group in structure.groups]
         axes = [Axis("width", "width", tuple(groups), self.width)] if groups else []
@@ -75,6 +89,28 @@ class Space:
         if problems:
             raise ConfigError(problems, "space")
         return tuple(axes)
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the choices themselves, whatever the network."""
+        found = []
+        for kind, (possible, allowed) in _ALLOWED.items():
+            entries = getattr(self, kind)
+            if kind in ("width", "depth"):
+                listed = [(kind, entries)]
+            else:
+                listed = [(f"{kind}.{number}.choices", rule.choices) for number, rule in enumerate(entries)]
+            for key, choices in listed:
+                wrong = [c for c in choices if not isinstance(c, int | float) or isinstance(c, bool) or not possible(c)]
+                problems = [f"{value!r} is not possible" for value in wrong] if choices else ["no choice"]
+                found += [f"{key}: {problem}; choose from {allowed}" for problem in problems]
+        if not self.recovery:
+            found.append("recovery: no choice; choose from Recover(...) and None")
+        for choice in self.recovery:
+            try:
+                Recipe(() if choice is None else (choice,))
+            except RecipeError as error:
+                found.append(str(error))
+        return found
 
     def recipe(self, structure: Structure, picks: Mapping[str, int]) -> Recipe:
         """The canonical recipe of the picked choices (by axis name; an axis that is not picked takes its first)."""
@@ -129,14 +165,20 @@ class Space:
                 elif axis.kind == "recovery":
                     wanted = {recovery if recipe.steps else axis.choices[0]}
                 elif axis.kind == "channels":
-                    wanted = set.intersection(set(axis.choices), *(_ratios(axis, structure, t, width, keep) for t in targets))
+                    wanted = set.intersection(
+                        set(axis.choices), *(_ratios(axis, structure, t, width, keep) for t in targets)
+                    )
                     wanted = {min(wanted)} if wanted else {None}
                 elif axis.kind == "sparsity":
                     wanted = {sparse.get(t, 0.0) for t in targets}
                 elif axis.kind == "weight_bits":
                     wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets}
                 else:  # where weights stay float an activation width has no effect: any choice will do
-                    wanted = {quantized[t].activation_bits for t in targets if t in quantized and quantized[t].weight_bits <= 8}
+                    wanted = {
+                        quantized[t].activation_bits
+                        for t in targets
+                        if t in quantized and quantized[t].weight_bits <= 8
+                    }
                 wanted = wanted or {axis.choices[0]}
                 if len(wanted) > 1 or not wanted <= set(axis.choices):
                     break
@@ -173,6 +215,8 @@ def _rule_axes(
         targets = tuple(name for name in names if owner.get(name) == number)
         if rule.share and targets:
             label = "all" if rule.layers == ("*",) else "+".join(rule.layers)
+            if label in names:  # a layer may be called `all` or `conv`, and its own axis too
+                label += " (shared)"
             axes.append(Axis(f"{kind}/{label}", kind, targets, rule.choices))
         else:
             axes += [Axis(f"{kind}/{target}", kind, (target,), rule.choices) for target in targets]
@@ -199,7 +243,7 @@ def default_space(structure: Structure, train_images: int = 0) -> Space:
     ends = Rule((6, 8), ("first", "last"))
     recovery: list[Recover | None] = [Recover("batchnorm") if structure.folds else None]
     if train_images:
-        recovery.append(Recover("finetune", epochs=round(min(1.0, 20_000 / train_images), 3)))
+        recovery.append(Recover("finetune", epochs=max(0.001, round(min(1.0, 20_000 / train_images), 3))))
     return Space(
         weight_bits=(Rule((3, 4, 6, 8)), ends),
         activation_bits=(Rule((8, 32), share=True),),
@@ -230,5 +274,7 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     found.append(("uniform 50% sparse", recipe(*(Sparsify(name, 0.5) for name in layers))))
     found.append(("uniform 25% pruning", recipe(*narrow(0.75))))
     found.append(("width 0.5", recipe(*narrow(0.5))))
-    unique = {recipe.key: (name, recipe) for name, recipe in reversed(found)}
-    return list(reversed(unique.values()))
+    unique: dict[Recipe, str] = {}
+    for name, made in found:
+        unique.setdefault(made, name)
+    return [(name, made) for made, name in unique.items()]

@@ -6,7 +6,10 @@ bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+from ..errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Layer:
 
     kind: `conv`, `depthwise`, `grouped` or `linear`. weight_shape: as in torch, output first. macs: multiply-adds for
     one sample. bias: whether the exported layer has one (its own or a folded BatchNorm's). output: the dependency group
-    of its output channels, or None. inputs: `(group, n)` for each group that `n` of its input channels belong to.
+    of its output channels, or None. inputs: `(group, n)` for each group that `n` of its input channels belong to. The
+    channels of a `grouped` convolution belong to no group: they cannot be removed one by one.
     """
 
     name: str
@@ -28,10 +32,7 @@ class Layer:
 
     @property
     def params(self) -> int:
-        total = 1
-        for extent in self.weight_shape:
-            total *= extent
-        return total
+        return math.prod(self.weight_shape)
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,16 @@ class Structure:
     input_shape: tuple[int, ...] = field(default=())
 
     def layer(self, name: str) -> Layer:
-        return next(layer for layer in self.layers if layer.name == name)
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise RecipeError(f"this network has no layer {name!r} that can be compressed")
 
     def group(self, name: str) -> Group:
-        return next(group for group in self.groups if group.name == name)
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise RecipeError(f"this network has no group of channels {name!r} that can be narrowed")
 
 
 def inside(name: str, blocks: tuple[str, ...]) -> bool:

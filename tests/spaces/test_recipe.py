@@ -1,0 +1,207 @@
+"""A recipe has one form, survives JSON, and refuses what no network can be given."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paretorch.errors import RecipeError
+from paretorch.spaces.recipe import ORDER, Prune, Quantize, Recipe, Recover, Sparsify, Student
+
+NAMES = ("stem", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc")
+quantize = st.integers(2, 8).flatmap(
+    lambda bits: st.builds(Quantize, st.sampled_from(NAMES), st.just(bits), st.sampled_from((8, 32)))
+) | st.builds(Quantize, st.sampled_from(NAMES), st.just(16))
+sparsify = st.builds(Sparsify, st.sampled_from(NAMES), st.floats(0, 1, exclude_min=True, exclude_max=True))
+prune = st.builds(Prune, st.sampled_from(NAMES), st.integers(1, 512))
+student = st.builds(Student, st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(tuple))
+recover = st.just(Recover("batchnorm")) | st.builds(
+    Recover, st.just("finetune"), st.floats(0.01, 20) | st.integers(1, 20), st.floats(1e-5, 1), st.floats(0, 1)
+)
+
+
+def identity(step):
+    return type(step), getattr(step, "layer", getattr(step, "group", None))
+
+
+steps = st.lists(quantize | sparsify | prune | student | recover, max_size=12, unique_by=identity)
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps, st.randoms())
+def test_the_order_of_steps_does_not_matter(found, random):
+    recipe = Recipe(tuple(found))
+    shuffled = list(found)
+    random.shuffle(shuffled)
+    other = Recipe(tuple(shuffled))
+    assert other == recipe
+    assert other.key == recipe.key
+    assert hash(other) == hash(recipe)
+    kinds = [ORDER.index(type(step)) for step in recipe.steps]
+    assert kinds == sorted(kinds)
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps)
+def test_json_gives_the_same_recipe_back(found):
+    recipe = Recipe(tuple(found))
+    again = Recipe.from_dict(json.loads(recipe.to_json()))
+    assert again == recipe
+    assert again.to_json() == recipe.to_json()
+    assert recipe.diff(again) == ""
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps, steps)
+def test_keys_are_equal_just_when_recipes_are(first, second):
+    one, two = Recipe(tuple(first)), Recipe(tuple(second))
+    assert (one.key == two.key) == (one == two)
+    assert len(one.key) == 16
+    assert set(one.key) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (Recover("finetune", epochs=1), Recover("finetune", epochs=1.0)),
+        (Recover("finetune", epochs=np.float32(0.5), distill=1), Recover("finetune", epochs=0.5, distill=1.0)),
+        (Quantize("fc", np.int64(4)), Quantize("fc", 4)),
+        (Student(("b", "a", "b")), Student(("a", "b"))),
+    ],
+)
+def test_equal_numbers_of_other_types_give_one_key(one, two):
+    """YAML says 1, Python says 1.0, a sampler says numpy's 1: the same recipe must not run twice."""
+    assert Recipe((one,)) == Recipe((two,))
+    assert Recipe((one,)).key == Recipe((two,)).key
+
+
+def test_the_key_is_stable_across_versions_of_this_code():
+    """Stored studies find their recipes by it."""
+    assert Recipe().to_json() == '{"steps":[],"version":1}'
+    assert Recipe().key == "a5dd3ce7993c63ad"
+    recipe = Recipe((Prune("stem", 8), Quantize("fc", 4, 8), Student(("layer1.0",)), Sparsify("fc", 0.5)))
+    assert recipe.key == "1c002597b9a2cbf1"
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        (Prune("stem", 0), "at least 1 channel"),
+        (Prune("stem", 8.0), "keep = 8.0; it must be a whole number"),
+        (Prune("stem", True), "keep = True"),
+        (Prune(3, 8), "group = 3; it must be a name"),
+        (Sparsify("fc", 0.0), "between 0 and 1"),
+        (Sparsify("fc", 1.0), "between 0 and 1"),
+        (Sparsify("fc", float("nan")), "a finite number"),
+        (Sparsify("fc", "half"), "'half'"),
+        (Quantize("fc", 1), "choose from 2..8, 16"),
+        (Quantize("fc", 32), "leave the step out for 32"),
+        (Quantize("fc", 12), "weight_bits = 12"),
+        (Quantize("fc", 8, 4), "activation_bits = 4"),
+        (Quantize("fc", 16, 8), "activation_bits = 8 with weight_bits = 16"),
+        (Recover("pray"), "choose batchnorm .* or finetune"),
+        (Recover("finetune"), "finetune with epochs > 0"),
+        (Recover("finetune", -1), "epochs > 0"),
+        (Recover("finetune", float("nan")), "epochs = nan"),
+        (Recover("finetune", float("inf")), "epochs = inf"),
+        (Recover("batchnorm", 2), "batchnorm without epochs"),
+        (Recover("finetune", 1, learning_rate=0), "learning_rate > 0"),
+        (Recover("finetune", 1, distill=1.5), "distill in 0..1"),
+        (Recover("finetune", 1, temperature=0), "temperature > 0"),
+        (Student(()), "leaves out no block"),
+        (Student("layer3.2"), "a tuple of names"),
+        ("quantize fc", "is not a step"),
+    ],
+    ids=repr,
+)
+def test_impossible_numbers_are_refused(step, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        Recipe((step,))
+
+
+@pytest.mark.parametrize(
+    ("twice", "named"),
+    [
+        ((Quantize("fc", 8), Quantize("fc", 4)), "quantize fc"),
+        ((Prune("stem", 8), Prune("stem", 8)), "prune stem"),
+        ((Recover("batchnorm"), Recover("finetune", 1)), "recover"),
+        ((Student(("a",)), Student(("b",))), "student"),
+    ],
+)
+def test_two_steps_for_one_target_are_refused(twice, named):
+    with pytest.raises(RecipeError, match=f"same target: {named}$"):
+        Recipe(twice)
+
+
+def test_two_kinds_for_one_target_are_not():
+    assert len(Recipe((Quantize("fc", 8), Sparsify("fc", 0.5), Prune("fc", 5))).steps) == 3
+
+
+@pytest.mark.parametrize("version", [0, -1, 2, "1", 1.0, True, None])
+def test_an_unknown_version_is_refused(version):
+    with pytest.raises(RecipeError, match="version"):
+        Recipe.from_dict({"version": version, "steps": []})
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"version": 1}, "steps"),
+        ({"steps": []}, "version"),
+        ({"version": 1, "steps": [], "stpes": []}, "no field stpes"),
+        (
+            {"version": 1, "steps": [{"step": "quantise", "layer": "fc"}]},
+            "unknown step 'quantise'; steps: student, prune",
+        ),
+        ({"version": 1, "steps": [{"layer": "fc"}]}, "not a recipe"),
+        ({"version": 1, "steps": [{"step": "quantize", "layer": "fc", "wieght_bits": 4}]}, "no field wieght_bits"),
+        ({"version": 1, "steps": [{"step": "quantize", "layer": "fc"}]}, "weight_bits"),
+        ({"version": 1, "steps": [{"step": "quantize", "layer": "fc", "weight_bits": "4"}]}, "weight_bits = '4'"),
+        ({"version": 1, "steps": [{"step": "student", "drop": "layer3.2"}]}, "a tuple of names"),
+        ({"version": 1, "steps": ["quantize"]}, "not a recipe"),
+        ({"version": 1, "steps": None}, "not a recipe"),
+        ([], "not a recipe"),
+        (None, "not a recipe"),
+    ],
+    ids=repr,
+)
+def test_foreign_data_is_refused(data, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        Recipe.from_dict(data)
+
+
+def test_diff_names_what_changed():
+    before = Recipe((Quantize("fc", 8), Sparsify("fc", 0.5)))
+    after = Recipe((Quantize("fc", 4), Sparsify("fc", 0.5)))
+    lines = before.diff(after).splitlines()
+    assert [line[0] for line in lines] == ["-", "+"]
+    assert "weight_bits=8" in lines[0]
+    assert "weight_bits=4" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ((), "untouched"),
+        ((Quantize("a", 4, 8), Quantize("b", 8)), "weights 4-8 bit, activations 8 bit in 1 of 2"),
+        ((Quantize("a", 4, 8), Quantize("b", 4, 8)), "weights 4 bit, activations 8 bit"),
+        ((Sparsify("a", 0.5),), "1 layer 50% sparse"),
+        ((Sparsify("a", 0.25), Sparsify("b", 0.5)), "2 layers 25-50% sparse"),
+        ((Prune("a", 8), Prune("b", 8)), "2 groups narrowed"),
+        ((Student(("l.1", "l.0")), Recover("batchnorm")), "without l.0 l.1, BatchNorm re-estimated"),
+        ((Recover("finetune", 0.4),), "0.4 epochs of recovery"),
+    ],
+)
+def test_describe(steps, text):
+    assert Recipe(steps).describe() == text
+
+
+def test_a_recipe_cannot_be_changed_behind_its_key():
+    recipe = Recipe([Quantize("fc", 8)])
+    assert isinstance(recipe.steps, tuple)
+    with pytest.raises(AttributeError):
+        recipe.steps = ()
+    assert replace(recipe, steps=()) == Recipe()
