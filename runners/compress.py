@@ -1,0 +1,127 @@
+"""A recipe carried out on a live network: the one table that joins decisions (`spaces`) and acts (`runners.operators`).
+
+The order is the order of surgery (`spaces.recipe.ORDER`). Whole blocks and channels go for good; sparsity and weight
+bits are parametrizations, so that recovery trains what will ship; `freeze` then turns them into integers and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import RecipeError
+from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.structure import Structure, inside
+from .operators.prune import prune_channels
+from .operators.quantize import FakeQuantize, codes
+from .operators.sparsify import magnitude_mask
+
+
+@dataclass(frozen=True)
+class FrozenWeight:
+    """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width."""
+
+    weight_bits: int
+    activation_bits: int = 32
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def drop_blocks(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+    for step in recipe.of(Student):
+        for name in step.drop:
+            model.set_submodule(name, nn.Identity())
+
+
+def remove_channels(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+    group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
+    prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
+
+
+def shape_weights(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+    """Zeros first, then integers: one parametrization per layer, because the scale must not see what is zeroed."""
+    ratios = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
+    for name in sorted({*ratios, *bits}):
+        layer = model.get_submodule(name)
+        weight = layer.weight.detach()  # type: ignore[operator,union-attr]
+        mask = magnitude_mask(weight, ratios[name]) if name in ratios else None
+        parametrize.register_parametrization(layer, "weight", FakeQuantize(weight, bits.get(name, 32), mask), unsafe=True)
+
+
+# Sparsify and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
+ACTS: tuple[tuple[tuple[type, ...], Callable[[nn.Module, Recipe, Structure, Tensor], None]], ...] = (
+    ((Student,), drop_blocks),
+    ((Prune,), remove_channels),
+    ((Sparsify, Quantize), shape_weights),
+)
+
+
+def check_fits(recipe: Recipe, structure: Structure) -> None:
+    """Raises `RecipeError` with every step that names a layer, group or block which this network does not have."""
+    layers = {layer.name for layer in structure.layers}
+    groups = {group.name: group.channels for group in structure.groups}
+    dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
+    problems = [f"block {name!r} cannot be left out here" for name in dropped if name not in structure.blocks]
+    for step in recipe.of(Prune):
+        if step.group not in groups:
+            problems.append(f"no dependency group {step.group!r}")
+        elif step.keep > groups[step.group]:
+            problems.append(f"group {step.group!r} has {groups[step.group]} channels, {step.keep} cannot be kept")
+    for step in (*recipe.of(Sparsify), *recipe.of(Quantize)):
+        if step.layer not in layers:
+            problems.append(f"no layer {step.layer!r} that can be compressed")
+        elif inside(step.layer, dropped):
+            problems.append(f"layer {step.layer!r} is in a block that the recipe leaves out")
+    if problems:
+        raise RecipeError("the recipe does not fit this network:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def compress(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> nn.Module:
+    """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit."""
+    check_fits(recipe, structure)
+    model.eval()
+    for kinds, act in ACTS:
+        if any(recipe.of(kind) for kind in kinds):
+            act(model, recipe, structure, example)
+    return model
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
+    """Replace every parametrized weight by the numbers that ship, in place, and return them by layer."""
+    activations = {step.layer: step.activation_bits for step in recipe.of(Quantize)}
+    frozen = {}
+    model.eval()
+    for name, layer in list(model.named_modules()):
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        fake = layer.parametrizations["weight"][0]  # type: ignore[index,union-attr]
+        assert isinstance(fake, FakeQuantize)
+        weight = layer.parametrizations["weight"].original.detach()  # type: ignore[index,union-attr]
+        if fake.mask is not None:
+            weight = weight * fake.mask
+        if fake.scale is not None:
+            scale = fake.scale.detach().clamp_min(1e-12)
+            frozen[name] = FrozenWeight(fake.bits, activations[name], codes(weight, scale, fake.bits), scale.clone())
+        elif fake.bits == 16:
+            frozen[name] = FrozenWeight(16)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        if name in frozen and frozen[name].codes is not None:
+            whole = frozen[name].codes * scale.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[operator]
+            layer.weight.copy_(whole)  # type: ignore[operator,union-attr]
+        elif fake.bits != 16:
+            layer.weight.copy_(weight)  # type: ignore[operator,union-attr]
+    return frozen
+
+
+def chunks(inputs: Tensor, size: int) -> Sequence[Tensor]:
+    """Batches of `size`, the last one possibly smaller but never a single input, which BatchNorm cannot use."""
+    parts = list(inputs.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts

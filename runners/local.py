@@ -1,0 +1,235 @@
+"""Carries recipes out on this machine, one after the other, in this process.
+
+`LocalRunner.run(recipe)` compresses, recovers, exports, packs, and measures the packed file: it is read back, and what
+runs in ONNX Runtime is what was read. Equal recipes give equal bytes: everything random is seeded by the recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..errors import ExportFailed, TaskError
+from ..objectives.cost import macs
+from ..objectives.measurement import Measurement, Metric
+from ..spaces.recipe import Recipe, Recover
+from ..spaces.structure import Structure
+from . import packing
+from .compress import chunks, compress, freeze
+from .files import write_atomic
+from .measure import latency, predictions, quality
+from .onnx_export import batch_of, quantized_graph, session
+from .operators.fold import fold_batchnorms
+from .recover import recover
+from .task import Task, batches, example_input, inputs
+from .trace import trace
+
+# The callback of a study: the phase in words and what is known so far; it may raise OverBudget.
+Report = Callable[[str, Mapping[str, Metric]], None]
+_IN_MEMORY = 1 << 30  # bytes of validation images that are kept decoded between trials
+
+
+def _ignore(phase: str, metrics: Mapping[str, Metric]) -> None:
+    pass
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on outside the recipe."""
+    import onnx
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class LocalRunner:
+    """Runs recipes of one task. Files go to `directory`, named by the recipe's key.
+
+    threads, batch, seconds: how latency is measured (CPU threads, inputs per run, time box). calibration_images: how
+    many training inputs serve BatchNorm statistics and activation ranges. Raises `TaskError` when the task cannot be used.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        directory: Path,
+        *,
+        threads: int = 1,
+        batch: int = 1,
+        seconds: float = 0.5,
+        calibration_images: int = 512,
+        seed: int = 0,
+    ) -> None:
+        self.task, self.directory, self.seed = task, directory, seed
+        self.threads, self.batch, self.seconds = threads, batch, seconds
+        try:
+            self.model = task.model().eval()
+        except TaskError:
+            raise
+        except Exception as error:  # whatever the user's factory raises
+            raise TaskError(f"task {task.name!r}: its model function failed: {type(error).__name__}: {error}") from error
+        if not isinstance(self.model, torch.nn.Module):
+            raise TaskError(f"task {task.name!r}: its model function returned {type(self.model).__name__}, not a torch module")
+        self.example = example_input(task)
+        self.calibration = inputs(task, "train", calibration_images, seed)
+        self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))
+        self._validation: list[tuple[Tensor, Tensor]] | None = None
+        self._baseline: ort.InferenceSession | None = None
+        self.baseline_ms: float | None = None
+
+    def validation(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The validation batches, kept in memory when they fit."""
+        if self._validation is not None:
+            return self._validation
+        kept: list[tuple[Tensor, Tensor]] = []
+        size = 0
+        for x, y in batches(self.task, "validation"):
+            size += x.nbytes
+            if size > _IN_MEMORY:
+                return batches(self.task, "validation")
+            kept.append((x, y))
+        self._validation = kept
+        return kept
+
+    def path(self, recipe: Recipe) -> Path:
+        return self.directory / f"{recipe.key}.safetensors"
+
+    def build(self, recipe: Recipe, report: Report = _ignore, *, recovery: bool = True) -> bytes:
+        """The packed file of a recipe; without `recovery` a file of the same size and speed, sooner."""
+        model = copy.deepcopy(self.model)
+        report("compressing", {})
+        compress(model, recipe, self.structure, self.example)
+        if recovery:
+            seed = (int(recipe.key[:8], 16) ^ self.seed) % 2**31
+            recover(model, self.model, recipe, self.task, self.calibration, seed, lambda text: report(text, {}))
+        frozen = freeze(model, recipe)
+        if any(step.method == "finetune" for step in recipe.of(Recover)) and recovery:
+            # Statistics of the weights that ship, not of the ones that were still in training.
+            from .operators.fold import reestimate_batchnorms
+
+            reestimate_batchnorms(model, chunks(self.calibration, 128))
+        report("exporting", {})
+        factors = fold_batchnorms(model, self.structure.folds)
+        graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
+        return packing.pack(graph)
+
+    def baseline(self) -> tuple[Measurement, bytes]:
+        """The untouched network, exported, packed, reloaded and measured; raises `TaskError` when it does not survive."""
+        started = time.perf_counter()
+        data = self.build(Recipe())
+        self.use_baseline(data)
+        assert self._baseline is not None
+        self._check_parity()
+        (first, _), (second, _) = (
+            latency(self._baseline, self._baseline, self._batch(), None, self.seconds, self.threads) for _ in range(2)
+        )
+        self.baseline_ms = (first.value + second.value) / 2
+        spread = Metric(self.baseline_ms, min(first.low, second.low), max(first.high, second.high), first.n + second.n)
+        metrics = self._sizes(Recipe(), data) | {"latency_ms": spread, self.task.metric_name: quality(self._all_threads(data), self.task, self.validation())}
+        return Measurement(metrics, {"total": time.perf_counter() - started}, environment()), data
+
+    def use_baseline(self, data: bytes, milliseconds: float | None = None) -> None:
+        """Take a packed baseline as the yardstick of latency; `milliseconds` is what it took when it was measured."""
+        self._baseline = session(packing.unpack(data), self.threads)
+        self.baseline_ms = milliseconds
+
+    def _check_parity(self) -> None:
+        assert self._baseline is not None
+        x, _ = next(iter(self.validation()))
+        with torch.no_grad():
+            expected = copy.deepcopy(self.model)(x)
+        found = next(predictions(self._baseline, [(x, x)]))[0]
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if found.shape != expected.shape or error > 1e-2:
+            raise TaskError(f"the exported network does not compute what the torch network does: outputs of shape {tuple(found.shape)} "
+                            f"differ by up to {100 * error:.1f}% of the largest; the model function may depend on something "
+                            "that tracing freezes, such as control flow on the input")  # fmt: skip
+
+    def _batch(self) -> np.ndarray:  # type: ignore[type-arg]
+        return batch_of(next(iter(self.validation()))[0], self.batch)
+
+    def _all_threads(self, data: bytes) -> ort.InferenceSession:
+        return session(packing.unpack(data), max(1, torch.get_num_threads()))
+
+    def _sizes(self, recipe: Recipe, data: bytes) -> dict[str, Metric]:
+        onnx_bytes = packing.unpack(data).ByteSize()
+        return {
+            "size_bytes": Metric.exact(len(data)),
+            "onnx_bytes": Metric.exact(onnx_bytes),
+            "macs": Metric.exact(macs(self.structure, recipe)),
+        }
+
+    def run(self, recipe: Recipe, report: Report = _ignore, *, gate_latency: bool = False) -> Measurement:
+        """Carry out a recipe, keep its packed file at `path(recipe)`, and measure it.
+
+        `report` hears of every phase and number and may raise `OverBudget`. With `gate_latency` a recipe that trains is
+        exported and timed once before training, since its speed does not depend on the weights. Raises `TrialError`.
+        """
+        if self._baseline is None:
+            raise ValueError("call baseline() or use_baseline() first")
+        seconds: dict[str, float] = {}
+        clock = time.perf_counter()
+
+        def lap(phase: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            seconds[phase] = seconds.get(phase, 0.0) + now - clock
+            clock = now
+
+        if gate_latency and any(step.method == "finetune" for step in recipe.of(Recover)):
+            preview = self.build(recipe, report, recovery=False)
+            known = self._sizes(recipe, preview) | {"latency_ms": self._latency(preview)}
+            report("measured before training", known)
+            lap("preview")
+        data = self.build(recipe, report)
+        lap("build")
+        metrics = self._sizes(recipe, data)
+        report("timing", metrics)
+        metrics["latency_ms"] = self._latency(data)
+        lap("latency")
+        report("evaluating", metrics)
+        metrics[self.task.metric_name] = quality(self._all_threads(data), self.task, self.validation())
+        lap("evaluate")
+        write_atomic(self.path(recipe), data)
+        lap("store")
+        return Measurement(metrics, seconds, environment())
+
+    def _latency(self, data: bytes) -> Metric:
+        assert self._baseline is not None
+        candidate = session(packing.unpack(data), self.threads)
+        found, ratio = latency(candidate, self._baseline, self._batch(), self.baseline_ms, self.seconds, self.threads)
+        if not ratio.value > 0:
+            raise ExportFailed("the clock measured no time at all for the exported network")
+        return found
+
+    def measure_again(self, data: bytes, split: str = "test") -> dict[str, Metric]:
+        """A stored file on another split, with a latency of four times the usual time box."""
+        assert self._baseline is not None
+        found = quality(self._all_threads(data), self.task, batches(self.task, split))  # type: ignore[arg-type]
+        candidate = session(packing.unpack(data), self.threads)
+        timed, _ = latency(candidate, self._baseline, self._batch(), self.baseline_ms, 4 * self.seconds, self.threads)
+        return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}

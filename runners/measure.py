@@ -1,0 +1,76 @@
+"""Numbers of the file that ships, in the runtime that runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ExportFailed
+from ..objectives.measurement import Metric
+from .task import Task, score
+
+
+def predictions(session: ort.InferenceSession, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(outputs, targets)` of an ONNX Runtime session, batch by batch; raises `ExportFailed` when it does not run."""
+    name = session.get_inputs()[0].name
+    for x, y in batches:
+        try:
+            yield torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0]), y
+        except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+            raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
+
+
+def quality(session: ort.InferenceSession, task: Task, batches: Iterable[tuple[Tensor, Tensor]]) -> Metric:
+    """The task's metric of an exported network, with its 95% interval."""
+    return score(task, predictions(session, batches))
+
+
+def latency(
+    candidate: ort.InferenceSession,
+    baseline: ort.InferenceSession,
+    batch: NDArray[Any],
+    baseline_ms: float | None = None,
+    seconds: float = 0.5,
+    threads: int = 1,
+) -> tuple[Metric, Metric]:
+    """`(milliseconds, ratio to the baseline)` of one run of `candidate` on `batch`, each with a 95% interval.
+
+    Both are warmed up, then run in turns, so that a change of the machine's speed meets both alike. The estimate is the
+    median of the ratios within pairs, its interval that of a median by order statistics. Milliseconds are the ratio
+    times `baseline_ms` (this run's own median when None): one yardstick per study, because absolute times of a busy or
+    virtual machine drift by a fifth while ratios hold to a few per cent. With one thread the thread's own CPU time is
+    taken, which preemption by other programs does not reach; with more, the wall clock.
+    """
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    feeds = [{s.get_inputs()[0].name: batch} for s in (candidate, baseline)]
+    for _ in range(5):
+        candidate.run(None, feeds[0])
+        baseline.run(None, feeds[1])
+    times: list[tuple[int, int]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 10 or (time.perf_counter() < end and len(times) < 2000):
+        t0 = clock()
+        candidate.run(None, feeds[0])
+        t1 = clock()
+        baseline.run(None, feeds[1])
+        times.append((t1 - t0, clock() - t1))
+    pairs = np.array(times, dtype=np.float64)
+    ratio = _median(pairs[:, 0] / np.maximum(pairs[:, 1], 1.0))
+    scale = baseline_ms if baseline_ms is not None else float(np.median(pairs[:, 1])) / 1e6
+    return Metric(ratio.value * scale, ratio.low * scale, ratio.high * scale, ratio.n), ratio
+
+
+def _median(values: NDArray[np.float64]) -> Metric:
+    """The median with its distribution-free 95% interval (order statistics n/2 -+ 0.98 sqrt(n))."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    half = 0.98 * np.sqrt(n)
+    low, high = max(0, int(np.floor(n / 2 - half))), min(n - 1, int(np.ceil(n / 2 + half)))
+    return Metric(float(np.median(ordered)), float(ordered[low]), float(ordered[high]), n)

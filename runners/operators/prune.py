@@ -1,0 +1,92 @@
+"""Channels that can only go together, found and really removed by Torch-Pruning (Fang et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from ...errors import ExportFailed
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
+
+
+@dataclass(frozen=True)
+class GroupMembers:
+    """A dependency group of a live network: who makes its channels, who reads how many of them."""
+
+    group: Any
+    makers: tuple[str, ...]
+    readers: tuple[tuple[str, int], ...]
+    problem: str = ""
+
+
+def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
+    """All groups of a network, the last first; raises `ExportFailed` when the graph cannot be read."""
+    gradients = {p: p.requires_grad for p in model.parameters()}
+    for parameter in gradients:
+        parameter.requires_grad_(True)  # the graph is read off autograd
+    try:
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+        groups = list(graph.get_all_groups(root_module_types=list(_LAYERS)))
+    except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
+        raise ExportFailed(f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}") from error
+    finally:
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+    names = {module: name for name, module in model.named_modules()}
+    return [_members(group, names) for group in groups]
+
+
+def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
+    makers, readers, problem = [], [], ""
+    for dependency, indices in group:
+        module, action = dependency.target.module, dependency.handler.__name__
+        if isinstance(module, nn.Parameter):
+            problem = "a parameter outside any layer depends on them"
+        elif module not in names:
+            continue  # an operation without weights
+        elif not isinstance(module, _MEMBERS):
+            problem = f"{names[module]} ({type(module).__name__}) depends on them"
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.in_channels:
+            problem = f"{names[module]} is a grouped convolution"
+        elif isinstance(module, _LAYERS):
+            depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
+            if action == "prune_out_channels" or depthwise:
+                makers.append(names[module])
+            else:
+                readers.append((names[module], len(set(indices))))
+    return GroupMembers(group, tuple(dict.fromkeys(makers)), tuple(readers), problem)
+
+
+def importance(group: Any) -> Tensor:
+    """How much each channel of a group matters: the L2 norm of all its weights, in and out, averaged over the layers."""
+    found = tp.importance.GroupMagnitudeImportance(p=2)(group)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:
+    """Remove all but the `keep` most important channels of each named group, in place.
+
+    `group_of` says by layer which group makes its output, so that a group has one name whatever blocks were left out.
+    Importance is taken from the weights before any channel is removed; ties keep the earlier channel.
+    """
+    if not keep:
+        return
+    plans = []
+    for members in channel_groups(model, example):
+        name = next((group_of[maker] for maker in members.makers if maker in group_of), None)
+        if name in keep and not members.problem:
+            scores = importance(members.group)
+            drop = len(scores) - keep[name]
+            plans.append((members.group, torch.argsort(scores, stable=True)[:drop].sort().values.tolist()))
+    for group, indices in plans:
+        if indices:
+            # The indices of a group that another one has shifted (a concatenation) are kept up to date by the library.
+            group.prune(indices)

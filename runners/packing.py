@@ -1,0 +1,157 @@
+"""The packed file: a whole ONNX model in as few bytes as its numbers need, restored bit for bit.
+
+`size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the ONNX
+model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`. Integer
+tensors take the width of their largest number (3-bit weights cost 3 bits), any tensor may be stored as a bitmap and
+its nonzero values, whichever is less; floats are kept as they are. Nothing is lost: `unpack(pack(model))` is `model`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ..errors import ArtifactError
+
+FORMAT = "paretorch.packed"
+VERSION = 1
+_SMALLEST = 16  # numbers; a smaller tensor stays in the graph
+_FLOATS: dict[int, type] = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.INT32: np.uint32}
+_CODES = (TensorProto.INT8, TensorProto.INT4)
+
+
+def width(values: NDArray[np.int8]) -> int:
+    """The bits of a two's complement number that hold every value.
+
+    >>> width(np.array([-3, 3], np.int8)), width(np.array([-4, 3], np.int8)), width(np.array([0], np.int8))
+    (3, 3, 1)
+    """
+    if not len(values):
+        return 1
+    low, high = int(values.min()), int(values.max())
+    return max((-1 - low).bit_length() if low < 0 else 0, high.bit_length()) + 1
+
+
+def pack_bits(values: NDArray[Any], bits: int) -> bytes:
+    """Unsigned numbers below `2 ** bits` in a row without gaps, the lowest bit first.
+
+    >>> pack_bits(np.array([1, 2, 3], np.uint8), 3).hex()
+    'd100'
+    """
+    planes = (values[:, None] >> np.arange(bits, dtype=values.dtype)) & 1
+    return np.packbits(planes.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_bits(data: bytes, bits: int, count: int) -> NDArray[np.uint8]:
+    """The reverse of `pack_bits` for widths up to 8."""
+    planes = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little").reshape(count, bits)
+    return (planes << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+
+
+def _encode(values: NDArray[Any], bits: int) -> tuple[str, bytes]:
+    """`dense` or `bitmap` (which numbers are nonzero, then those), whichever is shorter."""
+
+    def body(part: NDArray[Any]) -> bytes:
+        return part.tobytes() if bits > 8 else pack_bits(part, bits)
+
+    nonzero = values != 0
+    bitmap_size = -(-len(values) // 8) + -(-int(nonzero.sum()) * bits // 8)
+    if bitmap_size < -(-len(values) * bits // 8):
+        return "bitmap", pack_bits(nonzero.astype(np.uint8), 1) + body(values[nonzero])
+    return "dense", body(values)
+
+
+def _decode(kind: str, data: bytes, bits: int, count: int, dtype: Any) -> NDArray[Any]:
+    def body(part: bytes, n: int) -> NDArray[Any]:
+        return np.frombuffer(part, dtype, n) if bits > 8 else unpack_bits(part, bits, n)
+
+    if kind == "dense":
+        return body(data, count)
+    head = -(-count // 8)
+    nonzero = unpack_bits(data[:head], 1, count).astype(bool)
+    values = np.zeros(count, dtype)
+    values[nonzero] = body(data[head:], int(nonzero.sum()))
+    return values
+
+
+def pack(model: onnx.ModelProto) -> bytes:
+    """The packed file of a model. Equal models give equal bytes."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(model)
+    index: list[list[Any]] = []
+    parts: list[bytes] = []
+    for tensor in skeleton.graph.initializer:
+        count = int(np.prod(tensor.dims))
+        if count < _SMALLEST:
+            continue
+        if tensor.data_type in _CODES:
+            signed = numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
+            bits = width(signed)
+            kind, data = _encode(signed.view(np.uint8) & np.uint8(2**bits - 1), bits)
+        elif tensor.data_type in _FLOATS:
+            raw = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(_FLOATS[tensor.data_type])
+            bits = raw.dtype.itemsize * 8
+            kind, data = _encode(raw, bits)
+        else:
+            continue
+        for field in ("raw_data", "float_data", "int32_data"):
+            tensor.ClearField(field)
+        index.append([tensor.name, kind, bits, len(data)])
+        parts.append(data)
+    payload = b"".join(parts)
+    tensors = {
+        "graph": np.frombuffer(zlib.compress(skeleton.SerializeToString(deterministic=True), 9), np.uint8),
+        "index": np.frombuffer(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9), np.uint8),
+        "payload": np.frombuffer(payload, np.uint8),
+    }
+    digest = hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
+    return save(tensors, {"format": FORMAT, "version": str(VERSION), "sha256": digest})
+
+
+def unpack(data: bytes) -> onnx.ModelProto:
+    """The model of a packed file; raises `ArtifactError` for anything that `pack` did not write."""
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        kind, version, digest = header["format"], int(header["version"]), header["sha256"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"not a packed model: {error}") from error
+    if kind != FORMAT or version > VERSION:
+        raise ArtifactError(f"a file of format {kind!r} version {version}; this paretorch reads {FORMAT!r} up to version {VERSION}")
+    if set(tensors) != {"graph", "index", "payload"}:
+        raise ArtifactError(f"not a packed model: it holds {', '.join(sorted(tensors))}")
+    if hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest() != digest:
+        raise ArtifactError("the packed model is corrupted: its contents do not match its SHA-256")
+    model = onnx.ModelProto()
+    model.ParseFromString(zlib.decompress(tensors["graph"].tobytes()))
+    payload, offset = tensors["payload"].tobytes(), 0
+    by_name = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, kind, bits, size in json.loads(zlib.decompress(tensors["index"].tobytes())):
+        tensor = by_name[name]
+        count = int(np.prod(tensor.dims))
+        part = payload[offset : offset + size]
+        offset += size
+        if tensor.data_type in _CODES:
+            raw = _decode(kind, part, bits, count, np.uint8).astype(np.int16)
+            signed = np.where(raw >= 2 ** (bits - 1), raw - 2**bits, raw).astype(np.int8)
+            tensor.raw_data = codes_to_raw(signed, tensor.data_type)
+        else:
+            tensor.raw_data = _decode(kind, part, bits, count, _FLOATS[tensor.data_type]).tobytes()
+    return model
+
+
+def codes_to_raw(values: NDArray[np.int8], data_type: int) -> bytes:
+    """The bytes of an INT8 or INT4 ONNX tensor (two INT4 numbers in a byte, the first in the low half)."""
+    if data_type == TensorProto.INT8:
+        return values.astype(np.int8).tobytes()
+    return pack_bits(values.view(np.uint8) & np.uint8(15), 4)

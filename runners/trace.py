@@ -1,0 +1,273 @@
+"""Looks at a live network and writes down its `Structure`: layers, dependency groups, blocks, and what is refused.
+
+Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
+dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
+after all of them were really pruned in a copy that still gives outputs of the same shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportFailed, TaskError, TrialError
+from ..spaces.structure import Group, Layer, Structure, kept_channels
+from .operators.fold import fold_batchnorms
+from .operators.prune import channel_groups, prune_channels
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (*BATCHNORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises `TaskError` that names the first parameter or buffer with a NaN or an infinity."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise TaskError(f"the network's {name} holds NaN or infinity in {bad} of {tensor.numel()} numbers; "
+                            "check the checkpoint that your model function loads")  # fmt: skip
+
+
+def trace(model: nn.Module, example: Tensor) -> Structure:
+    """The structure of a network in evaluation mode, from a batch of real inputs `[n >= 2, ...]`.
+
+    More inputs make the order of `blocks` (least important first) more reliable; 64 are plenty. Raises `TaskError`
+    when the network does not run on the inputs, gives something else than one tensor, or holds non-finite weights.
+    """
+    check_weights(model)
+    model = copy.deepcopy(model).eval()
+    calls, output = _run(model, example)
+    names = {module: name for name, module in model.named_modules()}
+    tied = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+    layers: list[Layer] = []
+    refused: list[tuple[str, str]] = []
+    for module, (x, y) in calls.items():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            layers.append(_layer(names[module], module, y, len(x)))
+    counts = _counts(model, example)
+    kept = []
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        if counts[module] > 1:
+            refused.append((layer.name, f"is used {counts[module]} times in one forward pass"))
+        elif tied[id(module.weight)] > 1:
+            refused.append((layer.name, "shares its weights with another module"))
+        else:
+            kept.append(layer)
+    if not kept:
+        raise TaskError(
+            "the network has no layer that can be compressed: none of its modules is a convolution (1d, 2d) or a linear layer "
+            "that runs once per forward pass" + "".join(f"\n  {name}: {reason}" for name, reason in refused[:10])
+        )
+    refused += _refused(model, calls, names)
+    folds = _folds(model, example, output, names)
+    folded = dict(folds)
+    kept = [replace(layer, bias=layer.bias or layer.name in folded) for layer in kept]
+
+    structure = Structure(tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:]))
+    return _with_groups(model, example, output, structure)
+
+
+def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    """The first call of each module that maps one tensor to one tensor, in order of execution, and the output."""
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if module not in calls and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+            calls[module] = (args[0], result)
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:  # whatever the user's network raises on the user's own inputs
+        raise TaskError(f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
+                        f"{type(error).__name__}: {error}") from error  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != len(example):
+        kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise TaskError(f"the network must return one tensor with a row per input; for {len(example)} inputs it returned {kind}")
+    if not bool(output.isfinite().all()):
+        raise TaskError("the network returns NaN or infinity for its own validation inputs")
+    return calls, output
+
+
+def _counts(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
+    counts: Counter[nn.Module] = Counter()
+    hooks = [m.register_forward_hook(lambda m, a, r: counts.update([m])) for m in model.modules()]
+    with torch.no_grad():
+        model(example[:2])
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def _layer(name: str, module: nn.Module, output: Tensor, batch: int) -> Layer:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.Linear):
+        kind, positions = "linear", output.numel() // batch // module.out_features
+    else:
+        assert isinstance(module, CONVOLUTIONS)
+        positions = output.numel() // batch // module.out_channels
+        if module.groups == 1:
+            kind = "conv"
+        else:
+            kind = "depthwise" if module.groups == module.in_channels else "grouped"
+    return Layer(name, kind, tuple(weight.shape), weight.numel() * positions, bias=module.bias is not None)
+
+
+def _refused(
+    model: nn.Module, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
+) -> list[tuple[str, str]]:
+    """What carries parameters and is left as it is, each with the reason."""
+    found = []
+    for module, name in names.items():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        if not own or isinstance(module, _NORMS):
+            continue
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            if module not in calls:
+                found.append((name, "is not called as a module in the forward pass"))
+        elif list(module.children()) or type(module).__module__.partition(".")[0] != "torch":
+            found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
+        else:
+            found.append((name, f"{type(module).__name__} is not supported; supported: Conv1d, Conv2d, Linear"))
+    return found
+
+
+def _folds(
+    model: nn.Module, example: Tensor, output: Tensor, names: dict[nn.Module, str]
+) -> tuple[tuple[str, str], ...]:
+    """`(layer, batchnorm)` pairs in which the BatchNorm reads just the layer's output."""
+    made: dict[int, nn.Module] = {}
+    alive: list[Tensor] = []  # an id is only unique among living objects
+    pairs: dict[str, str] = {}
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+        made[id(result)] = module
+        alive.append(result)
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and id(args[0]) in made:
+            pairs[names[made[id(args[0])]]] = names[module]
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            hooks.append(module.register_forward_hook(after))
+        elif isinstance(module, BATCHNORMS):
+            hooks.append(module.register_forward_pre_hook(before))
+    with torch.no_grad():
+        model(example[:2])
+    for hook in hooks:
+        hook.remove()
+
+    def same(candidates: list[tuple[str, str]]) -> bool:
+        other = copy.deepcopy(model)
+        fold_batchnorms(other, candidates)
+        with torch.no_grad():
+            return torch.allclose(other(example[:2]), output[:2], rtol=1e-3, atol=1e-4 * float(output.abs().max()))
+
+    found = list(pairs.items())
+    # The layer's output may have a second reader, which hooks cannot see; folding would then change the network.
+    return tuple(found if same(found) else [pair for pair in found if same([pair])])
+
+
+def _blocks(
+    model: nn.Module, example: Tensor, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
+) -> tuple[str, ...]:
+    """Blocks that may be left out: of a class of their own, in a sequence, from a shape to the same shape."""
+    change: dict[str, float] = {}
+    for module, (x, y) in calls.items():
+        name = names[module]
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        own_class = not isinstance(module, nn.Sequential) and list(module.children())
+        if own_class and isinstance(parent, (nn.Sequential, nn.ModuleList)) and x.shape == y.shape:
+            change[name] = float((y - x).norm() / x.norm().clamp_min(1e-12))
+    outermost = [n for n in change if not any(n.startswith(f"{other}.") for other in change)]
+
+    def removable(name: str) -> bool:
+        other = copy.deepcopy(model)
+        other.set_submodule(name, nn.Identity())
+        with torch.no_grad():
+            result = other(example[:2])
+        return isinstance(result, Tensor) and bool(result.isfinite().all())
+
+    return tuple(sorted((name for name in outermost if removable(name)), key=lambda name: change[name]))
+
+
+def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> Structure:
+    """The structure with the dependency groups that can really be narrowed."""
+    order = {layer.name: position for position, layer in enumerate(structure.layers)}
+    try:
+        found = channel_groups(model, example[:2])
+    except TrialError as error:
+        return replace(structure, refused=(*structure.refused, ("(channels)", str(error))))
+    refused = list(structure.refused)
+    groups: list[Group] = []
+    made: dict[str, str] = {}
+    read: dict[str, list[tuple[str, int]]] = {}
+    for members in found:
+        makers = [name for name in members.makers if name in order]
+        if len(makers) < len(members.makers) or not makers:
+            continue  # a member that is refused itself
+        if structure.layers[-1].name in makers:
+            refused.append((f"channels of {structure.layers[-1].name}", "they are the network's outputs"))
+            continue
+        name = min(makers, key=order.__getitem__)
+        channels = structure.layer(name).weight_shape[0]
+        round_to = 8 if channels >= 32 else 4 if channels >= 16 else 1
+        if members.problem:
+            refused.append((f"channels of {name}", members.problem))
+            continue
+        groups.append(Group(name, channels, round_to))
+        made.update(dict.fromkeys(makers, name))
+        for reader, count in members.readers:
+            read.setdefault(reader, []).append((name, count))
+
+    def attempt(chosen: list[Group]) -> bool:
+        try:
+            other = copy.deepcopy(model)
+            keep = {g.name: kept_channels(g.channels, 0.0, g.round_to) for g in chosen}
+            prune_channels(other, keep, made, example[:2])
+            with torch.no_grad():
+                return bool(other(example[:2]).shape == output[:2].shape)
+        except (ExportFailed, RuntimeError, ValueError, IndexError, AssertionError):
+            # What a network raises after surgery that it does not survive; the answer is the finding.
+            return False
+
+    def sound(chosen: list[Group]) -> list[Group]:
+        """Those of the groups that can be narrowed, found by halving: a culprit is rare and an attempt is dear."""
+        if not chosen or attempt(chosen):
+            return chosen
+        if len(chosen) == 1:
+            refused.append((f"channels of {chosen[0].name}", "the network changes its output's shape or no longer runs without them"))
+            return []
+        half = len(chosen) // 2
+        return sound(chosen[:half]) + sound(chosen[half:])
+
+    groups = sound(groups)
+    if not attempt(groups):
+        refused.append(("(channels)", "the groups can be narrowed in parts but not together"))
+        groups = []
+    names = {group.name for group in groups}
+    layers = tuple(
+        replace(
+            layer,
+            output=made.get(layer.name) if made.get(layer.name) in names else None,
+            inputs=tuple((group, n) for group, n in read.get(layer.name, ()) if group in names),
+        )
+        for layer in structure.layers
+    )
+    ordered = sorted(groups, key=lambda group: order[group.name])
+    return replace(structure, layers=layers, groups=tuple(ordered), refused=tuple(refused))
