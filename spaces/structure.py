@@ -78,10 +78,12 @@ def inside(name: str, blocks: tuple[str, ...]) -> bool:
 
 
 def kept_channels(channels: int, share: float, round_to: int) -> int:
-    """How many of `channels` stay when the share `share` is asked for: a multiple of `round_to`, never zero.
+    """How many of `channels` stay when the share `share` is asked for: all, or a multiple of `round_to`, never zero.
 
     >>> kept_channels(64, 0.5, 8), kept_channels(16, 0.1, 8), kept_channels(10, 0.5, 1)
     (32, 8, 5)
     """
+    if share >= 1:
+        return channels  # 36 is no multiple of 8, and a network that is not narrowed keeps all 36
     kept = round_to * max(1, round(channels * share / round_to))
     return min(channels, kept)

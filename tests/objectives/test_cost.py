@@ -1,0 +1,136 @@
+"""Costs by arithmetic against what real modules compute and real packing takes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, shapes, size_bytes, weight_bytes
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.structure import Group, Layer, Structure
+
+WIDTHS = {"a": 8, "b": 12, "c": 6}
+
+
+def network(a=8, b=12, c=6):
+    """Three convolutions, one of them read by a depthwise one, and a linear layer over flattened maps of 4 x 4."""
+    return nn.Sequential(
+        nn.Conv2d(3, a, 3, padding=1, bias=False),
+        nn.Conv2d(a, a, 3, padding=1, groups=a),
+        nn.Conv2d(a, b, 3, stride=2, padding=1),
+        nn.Conv2d(b, c, 1),
+        nn.Flatten(),
+        nn.Linear(c * 4 * 4, 5),
+    )
+
+
+def count(model, size=8):
+    """Multiply-adds of each layer, counted by hooks: each output is a sum over the weights of its channel."""
+    found = {}
+
+    def hook(name):
+        return lambda module, args, out: found.__setitem__(name, out[0].numel() * module.weight[0].numel())
+
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "weight")}
+    for name, module in layers.items():
+        module.register_forward_hook(hook(name))
+    model(torch.zeros(1, 3, size, size))
+    return found, layers
+
+
+def structure_of(model):
+    costs, layers = count(model)
+    output = {"0": "a", "1": "a", "2": "b", "3": "c"}
+    inputs = {"1": (("a", 8),), "2": (("a", 8),), "3": (("b", 12),), "5": (("c", 96),)}
+    kinds = {"1": "depthwise", "5": "linear"}
+    made = tuple(
+        Layer(name, kinds.get(name, "conv"), tuple(m.weight.shape), costs[name], m.bias is not None, output.get(name), inputs.get(name, ()))
+        for name, m in layers.items()
+    )  # fmt: skip
+    return Structure(made, tuple(Group(name, width, 1) for name, width in WIDTHS.items()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 6))
+def test_a_pruned_network_costs_what_a_real_one_of_its_widths_does(a, b, c):
+    structure = structure_of(network())
+    kept = {"a": a, "b": b, "c": c}
+    recipe = Recipe(tuple(Prune(name, keep) for name, keep in kept.items() if keep < WIDTHS[name]))
+    costs, layers = count(network(**kept))
+    assert macs(structure, recipe) == sum(costs.values())
+    assert shapes(structure, recipe) == {name: tuple(m.weight.shape[:2]) for name, m in layers.items()}
+    assert layer_bytes(structure, recipe) == sum(4 * p.numel() for m in layers.values() for p in m.parameters())
+
+
+def test_a_concatenation_loses_channels_of_both_groups():
+    layers = (
+        Layer("x", "conv", (8, 3, 1, 1), 24, output="x"),
+        Layer("y", "conv", (4, 3, 1, 1), 12, output="y"),
+        Layer("cat", "conv", (2, 15, 1, 1), 30, inputs=(("x", 8), ("y", 4))),
+    )
+    structure = Structure(layers, (Group("x", 8, 1), Group("y", 4, 1)))
+    recipe = Recipe((Prune("x", 5), Prune("y", 1)))
+    assert shapes(structure, recipe) == {"x": (5, 3), "y": (1, 3), "cat": (2, 15 - 3 - 3)}
+    assert macs(structure, recipe) == 15 + 3 + 18
+
+
+def test_a_depthwise_layer_may_make_several_channels_from_each():
+    layers = (
+        Layer("x", "conv", (8, 3, 1, 1), 24, output="x"),
+        Layer("dw", "depthwise", (16, 1, 3, 3), 144, output="x", inputs=(("x", 8),)),
+        Layer("fc", "linear", (10, 16), 160, inputs=(("x", 16),)),
+    )
+    structure = Structure(layers, (Group("x", 8, 1),))
+    assert shapes(structure, Recipe((Prune("x", 4),))) == {"x": (4, 3), "dw": (8, 1), "fc": (10, 8)}
+
+
+def test_a_dropped_block_costs_nothing():
+    layers = tuple(Layer(name, "conv", (4, 4, 1, 1), 16) for name in ("stem", "block.1.conv", "block.10.conv"))
+    structure = Structure(layers, blocks=("block.1",))
+    recipe = Recipe((Student(("block.1",)),))
+    assert list(shapes(structure, recipe)) == ["stem", "block.10.conv"]
+    assert macs(structure, recipe) == 32
+    assert layer_bytes(structure, recipe) == 2 * (4 * 16 + 4 * 4)
+
+
+def packed(values, bits):
+    """Bits in a row, filled up to a byte at the end."""
+    flat = (np.asarray(values, dtype=np.uint64)[:, None] >> np.arange(bits, dtype=np.uint64)) & 1
+    return len(np.packbits(flat.astype(np.uint8).reshape(-1)).tobytes())
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 3000), st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16, 32)), st.floats(0, 0.99))
+def test_weight_bytes_is_what_packing_takes(params, bits, sparsity):
+    mask = np.ones(params, dtype=int)
+    mask[: round(params * sparsity)] = 0
+    dense = packed(mask, bits)
+    bitmap = packed(mask, 1) + packed(mask[mask > 0], bits)
+    assert weight_bytes(params, bits, sparsity) == min(dense, bitmap)
+
+
+@given(st.integers(1, 5000), st.integers(2, 8), st.floats(0, 0.99), st.floats(0, 0.99))
+def test_weight_bytes_falls_with_bits_and_zeros(params, bits, one, two):
+    low, high = sorted((one, two))
+    assert weight_bytes(params, bits, high) <= weight_bytes(params, bits, low)
+    assert weight_bytes(params, bits, low) <= weight_bytes(params, bits + 1, low)
+
+
+@pytest.mark.parametrize(("bits", "scales"), [(3, 4 * 5), (8, 4 * 5), (16, 0)])
+def test_scales_and_biases_are_counted(bits, scales):
+    structure = Structure((Layer("fc", "linear", (5, 7), 35),))
+    bare = Structure((Layer("fc", "linear", (5, 7), 35, bias=False),))
+    recipe = Recipe((Quantize("fc", bits),))
+    weights = -(-35 * bits // 8)
+    assert layer_bytes(structure, recipe) == weights + scales + 4 * 5
+    assert layer_bytes(bare, recipe) == weights + scales
+
+
+def test_the_overhead_of_the_file_depends_on_how_layers_are_run():
+    structure = Structure(tuple(Layer(name, "linear", (4, 4), 16) for name in "abc"))
+    overhead = FileOverhead(base=1000, per_weight_only=10, per_quantized=100)
+    recipe = Recipe((Quantize("a", 8, 8), Quantize("b", 4), Sparsify("c", 0.5), Recover("batchnorm")))
+    assert size_bytes(structure, Recipe(), overhead) == layer_bytes(structure, Recipe()) + 1000
+    assert size_bytes(structure, recipe, overhead) == layer_bytes(structure, recipe) + 1110

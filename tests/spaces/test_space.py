@@ -1,0 +1,364 @@
+"""Rules become axes, picks become one canonical recipe, and a recipe finds its picks again."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from paretorch.errors import ConfigError
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
+from paretorch.spaces.structure import Group, Layer, Structure, inside, kept_channels
+
+
+def residual(blocks=2, channels=16, round_to=4, *, grouped=True, droppable=None, depthwise=False, folds=True):
+    """A stem, residual blocks of two convolutions (perhaps a depthwise one between) and a linear layer."""
+    layers = [Layer("stem", "conv", (channels, 3, 3, 3), 27 * channels * 64, True, "stem")]
+    groups = [Group("stem", channels, round_to)]
+    for number in range(blocks):
+        one, two, deep = f"blocks.{number}.conv1", f"blocks.{number}.conv2", f"blocks.{number}.dw"
+        square = (channels, channels, 3, 3)
+        cost = 9 * channels * channels * 64
+        layers.append(Layer(one, "conv", square, cost, True, one, (("stem", channels),)))
+        if depthwise:
+            layers.append(
+                Layer(deep, "depthwise", (channels, 1, 3, 3), 9 * channels * 64, True, one, ((one, channels),))
+            )
+        layers.append(Layer(two, "conv", square, cost, True, "stem", ((one, channels),)))
+        groups.append(Group(one, channels, round_to))
+    layers.append(Layer("fc", "linear", (10, channels), 10 * channels, True, None, (("stem", channels),)))
+    if not grouped:
+        layers = [Layer(x.name, x.kind, x.weight_shape, x.macs) for x in layers]
+        groups = []
+    names = tuple(f"blocks.{number}" for number in range(blocks))
+    pairs = tuple((layer.name, f"{layer.name}_bn") for layer in layers[:-1]) if folds else ()
+    return Structure(tuple(layers), tuple(groups), names if droppable is None else droppable, (), pairs, (3, 8, 8))
+
+
+@st.composite
+def structures(draw):
+    blocks = draw(st.integers(0, 3))
+    order = draw(st.permutations([f"blocks.{number}" for number in range(blocks)]))
+    return residual(
+        blocks,
+        draw(st.sampled_from((1, 3, 8, 10, 16, 36, 64))),
+        draw(st.sampled_from((1, 4, 8))),
+        grouped=draw(st.booleans()),
+        droppable=tuple(order[: draw(st.integers(0, blocks))]),
+        depthwise=draw(st.booleans()),
+        folds=draw(st.booleans()),
+    )
+
+
+def some(values):
+    return st.lists(st.sampled_from(values), min_size=1, max_size=4, unique=True).map(tuple)
+
+
+@st.composite
+def spaces(draw, structure):
+    layers = [layer.name for layer in structure.layers]
+
+    def rules(choices, names):
+        patterns = ["*", "first", "last", "conv", "depthwise", "linear", "blocks.*", "*.conv1", *names]
+        useful = [p for p in patterns if any(matches(p, name, structure) for name in names)]
+        return tuple(
+            Rule(draw(some(choices)), draw(some(useful)), draw(st.booleans()))
+            for _ in range(draw(st.integers(0, 3)) if useful else 0)
+        )
+
+    return Space(
+        weight_bits=rules((2, 3, 4, 6, 8, 16, 32), layers),
+        activation_bits=rules((8, 32), layers),
+        sparsity=rules((0.0, 0.3, 0.5, 0.9), layers),
+        channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
+        width=draw(some((1.0, 0.75, 0.5, 0.1))),
+        depth=draw(some((0, 1, 2, 3))),
+        recovery=draw(some((None, Recover("batchnorm"), Recover("finetune", 1), Recover("finetune", 0.5)))),
+    )
+
+
+@st.composite
+def picked(draw):
+    structure = draw(structures())
+    space = draw(spaces(structure))
+    picks = {axis.name: draw(st.integers(0, len(axis.choices) - 1)) for axis in space.axes(structure)}
+    return structure, space, picks
+
+
+@settings(deadline=None, max_examples=200)
+@given(picked())
+def test_encode_finds_picks_that_lead_to_the_same_recipe(case):
+    structure, space, picks = case
+    recipe = space.recipe(structure, picks)
+    found = space.encode(structure, recipe)
+    assert found is not None
+    assert set(found) == set(picks)
+    assert space.recipe(structure, found) == recipe
+
+
+@settings(deadline=None, max_examples=100)
+@given(picked())
+def test_axis_names_are_unique_and_no_target_has_two(case):
+    structure, space, _ = case
+    axes = space.axes(structure)
+    assert len({axis.name for axis in axes}) == len(axes)
+    per_target = [
+        (axis.kind, target) for axis in axes if axis.kind not in ("width", "depth") for target in axis.targets
+    ]
+    assert len(set(per_target)) == len(per_target)
+    assert all(axis.choices for axis in axes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(picked())
+def test_the_last_rule_that_selects_a_layer_wins(case):
+    """Said the slow way: the choices of a layer are those of the last rule with a pattern for it."""
+    structure, space, _ = case
+    found = {(axis.kind, target): axis.choices for axis in space.axes(structure) for target in axis.targets}
+    for kind, names in (
+        ("weight_bits", [layer.name for layer in structure.layers]),
+        ("sparsity", [layer.name for layer in structure.layers]),
+        ("channels", [group.name for group in structure.groups]),
+    ):
+        for name in names:
+            owners = [r for r in getattr(space, kind) if any(matches(p, name, structure) for p in r.layers)]
+            assert found.get((kind, name)) == (owners[-1].choices if owners else None)
+
+
+@settings(deadline=None, max_examples=150)
+@given(picked())
+def test_a_recipe_fits_its_network(case):
+    """No step for what a dropped block held, no channels kept that are not there, no step that changes nothing."""
+    structure, space, picks = case
+    recipe = space.recipe(structure, picks)
+    dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
+    depth = next(axis for axis in space.axes(structure) if axis.name == "depth")
+    assert set(dropped) == set(structure.blocks[: depth.choices[picks["depth"]]])
+    for step in (*recipe.of(Quantize), *recipe.of(Sparsify)):
+        assert structure.layer(step.layer)
+        assert not inside(step.layer, dropped)
+    for step in recipe.of(Prune):
+        group = structure.group(step.group)
+        assert not inside(step.group, dropped)
+        assert 1 <= step.keep < group.channels
+        assert step.keep % group.round_to == 0
+    if not any(recipe.of(kind) for kind in (Student, Prune, Sparsify, Quantize)):
+        assert recipe == Recipe(), "an untouched network has nothing to recover from"
+
+
+@settings(deadline=None, max_examples=100)
+@given(picked())
+def test_each_choice_arrives_at_each_target(case):
+    """The recipe, read back layer by layer, is what was picked."""
+    structure, space, picks = case
+    recipe = space.recipe(structure, picks)
+    chosen = {
+        (axis.kind, target): axis.choices[picks[axis.name]] for axis in space.axes(structure) for target in axis.targets
+    }
+    depth = next(axis for axis in space.axes(structure) if axis.name == "depth")
+    drop = structure.blocks[: depth.choices[picks["depth"]]]
+    quantized = {step.layer: step for step in recipe.of(Quantize)}
+    sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    kept = {step.group: step.keep for step in recipe.of(Prune)}
+    for layer in structure.layers:
+        if inside(layer.name, drop):
+            continue
+        bits = chosen.get(("weight_bits", layer.name), 32)
+        assert sparse.get(layer.name, 0.0) == chosen.get(("sparsity", layer.name), 0.0)
+        assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
+        if bits <= 8:
+            assert quantized[layer.name].activation_bits == chosen.get(("activation_bits", layer.name), 32)
+    for group in structure.groups:
+        if not inside(group.name, drop):
+            width = chosen[("width", group.name)]
+            share = width * (1 - chosen.get(("channels", group.name), 0.0))
+            assert kept.get(group.name, group.channels) == kept_channels(group.channels, share, group.round_to)
+
+
+@settings(deadline=None, max_examples=50)
+@given(structures(), st.integers(0, 2_000_000), st.data())
+def test_the_default_space_holds_the_untouched_network(structure, images, data):
+    space = default_space(structure, images)
+    axes = space.axes(structure)
+    picks = {axis.name: data.draw(st.integers(0, len(axis.choices) - 1)) for axis in axes}
+    recipe = space.recipe(structure, picks)
+    assert space.recipe(structure, space.encode(structure, recipe)) == recipe
+    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
+    assert bits.get("stem", 8) >= 6
+    assert bits.get("fc", 8) >= 6
+    assert (Recover("batchnorm") in space.recovery) == bool(structure.folds)
+    assert any(r is not None and r.method == "finetune" for r in space.recovery) == (images > 0)
+    assert all(r.epochs * images <= 20_000 * 1.05 for r in space.recovery if r is not None)
+
+
+@settings(deadline=None, max_examples=50)
+@given(structures())
+def test_anchors_are_distinct_and_begin_untouched(structure):
+    found = anchors(default_space(structure), structure)
+    assert found[0] == ("untouched", Recipe())
+    names = [name for name, _ in found]
+    order = ["untouched", "fp16", "uniform 8-bit", "uniform 6-bit", "uniform 4-bit", "uniform 50% sparse"]
+    order += ["uniform 25% pruning", "width 0.5"]
+    assert names == [name for name in order if name in names], "a duplicate must not change the order"
+    assert len({recipe.key for _, recipe in found}) == len(found)
+    recipes = dict(found)
+    for bits in (8, 6, 4):
+        steps = recipes[f"uniform {bits}-bit"].of(Quantize)
+        assert [step.layer for step in steps] == sorted(layer.name for layer in structure.layers)
+        assert {(step.weight_bits, step.activation_bits) for step in steps} == {(bits, 8)}
+    assert all(
+        recipe.of(Recover) == [Recover("batchnorm")]
+        for name, recipe in found
+        if structure.folds and name not in ("untouched", "fp16")
+    )
+    for name, share in (("uniform 25% pruning", 0.75), ("width 0.5", 0.5)):
+        for step in recipes.get(name, Recipe()).of(Prune):
+            group = structure.group(step.group)
+            assert step.keep == kept_channels(group.channels, share, group.round_to)
+
+
+def test_anchors_follow_the_activations_of_the_space():
+    structure = residual()
+    for space, bits in (
+        (Space(), 32),
+        (Space(activation_bits=(Rule((32,)),)), 32),
+        (Space(activation_bits=(Rule((8, 32)),)), 8),
+    ):
+        steps = dict(anchors(space, structure))["uniform 8-bit"].of(Quantize)
+        assert {step.activation_bits for step in steps} == {bits}
+
+
+def test_share_makes_one_choice_for_all():
+    structure = residual(2)
+    space = Space(weight_bits=(Rule((4, 8), share=True), Rule((6,), ("first", "last"))))
+    axes = [axis for axis in space.axes(structure) if axis.kind == "weight_bits"]
+    assert [axis.name for axis in axes] == ["weight_bits/all", "weight_bits/stem", "weight_bits/fc"]
+    recipe = space.recipe(structure, {"weight_bits/all": 1})
+    assert {s.layer: s.weight_bits for s in recipe.of(Quantize)} == {
+        "stem": 6, "fc": 6, **{f"blocks.{b}.conv{c}": 8 for b in (0, 1) for c in (1, 2)},
+    }  # fmt: skip
+
+
+def test_a_layer_named_like_a_shared_rule_keeps_its_own_axis():
+    """Two axes of one name would be one entry in the picks, and one of the choices would be lost."""
+    structure = Structure(tuple(Layer(name, "conv", (8, 8, 1, 1), 64) for name in ("conv", "other", "all")))
+    space = Space(weight_bits=(Rule((2, 4), ("conv",), share=True), Rule((6, 8), ("co*",))))
+    names = [axis.name for axis in space.axes(structure) if axis.kind == "weight_bits"]
+    assert names == ["weight_bits/conv (shared)", "weight_bits/conv"]
+    space = Space(weight_bits=(Rule((2, 4), share=True), Rule((6, 8), ("all",))))
+    names = [axis.name for axis in space.axes(structure) if axis.kind == "weight_bits"]
+    assert names == ["weight_bits/all (shared)", "weight_bits/all"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "selected"),
+    [
+        ("first", {"stem"}),
+        ("last", {"fc"}),
+        ("linear", {"fc"}),
+        ("depthwise", {"blocks.0.dw"}),
+        ("conv", {"stem", "blocks.0.conv1", "blocks.0.conv2"}),
+        ("grouped", set()),
+        ("blocks.*", {"blocks.0.conv1", "blocks.0.conv2", "blocks.0.dw"}),
+        ("blocks.0.conv[12]", {"blocks.0.conv1", "blocks.0.conv2"}),
+        ("blocks", set()),
+        ("STEM", set()),
+    ],
+)
+def test_patterns(pattern, selected):
+    structure = residual(1, depthwise=True)
+    assert {layer.name for layer in structure.layers if matches(pattern, layer.name, structure)} == selected
+
+
+@given(st.text("abc.*?[]01", max_size=6), st.sampled_from(("a.0", "abc", "b.1.c")))
+def test_any_other_pattern_is_a_glob(pattern, name):
+    assert matches(pattern, name, residual(0)) == fnmatchcase(name, pattern)
+
+
+def test_one_pattern_may_stand_without_a_tuple():
+    """`("fc")` is a text in Python; its characters are no patterns."""
+    assert Rule((4, 8), "fc") == Rule((4, 8), ("fc",))
+    assert Rule([4, 8], ["fc"]) == Rule((4, 8), ("fc",))
+    hash(Rule([4, 8], ["fc"]))
+
+
+def test_an_unknown_pattern_names_value_and_choices():
+    space = Space(weight_bits=(Rule((4, 8)), Rule((8,), ("blocks.0.conv3",))))
+    with pytest.raises(ConfigError) as caught:
+        space.axes(residual())
+    (problem,) = caught.value.problems
+    assert problem.startswith("weight_bits.1.layers: pattern 'blocks.0.conv3' selects no layer")
+    assert "blocks.0.conv1" in problem
+    assert "first, last" in problem
+    assert "depthwise" in problem
+
+
+def test_all_problems_come_at_once():
+    space = Space(
+        weight_bits=(Rule((4, 9, "8")), Rule((8,), ("nothing", "fc", "nowhere"))),
+        activation_bits=(Rule((16,)),),
+        sparsity=(Rule((0.5, 1.0)), Rule(())),
+        channels=(Rule((-0.1,), ("fc",)),),
+        width=(0.0, 1.0),
+        depth=(0, -1, 0.5),
+        recovery=(Recover("pray"),),
+    )
+    with pytest.raises(ConfigError) as caught:
+        space.axes(residual())
+    keys = sorted(
+        problem.split(":")[0] + ":" + problem.split(":")[1].split(";")[0] for problem in caught.value.problems
+    )
+    expected = [
+        "weight_bits.0.choices: 9 is not possible", "weight_bits.0.choices: '8' is not possible",
+        "weight_bits.1.layers: pattern 'nothing' selects no layer", "weight_bits.1.layers: pattern 'nowhere' selects no layer",
+        "activation_bits.0.choices: 16 is not possible", "sparsity.0.choices: 1.0 is not possible",
+        "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
+        "channels.0.layers: pattern 'fc' selects no group", "width: 0.0 is not possible",
+        "depth: -1 is not possible", "depth: 0.5 is not possible", "recover: method 'pray', epochs 0.0",
+    ]  # fmt: skip
+    assert keys == sorted(expected)
+
+
+@pytest.mark.parametrize("field", ["width", "depth", "recovery"])
+def test_no_choice_at_all_is_refused(field):
+    with pytest.raises(ConfigError, match=f"{field}: no choice"):
+        Space(**{field: ()}).axes(residual())
+
+
+def test_the_first_choice_is_taken_where_nothing_is_picked():
+    space = Space(weight_bits=(Rule((4, 8), ("fc",)),), depth=(1, 0), recovery=(Recover("batchnorm"), None))
+    expected = Recipe((Student(("blocks.0",)), Quantize("fc", 4), Recover("batchnorm")))
+    assert space.recipe(residual(), {}) == expected
+
+
+@pytest.mark.parametrize("channels", [10, 18, 36])
+def test_full_width_narrows_nothing(channels):
+    """Where the channels are no multiple of what they are rounded to, too."""
+    structure = residual(1, channels, 8)
+    assert Space(width=(1.0, 0.5), channels=(Rule((0.0, 0.5)),)).recipe(structure, {}) == Recipe()
+
+
+def test_blocks_go_least_important_first():
+    structure = residual(3, droppable=("blocks.2", "blocks.0"))
+    space = Space(depth=(0, 1, 2))
+    drops = [space.recipe(structure, {"depth": depth}).of(Student) for depth in range(3)]
+    assert drops == [[], [Student(("blocks.2",))], [Student(("blocks.0", "blocks.2"))]]
+
+
+def test_a_network_without_groups_or_blocks_has_no_axis_for_them():
+    structure = residual(0, grouped=False)
+    axes = default_space(structure).axes(structure)
+    assert not [axis for axis in axes if axis.kind in ("width", "channels")]
+    assert [axis.choices for axis in axes if axis.kind == "depth"] == [(0,)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(picked(), st.sampled_from((5, 7)))
+def test_what_the_space_does_not_hold_has_no_picks(case, bits):
+    structure, space, picks = case
+    recipe = space.recipe(structure, picks)
+    layer = structure.layers[-1].name
+    assume(not any(step.layer == layer for step in recipe.of(Quantize)))
+    assert space.encode(structure, Recipe((*recipe.steps, Quantize(layer, bits)))) is None
+    assert space.encode(structure, Recipe((Student(("nowhere",)),))) is None
