@@ -7,6 +7,7 @@ import difflib
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,9 @@ def _read(path: Path) -> Any:
                 "another format: save it again with safetensors.torch.save_file(model.state_dict(), ...)"
             ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the errors below say what to do
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
         if found or "Unsupported" in str(error):
