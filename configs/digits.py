@@ -46,17 +46,17 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.block1 = Block(16)
+        self.layer1 = nn.Sequential(Block(16))  # a block in a sequence can be left out by the search
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(32)
-        self.block2 = Block(32)
+        self.layer2 = nn.Sequential(Block(32))
         self.conv3 = nn.Conv2d(32, 80, 3, stride=2, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(80)
         self.fc = nn.Linear(80, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block1(F.relu(self.bn1(self.conv1(x))))
-        x = self.block2(F.relu(self.bn2(self.conv2(x))))
+        x = self.layer1(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer2(F.relu(self.bn2(self.conv2(x))))
         x = F.relu(self.bn3(self.conv3(x)))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
 
