@@ -13,8 +13,9 @@ import pytest
 import paretorch
 
 ROOT = Path(paretorch.__file__).parent
-# Left to right: a module imports only from its own folder or from folders to its left.
-ORDER = ("errors", "spaces", "objectives", "runners", "search", "configs", "cli", "__init__")
+# Left to right: a module imports only from its own folder or from folders to its left. What is for people comes last.
+ORDER = ("errors", "spaces", "objectives", "runners", "search", "configs", "people")
+PEOPLE = ("cli", "console", "__init__")
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SEARCH_ONLY = {"optuna", "mlflow"}
 
@@ -39,8 +40,8 @@ EXAMPLES = {
 
 
 def rank(module: str) -> int:
-    parts = module.split(".")
-    return ORDER.index(parts[1] if len(parts) > 1 else "__init__")
+    home = [*module.split("."), "__init__"][1]
+    return ORDER.index("people" if home in PEOPLE else home)
 
 
 def imports(module: str, *, at_import_time: bool = False) -> list[tuple[str, bool]]:
