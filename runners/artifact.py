@@ -47,7 +47,9 @@ def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[
     Raises `ArtifactError` when `directory` holds something else, `OSError` when it cannot be written.
     """
     directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not (directory / "artifact.json").exists())):
+    if directory.exists() and (
+        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "artifact.json").exists())
+    ):
         raise ArtifactError(f"{directory} exists and is not an artifact; choose another directory or empty it")
     contents = {
         "model.onnx": packing.unpack(packed).SerializeToString(deterministic=True),
@@ -84,7 +86,9 @@ def verify(directory: str | Path) -> dict[str, bytes]:
     try:
         listing = json.loads((folder / "artifact.json").read_text())
         if listing["format"] != "paretorch.artifact" or listing["version"] > VERSION:
-            raise ArtifactError(f"{folder}: format {listing['format']!r} version {listing['version']} is not read by this paretorch")
+            raise ArtifactError(
+                f"{folder}: format {listing['format']!r} version {listing['version']} is not read by this paretorch"
+            )
         expected: dict[str, str] = listing["sha256"]
         if set(expected) != set(_FILES):
             raise ArtifactError(f"{folder}: artifact.json must list {', '.join(_FILES)}")
@@ -93,7 +97,9 @@ def verify(directory: str | Path) -> dict[str, bytes]:
         raise ArtifactError(f"{folder} is not a paretorch artifact: {error}") from error
     for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != expected[name]:
-            raise ArtifactError(f"{folder / name} was changed after it was exported; its SHA-256 does not match artifact.json")
+            raise ArtifactError(
+                f"{folder / name} was changed after it was exported; its SHA-256 does not match artifact.json"
+            )
     return contents
 
 

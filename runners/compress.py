@@ -50,7 +50,9 @@ def shape_weights(model: nn.Module, recipe: Recipe, structure: Structure, exampl
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
         mask = magnitude_mask(weight, ratios[name]) if name in ratios else None
-        parametrize.register_parametrization(layer, "weight", FakeQuantize(weight, bits.get(name, 32), mask), unsafe=True)
+        parametrize.register_parametrization(
+            layer, "weight", FakeQuantize(weight, bits.get(name, 32), mask), unsafe=True
+        )
 
 
 # Sparsify and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.

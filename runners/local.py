@@ -91,9 +91,13 @@ class LocalRunner:
         except TaskError:
             raise
         except Exception as error:  # whatever the user's factory raises
-            raise TaskError(f"task {task.name!r}: its model function failed: {type(error).__name__}: {error}") from error
+            raise TaskError(
+                f"task {task.name!r}: its model function failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(self.model, torch.nn.Module):
-            raise TaskError(f"task {task.name!r}: its model function returned {type(self.model).__name__}, not a torch module")
+            raise TaskError(
+                f"task {task.name!r}: its model function returned {type(self.model).__name__}, not a torch module"
+            )
         self.example = example_input(task)
         self.calibration = inputs(task, "train", calibration_images, seed)
         self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))
@@ -149,7 +153,10 @@ class LocalRunner:
         )
         self.baseline_ms = (first.value + second.value) / 2
         spread = Metric(self.baseline_ms, min(first.low, second.low), max(first.high, second.high), first.n + second.n)
-        metrics = self._sizes(Recipe(), data) | {"latency_ms": spread, self.task.metric_name: quality(self._all_threads(data), self.task, self.validation())}
+        metrics = self._sizes(Recipe(), data) | {
+            "latency_ms": spread,
+            self.task.metric_name: quality(self._all_threads(data), self.task, self.validation()),
+        }
         return Measurement(metrics, {"total": time.perf_counter() - started}, environment()), data
 
     def use_baseline(self, data: bytes, milliseconds: float | None = None) -> None:

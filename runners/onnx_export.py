@@ -87,7 +87,9 @@ def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
                 assert program is not None
                 graph = program.model_proto
             except Exception as second:
-                raise ExportFailed(f"the network cannot be exported to ONNX: {type(first).__name__}: {first}") from second
+                raise ExportFailed(
+                    f"the network cannot be exported to ONNX: {type(first).__name__}: {first}"
+                ) from second
     return _tidy(graph)
 
 
@@ -113,7 +115,9 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     used = {name for node in nodes for name in node.input}
     initializers = [t for t in graph.initializer if t.name in used]
     clean = helper.make_graph(nodes, "paretorch", list(graph.input), list(graph.output), initializers)
-    clean.input[0].CopyFrom(helper.make_tensor_value_info(graph.input[0].name, TensorProto.FLOAT, _shape(graph.input[0])))
+    clean.input[0].CopyFrom(
+        helper.make_tensor_value_info(graph.input[0].name, TensorProto.FLOAT, _shape(graph.input[0]))
+    )
     return _model(clean)
 
 
@@ -177,13 +181,21 @@ class _Graph:
         """The node that computes a layer, the name of its weight there, and whether the weight is transposed."""
         weight = module.weight.detach().numpy()  # type: ignore[operator,union-attr]
         for number, node in enumerate(self.nodes):
-            if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2 or node.input[1] not in self.tensors:
+            if (
+                node.op_type not in ("Conv", "Gemm", "MatMul")
+                or len(node.input) < 2
+                or node.input[1] not in self.tensors
+            ):
                 continue
             tensor = self.tensors[node.input[1]]
             if tensor.name == f"{layer}.weight":
                 return number, tensor.name, False
             # The exporter renames what it folds or transposes; then the numbers tell.
-            if tensor.dims == [*weight.shape[::-1]] and weight.ndim == 2 and np.array_equal(numpy_helper.to_array(tensor), weight.T):
+            if (
+                tensor.dims == [*weight.shape[::-1]]
+                and weight.ndim == 2
+                and np.array_equal(numpy_helper.to_array(tensor), weight.T)
+            ):
                 return number, tensor.name, True
         raise ExportFailed(f"layer {layer!r} cannot be found in the exported graph")
 
@@ -215,7 +227,9 @@ class _Graph:
             values, axis = np.ascontiguousarray(values.T), 1
         del self.tensors[name]
         kind = TensorProto.INT4 if weight.weight_bits <= 4 else TensorProto.INT8
-        self._add_tensor(helper.make_tensor(f"{name}_q", kind, values.shape, codes_to_raw(values.reshape(-1), kind), raw=True))
+        self._add_tensor(
+            helper.make_tensor(f"{name}_q", kind, values.shape, codes_to_raw(values.reshape(-1), kind), raw=True)
+        )
         shape = [1] * values.ndim
         shape[axis] = -1
         if weight.activation_bits == 32:
@@ -351,7 +365,9 @@ def _sorted(nodes: Sequence[onnx.NodeProto], known: set[str]) -> list[onnx.NodeP
         while stack:
             number = stack[-1]
             waiting = [
-                maker[name] for name in nodes[number].input if name in maker and name not in known and maker[name] not in done
+                maker[name]
+                for name in nodes[number].input
+                if name in maker and name not in known and maker[name] not in done
             ]
             if waiting and number not in done:
                 stack += waiting

@@ -127,7 +127,9 @@ def unpack(data: bytes) -> onnx.ModelProto:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"not a packed model: {error}") from error
     if kind != FORMAT or version > VERSION:
-        raise ArtifactError(f"a file of format {kind!r} version {version}; this paretorch reads {FORMAT!r} up to version {VERSION}")
+        raise ArtifactError(
+            f"a file of format {kind!r} version {version}; this paretorch reads {FORMAT!r} up to version {VERSION}"
+        )
     if set(tensors) != {"graph", "index", "payload"}:
         raise ArtifactError(f"not a packed model: it holds {', '.join(sorted(tensors))}")
     if hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest() != digest:

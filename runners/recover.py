@@ -46,7 +46,9 @@ def finetune(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     decayed = {"params": weights, "weight_decay": 1e-4}
-    optimizer = torch.optim.SGD([decayed, {"params": scales, "weight_decay": 0.0}], lr=step.learning_rate, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        [decayed, {"params": scales, "weight_decay": 0.0}], lr=step.learning_rate, momentum=0.9, nesterov=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     teacher = copy.deepcopy(teacher).eval()
     with torch.random.fork_rng(devices=[]):

@@ -71,7 +71,9 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     folded = dict(folds)
     kept = [replace(layer, bias=layer.bias or layer.name in folded) for layer in kept]
 
-    structure = Structure(tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:]))
+    structure = Structure(
+        tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:])
+    )
     return _with_groups(model, example, output, structure)
 
 
@@ -95,7 +97,9 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tenso
             hook.remove()
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != len(example):
         kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise TaskError(f"the network must return one tensor with a row per input; for {len(example)} inputs it returned {kind}")
+        raise TaskError(
+            f"the network must return one tensor with a row per input; for {len(example)} inputs it returned {kind}"
+        )
     if not bool(output.isfinite().all()):
         raise TaskError("the network returns NaN or infinity for its own validation inputs")
     return calls, output
@@ -119,10 +123,7 @@ def _layer(name: str, module: nn.Module, output: Tensor, batch: int) -> Layer:
     else:
         assert isinstance(module, CONVOLUTIONS)
         positions = output.numel() // batch // module.out_channels
-        if module.groups == 1:
-            kind = "conv"
-        else:
-            kind = "depthwise" if module.groups == module.in_channels else "grouped"
+        kind = "conv" if module.groups == 1 else "depthwise" if module.groups == module.in_channels else "grouped"
     return Layer(name, kind, tuple(weight.shape), weight.numel() * positions, bias=module.bias is not None)
 
 
@@ -186,14 +187,12 @@ def _folds(
 def _blocks(
     model: nn.Module, example: Tensor, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
 ) -> tuple[str, ...]:
-    """Blocks that may be left out: of a class of their own, in a sequence, from a shape to the same shape."""
+    """Blocks that may be left out: modules of a class of their own, from a shape to the same shape."""
     change: dict[str, float] = {}
     for module, (x, y) in calls.items():
-        name = names[module]
-        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-        own_class = not isinstance(module, nn.Sequential) and list(module.children())
-        if own_class and isinstance(parent, (nn.Sequential, nn.ModuleList)) and x.shape == y.shape:
-            change[name] = float((y - x).norm() / x.norm().clamp_min(1e-12))
+        own_class = not isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in module.children())
+        if names[module] and own_class and x.shape == y.shape:
+            change[names[module]] = float((y - x).norm() / x.norm().clamp_min(1e-12))
     outermost = [n for n in change if not any(n.startswith(f"{other}.") for other in change)]
 
     def removable(name: str) -> bool:
@@ -251,7 +250,12 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
         if not chosen or attempt(chosen):
             return chosen
         if len(chosen) == 1:
-            refused.append((f"channels of {chosen[0].name}", "the network changes its output's shape or no longer runs without them"))
+            refused.append(
+                (
+                    f"channels of {chosen[0].name}",
+                    "the network changes its output's shape or no longer runs without them",
+                )
+            )
             return []
         half = len(chosen) // 2
         return sound(chosen[:half]) + sound(chosen[half:])

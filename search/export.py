@@ -18,11 +18,15 @@ def export_candidate(front: Front, candidate: Candidate, to: Path) -> Path:
     path = front.directory / "candidates" / f"{candidate.recipe.key}.safetensors"
     if not path.exists():
         members = ", ".join(str(c.number) for c in front.members)
-        raise StudyError(f"the file of candidate {candidate.number} was not kept, because others beat it; kept: {members}")
+        raise StudyError(
+            f"the file of candidate {candidate.number} was not kept, because others beat it; kept: {members}"
+        )
     rows = []
     for name, metric in candidate.measurement.metrics.items():
         test = candidate.test.get(name)
-        value = show(name, metric.value) + (f" (test: {show(name, test.value)})" if test and name not in ("size_bytes",) else "")
+        value = show(name, metric.value) + (
+            f" (test: {show(name, test.value)})" if test and name not in ("size_bytes",) else ""
+        )
         base = front.baseline.metrics.get(name)
         rows.append((name, value, show(name, base.value) if base else "-"))
     measurements = {

@@ -38,7 +38,11 @@ class Preflight:
 def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str) -> None:
     """Raises one `ConfigError` with every objective and limit on a metric that is not measured."""
     known = (metric, *KNOWN)
-    problems = [f"objectives: unknown metric {o.metric!r}; choose from {', '.join(known)}" for o in objectives if o.metric not in known]
+    problems = [
+        f"objectives: unknown metric {o.metric!r}; choose from {', '.join(known)}"
+        for o in objectives
+        if o.metric not in known
+    ]
     problems += [f"budget: {x.text!r}: unknown metric {x.metric!r}; choose from {', '.join(known)}" for x in budget.limits if x.metric not in known]  # fmt: skip
     if problems:
         raise ConfigError(problems)
@@ -56,7 +60,9 @@ def measure_overhead(runner: LocalRunner, baseline_size: int) -> cost.FileOverhe
     return cost.FileOverhead(base, extra[0], extra[1])
 
 
-def smallest_recipe(space: Space, structure: Structure, overhead: cost.FileOverhead, metric: str = "size_bytes") -> Recipe:
+def smallest_recipe(
+    space: Space, structure: Structure, overhead: cost.FileOverhead, metric: str = "size_bytes"
+) -> Recipe:
     """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest.
 
     The axes do not work against each other (fewer channels never make fewer bits dearer), so they are decided in turn.
@@ -99,9 +105,14 @@ def preflight(
             reachable = min(measured.value("size_bytes"), baseline.value("size_bytes"))
         elif limit.metric == "macs" and limit.upper:
             reachable = cost.macs(structure, smallest_recipe(space, structure, overhead, "macs"))
-        if reachable is not None and limit.excess(reachable, baseline.value(limit.metric)) > (TOLERANCE if limit.metric == "size_bytes" else 0):
+        if reachable is not None and limit.excess(reachable, baseline.value(limit.metric)) > (
+            TOLERANCE if limit.metric == "size_bytes" else 0
+        ):
             problems.append(_impossible(limit, reachable, baseline))
-        elif limit.metric == "latency_ms" and limit.excess(measured.value("latency_ms"), baseline.value("latency_ms")) > 0:
+        elif (
+            limit.metric == "latency_ms"
+            and limit.excess(measured.value("latency_ms"), baseline.value("latency_ms")) > 0
+        ):
             warnings.append(f"{limit.text}: the smallest recipe takes {show('latency_ms', measured.value('latency_ms'))}, above the limit of "
                             f"{show('latency_ms', limit.resolve(baseline.value('latency_ms')))}; another recipe may be faster, few are")  # fmt: skip
     if problems:
@@ -114,5 +125,3 @@ def _impossible(limit: Limit, reachable: float, baseline: Measurement) -> str:
     share = 100 * reachable / baseline.value(limit.metric)
     return (f"{limit.text!r} (= {bound}) cannot be kept: the smallest recipe of this space reaches {show(limit.metric, reachable)}; "
             f"raise the limit to at least {share:.1f}%, or widen the space (fewer bits, more sparsity, narrower or shallower students)")  # fmt: skip
-
-

@@ -18,12 +18,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +34,6 @@ from ..errors import OverBudget, StudyError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import Budget, Objective, show
-from ..runners import packing
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.task import Task, dataset
@@ -108,7 +105,7 @@ class Study:
         batch: int = 1,
         seconds: float = 0.5,
         calibration_images: int = 512,
-        mlflow: str | None | bool = None,
+        mlflow: str | bool | None = None,
         experiment: str | None = None,
         listener: Listener | None = None,
         config: Mapping[str, Any] | None = None,
@@ -120,7 +117,12 @@ class Study:
         check_metrics(self.objectives, self.budget, task.metric_name)
         make_sampler(sampler, 0, 0)
         self.directory = Path(directory or Path("studies") / task.name).absolute()
-        self.measure = {"threads": threads, "batch": batch, "seconds": seconds, "calibration_images": calibration_images}
+        self.measure = {
+            "threads": threads,
+            "batch": batch,
+            "seconds": seconds,
+            "calibration_images": calibration_images,
+        }
         self.mlflow, self.experiment = mlflow, experiment
         self.listener: Listener = listener or Quiet()
         self.config, self.config_text = config, config_text
@@ -288,7 +290,12 @@ class Study:
             except Exception:
                 if self.tracker:
                     with contextlib.suppress(Exception):  # the first error is the one to tell
-                        self.tracker.finish(self.front, self.directory / "report", "The search stopped with an error; resume it.", "FAILED")
+                        self.tracker.finish(
+                            self.front,
+                            self.directory / "report",
+                            "The search stopped with an error; resume it.",
+                            "FAILED",
+                        )
                 raise
             self._finish("FINISHED")
         return self.front
@@ -301,14 +308,18 @@ class Study:
 
     def _search(self, trials: int, started: float, time_limit: float | None) -> None:
         pending = [
-            (label, recipe) for label, recipe in anchors(self.space, self.runner.structure) if recipe.key not in self.by_key
+            (label, recipe)
+            for label, recipe in anchors(self.space, self.runner.structure)
+            if recipe.key not in self.by_key
         ]
         repeats = 0
         while len(self.candidates) < trials:
             elapsed = time.perf_counter() - started
             typical = statistics.median(self.seconds) if self.seconds else 0.0
             if time_limit is not None and elapsed + typical > time_limit:
-                self.listener.say(f"the time of {time_limit:.0f} s is over after {len(self.candidates)} of {trials} trials")
+                self.listener.say(
+                    f"the time of {time_limit:.0f} s is over after {len(self.candidates)} of {trials} trials"
+                )
                 break
             begin = time.perf_counter()
             if pending:
@@ -356,7 +367,11 @@ class Study:
 
         def judge(values: Mapping[str, float], tolerance: float) -> None:
             excess = self.budget.excess(values, base)
-            over = {limit: value for limit, value in excess.items() if value > (tolerance if limit.startswith("size") else 0)}
+            over = {
+                limit: value
+                for limit, value in excess.items()
+                if value > (tolerance if limit.startswith("size") else 0)
+            }
             if over:
                 raise OverBudget(_over(values, over, self.budget, base), excess)
 
@@ -408,7 +423,11 @@ class Study:
         self._tell(trial, twin, picks, {})
 
     def _tell(
-        self, trial: optuna.Trial | None, candidate: Candidate, picks: Mapping[str, int] | None, system: Mapping[str, Any]
+        self,
+        trial: optuna.Trial | None,
+        candidate: Candidate,
+        picks: Mapping[str, int] | None,
+        system: Mapping[str, Any],
     ) -> None:
         if trial is None:
             if picks is not None and candidate.state != FAILED:
@@ -448,7 +467,9 @@ class Study:
     def _finalists(self) -> None:
         """The front's members and the baseline on the test split, read from their files; once."""
         if self.task.test is None:
-            self.listener.say("the task has no test data: the front's numbers are the validation split's, on which it was selected")
+            self.listener.say(
+                "the task has no test data: the front's numbers are the validation split's, on which it was selected"
+            )
             return
         stored = self.directory / "finalists.json"
         known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
@@ -531,7 +552,9 @@ def _over(values: Mapping[str, float], over: Mapping[str, float], budget: Budget
     for limit in budget.limits:
         if limit.text in over:
             bound = show(limit.metric, limit.resolve(base[limit.metric]))
-            texts.append(f"{limit.metric} {show(limit.metric, values[limit.metric])} against a limit of {bound} ({limit.text})")
+            texts.append(
+                f"{limit.metric} {show(limit.metric, values[limit.metric])} against a limit of {bound} ({limit.text})"
+            )
     return "; ".join(texts)
 
 
@@ -564,7 +587,9 @@ def open_front(directory: str | Path) -> Front:
     """The front of a study on disk, without its task; raises `StudyError` when there is none."""
     folder = Path(directory).absolute()
     stored = _read_about(folder / "study.json")
-    candidates = [Candidate.from_dict(r["candidate"]) for r in Journal(folder / "trials.jsonl").read() if "candidate" in r]
+    candidates = [
+        Candidate.from_dict(r["candidate"]) for r in Journal(folder / "trials.jsonl").read() if "candidate" in r
+    ]
     test = None
     if (folder / "finalists.json").exists():
         known = json.loads((folder / "finalists.json").read_text())

@@ -81,7 +81,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.images[index]
         if self.augment:
-            left, top, flip = torch.randint(0, 9, (2,)).tolist() + [int(torch.rand(()) < 0.5)]
+            left, top, flip = [*torch.randint(0, 9, (2,)).tolist(), int(torch.rand(()) < 0.5)]
             image = F.pad(image, (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
             image = image.flip(-1) if flip else image
         return (image.float() / 255 - MEAN) / STD, int(self.labels[index])

@@ -35,7 +35,9 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
         groups = list(graph.get_all_groups(root_module_types=list(_LAYERS)))
     except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
-        raise ExportFailed(f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}") from error
+        raise ExportFailed(
+            f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}"
+        ) from error
     finally:
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)

@@ -1,0 +1,348 @@
+"""The command line: `paretorch search CONFIG.yaml` and what belongs to it.
+
+Exit codes: 0 done; 2 bad input (the message says which and what to do); 3 the search ended without a recipe inside the
+budget; 130 interrupted. Heavy imports stand inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError, ParetorchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .configs.schema import Config
+    from .search.front import Front
+    from .search.preflight import Preflight
+    from .search.study import Study
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
+                  help="Search bits x sparsity x architecture of a trained network under a real budget.")  # fmt: skip
+
+ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a YAML file.", metavar="CONFIG.yaml")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key, such as search.seed=1. Repeatable."),
+]
+StudyFolder = Annotated[Path, typer.Argument(help="The study's folder, such as studies/digits.", metavar="STUDY")]
+NO_FEASIBLE, INTERRUPTED = 3, 130
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe or a log file has no width of its own; 80 columns fit everywhere.
+    return Console(width=None if sys.stdout.isatty() else 80, soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def _study(config: Config, listener: Any) -> Study:
+    from .configs.load import config_dict
+    from .configs.plugins import load_task
+    from .search.study import Study
+
+    listener.phase("loading the task")
+    task = load_task(config)
+    text = config.source.read_text() if config.source else ""
+    return Study(
+        task,
+        config.to_space(),
+        objectives=config.objectives,
+        budget=config.budget,
+        directory=config.directory,
+        sampler=config.search.sampler,
+        seed=config.search.seed,
+        threads=config.measure.threads,
+        batch=config.measure.batch,
+        seconds=config.measure.seconds,
+        calibration_images=config.measure.calibration_images,
+        mlflow=config.mlflow.uri,
+        experiment=config.mlflow.experiment,
+        listener=listener,
+        config=config_dict(config),
+        config_text=text,
+    )
+
+
+@app.command()
+def search(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006  (typer reads the default and never changes it)
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all, resumed ones included.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="Stop asking after this time, such as 30m or 2h.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The study's folder [default: studies/NAME].")
+    ] = None,
+) -> None:
+    """Search, or go on with a search that was interrupted. Checks first that everything works and the budget can be kept."""
+    from .configs.load import load
+    from .configs.schema import parse_duration
+    from .console import Watcher
+
+    loaded = load(config, set_)
+    limit = loaded.search.time
+    if time is not None:
+        try:
+            limit = parse_duration(time)
+        except ValueError as error:
+            raise ConfigError(f"--time {time}: {error}") from error
+    console = _console()
+    watcher = Watcher(console)
+    with watcher.watching():
+        study = _study(loaded, watcher)
+        if output is not None:
+            study.directory = output.absolute()
+        try:
+            front = study.run(trials or loaded.search.trials, limit)
+        except KeyboardInterrupt:
+            watcher.live and watcher.live.stop()
+            if study.candidates:
+                _show_front(console, study.front, study.directory)
+            console.print(
+                f"\nInterrupted; nothing is lost. The same command goes on from trial {len(study.candidates)}."
+            )
+            raise typer.Exit(INTERRUPTED) from None
+    _show_front(console, front, study.directory)
+    if not front.members:
+        raise typer.Exit(NO_FEASIBLE)
+
+
+def _show_front(console: Console, front: Front, directory: Path) -> None:
+    from rich.text import Text
+
+    from .search.report import front_table, least_violating_table
+
+    console.print()
+    if front.members:
+        console.print(front_table(front))
+    else:
+        console.print(
+            Text("No candidate kept the budget. The nearest ones, and the limits they would keep:", style="bold yellow")
+        )
+        console.print(least_violating_table(front))
+    _summary(console, front)
+    folder = os.path.relpath(directory)
+    folder = folder if len(folder) < len(str(directory)) else str(directory)
+    pick = (
+        "knee" if front.members else str(front.least_violating(1)[0].number) if front.least_violating(1) else "NUMBER"
+    )
+    console.print("\nNext:")
+    console.print(Text(f"  paretorch ui {folder}                  # every candidate, in the MLflow UI"))
+    console.print(Text(f"  paretorch export {folder} --pick {pick} --to deploy"))
+    console.print(Text(f"  the report: {folder}/report/front.html"))
+
+
+def _summary(console: Console, front: Front) -> None:
+    """What was refused, what was measured and found over the budget, what failed and why."""
+    from collections import Counter
+
+    from rich.text import Text
+
+    refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
+    over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
+    failed = [c for c in front.candidates if c.state == "failed"]
+    limits = Counter(limit for c in front.candidates for limit, value in c.excess.items() if value > 0)
+    by_limit = ", ".join(f"{count} by {limit}" for limit, count in limits.most_common())
+    console.print(Text(f"\n{len(front.candidates)} trials: {len(front.members)} on the front, {over} measured over the budget, "
+                       f"{refused} refused by arithmetic, {len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
+    for candidate in failed[:5]:
+        console.print(Text(f"  #{candidate.number} failed: {candidate.reason.splitlines()[0]}", style="red"))
+    if front.test_baseline and front.members:
+        metric = next(n for n in front.members[0].test if n not in ("latency_ms", "size_bytes"))
+        drop = [
+            (m.measurement.value(metric) - m.test[metric].value)
+            for m in front.members
+            if m.measurement and metric in m.test
+        ]
+        gap = sum(drop) / len(drop) - (front.baseline.value(metric) - front.test_baseline.value)
+        console.print(Text(f"Selection made the front look better by {100 * gap:+.2f} points (validation less test, beyond the baseline's)"
+                           if metric == "accuracy" else f"Optimism of selection: {gap:+.4g} {metric}"))  # fmt: skip
+
+
+@app.command()
+def check(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
+    """Tell in seconds whether a search will work: trace, compress every kind of layer, export, reload, measure."""
+    from .configs.load import load
+    from .console import Watcher
+
+    console = _console()
+    watcher = Watcher(console)
+    with watcher.watching():
+        study = _study(load(config, set_), watcher)
+        found = study.check()
+    _show_layers(console, found)
+    console.print("\nThe search can start: [bold]paretorch search[/bold] " + str(config))
+
+
+def _show_layers(console: Console, found: Preflight) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    kinds = {"weight_bits": "bits", "activation_bits": "activations", "sparsity": "sparsity", "channels": "channels"}
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
+    table.add_column("layer", overflow="fold", ratio=2)
+    table.add_column("kind")
+    table.add_column("weights", justify="right")
+    table.add_column("what may be done", overflow="fold", ratio=3)
+    for layer in found.structure.layers:
+        may = []
+        for axis in found.axes:
+            target = layer.output if axis.kind == "channels" else layer.name
+            if axis.kind in kinds and target in axis.targets:
+                choices = " ".join(f"{choice:g}" for choice in axis.choices)
+                may.append(
+                    f"{kinds[axis.kind]} {choices}"
+                    + (f" (with {target})" if axis.kind == "channels" and target != layer.name else "")
+                )
+        table.add_row(Text(layer.name), layer.kind, f"{layer.params:,}", Text("; ".join(may) or "nothing"))
+    console.print()
+    console.print(table)
+    for axis in found.axes:
+        if axis.kind in ("width", "depth"):
+            names = (
+                f" ({', '.join(found.structure.blocks[: max(axis.choices)])} first)"
+                if axis.kind == "depth" and max(axis.choices)
+                else ""
+            )
+            console.print(Text(f"{axis.kind}: {' '.join(f'{c:g}' for c in axis.choices)}{names}"))
+    if found.structure.refused:
+        console.print("\nLeft as it is:")
+        for name, reason in found.structure.refused:
+            console.print(Text(f"  {name}: {reason}"))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from .configs.load import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; nothing there is overwritten.")],
+) -> None:
+    """Write a commented configuration and task that run as they are and are meant to be edited."""
+    from .configs.init import write_templates
+
+    for path in write_templates(directory):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"\nNext:\n  paretorch search {directory / 'config.yaml'}")
+
+
+@app.command()
+def front(
+    study: StudyFolder,
+    csv: Annotated[bool, typer.Option("--csv", help="Print all candidates as CSV.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write the report (front.html, front.png, ...) to this folder.")
+    ] = None,
+) -> None:
+    """Print a study's front again, also while it runs."""
+    from .search.report import write_report
+    from .search.study import open_front
+
+    found = open_front(study)
+    if csv:
+        typer.echo(found.table().to_csv(index=False), nl=False)
+        return
+    _show_front(_console(), found, study)
+    if plot is not None:
+        write_report(found, plot, name=study.resolve().name)
+        typer.echo(f"wrote {plot}/front.html, front.png, front.csv, front.json, report.md")
+
+
+@app.command()
+def export(
+    study: StudyFolder,
+    to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
+    pick: Annotated[
+        str, typer.Option("--pick", help="knee, a candidate's number, an objective's name, or 'size_bytes <= 80kB'.")
+    ] = "knee",
+) -> None:
+    """Write one candidate for production: ONNX, packed weights, recipe, measurements."""
+    from .search.study import open_front
+
+    found = open_front(study)
+    candidate = found.select(pick)
+    path = found.export(str(candidate.number), to)
+    typer.echo(f"wrote candidate {candidate.number} ({candidate.recipe.describe()}) to {path}")
+    for item in sorted(path.iterdir()):
+        typer.echo(f"  {item.name:<20} {item.stat().st_size:>10,} bytes")
+    if candidate.state != "ok":
+        typer.echo(f"note: it is over the budget: {candidate.reason}", err=True)
+
+
+@app.command()
+def ui(
+    study: StudyFolder,
+    port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open a study in the MLflow UI, reachable from this machine only."""
+    from .errors import StudyError
+    from .search.tracking import local_store, page, saved_uri, serve
+
+    uri = saved_uri(study)
+    if uri is None:
+        raise StudyError(f"{study} has no MLflow run yet; start it with: paretorch search CONFIG.yaml")
+    root = local_store(study.absolute())[1] if uri.startswith("sqlite") else None
+    raise typer.Exit(serve(uri, root, port, page(study)))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        import paretorch
+
+        typer.echo(paretorch.__version__)
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The entry point: runs the command and turns expected errors into messages."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except ParetorchError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail(
+                f"the disk is full ({error.strerror}{f': {error.filename}' if error.filename else ''}); free some space and run the same command again: every finished trial is kept"
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            _fail(
+                f"{error.filename or 'a file'} cannot be written: {error.strerror}; choose another folder with --output or --to"
+            )
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    sys.stdout.flush()
+    print(f"paretorch: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
