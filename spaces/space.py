@@ -260,9 +260,11 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     layers = [layer.name for layer in structure.layers]
     int8 = any(8 in rule.choices for rule in space.activation_bits)
     batchnorm = Recover("batchnorm") if structure.folds else None
+    # A narrowed network is worth nothing before training, and nobody would compare with it.
+    trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=batchnorm)
 
-    def recipe(*steps: Step) -> Recipe:
-        return Recipe((*steps, batchnorm) if batchnorm and steps else steps)
+    def recipe(*steps: Step, recovery: Recover | None = batchnorm) -> Recipe:
+        return Recipe((*steps, recovery) if recovery and steps else steps)
 
     def narrow(share: float) -> list[Step]:
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)
@@ -272,8 +274,8 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     for bits in (8, 6, 4):
         found.append((f"uniform {bits}-bit", recipe(*(Quantize(name, bits, 8 if int8 else 32) for name in layers))))
     found.append(("uniform 50% sparse", recipe(*(Sparsify(name, 0.5) for name in layers))))
-    found.append(("uniform 25% pruning", recipe(*narrow(0.75))))
-    found.append(("width 0.5", recipe(*narrow(0.5))))
+    found.append(("uniform 25% pruning", recipe(*narrow(0.75), recovery=trained)))
+    found.append(("width 0.5", recipe(*narrow(0.5), recovery=trained)))
     unique: dict[Recipe, str] = {}
     for name, made in found:
         unique.setdefault(made, name)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from paretorch import Task
+
 HERE = Path(__file__).resolve().parent
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
@@ -126,3 +128,25 @@ def arrays() -> dict[str, np.ndarray]:
         partial.replace(cache)
     with np.load(cache, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
+
+
+def teacher() -> nn.Module:
+    """The trained ResNet-20 of `train_teacher.py`."""
+    from safetensors.torch import load_file
+
+    model = ResNet()
+    model.load_state_dict(load_file(HERE / "resnet20.safetensors"))
+    return model.eval()
+
+
+def task() -> Task:
+    """The task of `configs/cifar10_resnet20.yaml`."""
+    data = arrays()
+    return Task(
+        name="cifar10_resnet20",
+        model=teacher,
+        train=Images(data["train_x"], data["train_y"], augment=True),
+        validation=Images(data["validation_x"], data["validation_y"]),
+        test=Images(data["test_x"], data["test_y"]),
+        batch_size=128,
+    )
