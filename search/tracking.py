@@ -569,9 +569,13 @@ class Tracker:
             _explain(error, self.uri)
 
     def _save(self, study: str) -> None:
+        # "own" instead of a path: the study's own store moves with its folder.
         known = {
-            "study": study, "run_id": self.run_id, "experiment_id": self.experiment_id, "uri": _shown(self.uri),
-        }  # fmt: skip
+            "study": study,
+            "run_id": self.run_id,
+            "experiment_id": self.experiment_id,
+            "uri": "own" if self._own else _shown(self.uri),
+        }
         try:
             write_whole(self.directory / RUN_FILE, json.dumps(known, indent=1).encode())
         except OSError as error:
@@ -603,7 +607,8 @@ def _saved(directory: Path) -> dict[str, str]:
 
 def saved_uri(directory: Path) -> str | None:
     """The store that a study was last logged to, without a password; None when it never was."""
-    return _saved(Path(directory)).get("uri")
+    uri = _saved(Path(directory)).get("uri")
+    return local_store(Path(directory))[0] if uri == "own" else uri
 
 
 def _view_key(run_id: str) -> str:

@@ -24,7 +24,7 @@ from paretorch.search import tracking
 from paretorch.search.candidate import Candidate
 from paretorch.search.front import Front
 from paretorch.search.report import FILES, hypervolume_curve, write_report
-from paretorch.search.tracking import Tracker, local_store, page, store_uri
+from paretorch.search.tracking import Tracker, local_store, page, saved_uri, store_uri
 from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
 mlflow = pytest.importorskip("mlflow")
@@ -252,6 +252,7 @@ def test_a_moved_study_makes_its_mirror_anew(directory: Path) -> None:
     found = candidates()
     log_all(started(directory / "a"), found[:2])
     (directory / "a").rename(directory / "b")
+    assert saved_uri(directory / "b") == local_store(directory / "b")[0]
     moved = started(directory / "b")
     assert moved.sync(found, hypervolume_curve(front(found)), picks) == len(found)
     assert artifact(children(moved)["0"], "recipe.json").is_relative_to(directory / "b")
