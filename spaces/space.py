@@ -238,12 +238,12 @@ def default_space(structure: Structure, train_images: int = 0) -> Space:
     """What is searched when nothing is said: every technique, with few choices each.
 
     The first and the last layer keep at least 6 bits. Activations share one width, because int8 pays in contiguous
-    regions only. Recovery trains on at most 20,000 images, so that a trial stays a matter of seconds or minutes.
+    regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or minutes.
     """
     ends = Rule((6, 8), ("first", "last"))
     recovery: list[Recover | None] = [Recover("batchnorm") if structure.folds else None]
     if train_images:
-        recovery.append(Recover("finetune", epochs=max(0.001, round(min(1.0, 20_000 / train_images), 3))))
+        recovery.append(Recover("finetune", epochs=max(0.001, round(min(10.0, 20_000 / train_images), 3))))
     return Space(
         weight_bits=(Rule((3, 4, 6, 8)), ends),
         activation_bits=(Rule((8, 32), share=True),),
