@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +46,7 @@ _MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 # ... and operators that ONNX Runtime computes in int8 with a scale of their own.
 _COMPUTES = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _ACTIVATIONS = {"Relu", "Clip"}
+_BIAS_STEPS = 2.0**30  # the largest int32 bias: as much again is left for the sum that it is added to
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -70,12 +75,14 @@ def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     model = model.eval()
     buffer = io.BytesIO()
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), _plain_attention(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
+            # Initializers are inputs too (until `_tidy`), or layers of equal weights would come out as sharing one.
             torch.onnx.export(
-                model, (example,), buffer, dynamo=False, opset_version=20, do_constant_folding=True,
-                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, **names,
+                model, (example,), buffer, dynamo=False,  # type: ignore[arg-type]
+                opset_version=20, do_constant_folding=True,
+                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, keep_initializers_as_inputs=True, **names,
             )  # fmt: skip
             graph = onnx.load_from_string(buffer.getvalue())
         except Exception as first:  # the exporter raises whatever fails inside
@@ -93,8 +100,19 @@ def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     return _tidy(graph)
 
 
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as single operations: the fused one of evaluation mode cannot be exported."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph without Identity and Constant nodes, unused tensors, traces of its origin; opset and IR set."""
+    """The same graph without Identity and Constant nodes, unused tensors, names of nodes, traces of its origin."""
     graph = model.graph
     alias: dict[str, str] = {}
     nodes = []
@@ -109,16 +127,23 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
         else:
             for i, name in enumerate(node.input):
                 node.input[i] = alias.get(name, name)
-            node.doc_string = ""
+            node.name = node.doc_string = ""  # its output has a name, and a file is counted in bytes
             del node.metadata_props[:]
             nodes.append(node)
     used = {name for node in nodes for name in node.input}
-    initializers = [t for t in graph.initializer if t.name in used]
-    clean = helper.make_graph(nodes, "paretorch", list(graph.input), list(graph.output), initializers)
+    initializers = [_without_minus_zero(t) for t in graph.initializer if t.name in used]
+    clean = helper.make_graph(nodes, "paretorch", list(graph.input)[:1], list(graph.output), initializers)
     clean.input[0].CopyFrom(
         helper.make_tensor_value_info(graph.input[0].name, TensorProto.FLOAT, _shape(graph.input[0]))
     )
     return _model(clean)
+
+
+def _without_minus_zero(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """A zeroed weight times a negative one is -0.0, which is no zero in a bitmap of nonzero values."""
+    if tensor.data_type != TensorProto.FLOAT:
+        return tensor
+    return numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0), tensor.name)
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[Any]:
@@ -148,27 +173,36 @@ def quantized_graph(
     float_model = export_float(model, example)
     if not frozen:
         return float_model
-    graph = _Graph(float_model)
-    graph.ranges_of(lambda: calibration)
+    graph = _Graph(float_model, calibration)
     for name, weight in frozen.items():
         graph.set_weight(name, model.get_submodule(name), weight, factors.get(name))
     graph.insert_activations()
     return graph.finish()
 
 
+@dataclass
+class _Int8Layer:
+    """The weight of a layer that runs in int8, as the graph holds it: `axis` is the one of the output channels."""
+
+    weight: str
+    bits: int
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    axis: int
+
+
 class _Graph:
     """An ONNX graph under surgery."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, calibration: Sequence[Tensor]) -> None:
         self.float_model = model
+        self.calibration = calibration
         self.nodes: list[onnx.NodeProto] = [_copy(node) for node in model.graph.node]
         self.tensors = {t.name: t for t in model.graph.initializer}
         self.outputs = {o.name for o in model.graph.output}
-        self.int8: dict[int, tuple[FrozenWeight, NDArray[np.float32]]] = {}  # by index of the node
+        self.int8: dict[int, _Int8Layer] = {}  # by index of the node
         self.added: list[onnx.NodeProto] = []
-
-    def ranges_of(self, calibration: Callable[[], Sequence[Tensor]]) -> None:
-        self.calibration = calibration
+        self.changed: set[int] = set()  # nodes that have their new weight
 
     def readers(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = defaultdict(list)
@@ -177,36 +211,42 @@ class _Graph:
                 found[name].append(number)
         return found
 
-    def _node_of(self, layer: str, module: nn.Module) -> tuple[int, str, bool]:
-        """The node that computes a layer, the name of its weight there, and whether the weight is transposed."""
+    def _node_of(self, layer: str, module: nn.Module) -> tuple[int, bool]:
+        """The node that computes a layer, and whether its weight is transposed there."""
         weight = module.weight.detach().numpy()  # type: ignore[operator,union-attr]
+        alike = []
         for number, node in enumerate(self.nodes):
-            if (
-                node.op_type not in ("Conv", "Gemm", "MatMul")
-                or len(node.input) < 2
-                or node.input[1] not in self.tensors
-            ):
+            if node.op_type not in ("Conv", "Gemm", "MatMul") or number in self.changed:
                 continue
-            tensor = self.tensors[node.input[1]]
+            tensor = self.tensors.get(node.input[1])
+            if tensor is None:
+                continue
             if tensor.name == f"{layer}.weight":
-                return number, tensor.name, False
-            # The exporter renames what it folds or transposes; then the numbers tell.
+                return number, False
+            # The exporter renames what it transposes; then the numbers tell, and of equal ones the name of the output.
             if (
-                tensor.dims == [*weight.shape[::-1]]
-                and weight.ndim == 2
+                weight.ndim == 2
+                and tensor.dims == [*weight.shape[::-1]]
                 and np.array_equal(numpy_helper.to_array(tensor), weight.T)
             ):
-                return number, tensor.name, True
-        raise ExportFailed(f"layer {layer!r} cannot be found in the exported graph")
+                alike.append(number)
+        scope = layer.rpartition(".")[2]
+        named = [n for n in alike if self.nodes[n].output[0].split("/")[-2:-1] == [scope]]
+        if not alike:
+            raise ExportFailed(f"layer {layer!r} cannot be found in the exported graph")
+        return (named or alike)[0], True
 
     def set_weight(self, layer: str, module: nn.Module, weight: FrozenWeight, factor: Tensor | None) -> None:
         """Store a layer's weight as integers (or float16) and note the layer when its activations are 8-bit."""
-        number, name, transposed = self._node_of(layer, module)
+        number, transposed = self._node_of(layer, module)
+        self.changed.add(number)
         node = self.nodes[number]
+        old, name = node.input[1], f"{layer}.weight"
+        node.input[1] = f"{name}_dq"
         if weight.codes is None or weight.scale is None:
-            half = numpy_helper.to_array(self.tensors.pop(name)).astype(np.float16)
+            half = numpy_helper.to_array(self.tensors[old]).astype(np.float16)
             self._add_tensor(numpy_helper.from_array(half, f"{name}_f16"))
-            self._add("Cast", [f"{name}_f16"], name, to=TensorProto.FLOAT)
+            self._add("Cast", [f"{name}_f16"], f"{name}_dq", to=TensorProto.FLOAT)
             return
         codes, scale = weight.codes.clone(), weight.scale.clone()
         if factor is not None:
@@ -216,7 +256,6 @@ class _Graph:
         codes[scale < 1e-12] = 0
         values = codes.to(torch.int8).numpy()
         scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
-        axis = 0
         if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
             # ONNX Runtime's int8 Gemm reads weights as [inputs, outputs].
             kept = [a for a in node.attribute if a.name != "transB"]
@@ -224,39 +263,33 @@ class _Graph:
             node.attribute.extend(kept)
             transposed = True
         if transposed:
-            values, axis = np.ascontiguousarray(values.T), 1
-        del self.tensors[name]
-        kind = TensorProto.INT4 if weight.weight_bits <= 4 else TensorProto.INT8
-        self._add_tensor(
-            helper.make_tensor(f"{name}_q", kind, values.shape, codes_to_raw(values.reshape(-1), kind), raw=True)
-        )
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        if weight.activation_bits == 32:
-            self._add_tensor(numpy_helper.from_array(scales.reshape(shape), f"{name}_s"))
-            self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
-            self._add("Mul", [f"{name}_c", f"{name}_s"], name)
+            values = np.ascontiguousarray(values.T)
+        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed))
+        if weight.activation_bits == 8:
+            self.int8[number] = made
             return
-        source = f"{name}_q"
-        if kind == TensorProto.INT4:
-            self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
-            source = f"{name}_c"
-        self._add_tensor(numpy_helper.from_array(scales, f"{name}_s"))
-        self._add_tensor(numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}_z"))
-        self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], name, axis=axis)
-        self.int8[number] = (weight, scales)
+        self._add_codes(made)
+        self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
+        self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
+        self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
+
+    def _add_codes(self, layer: _Int8Layer) -> TensorProto.DataType:
+        kind = TensorProto.INT4 if layer.bits <= 4 else TensorProto.INT8
+        raw = codes_to_raw(layer.values.reshape(-1), kind)
+        self._add_tensor(helper.make_tensor(f"{layer.weight}_q", kind, layer.values.shape, raw, raw=True))
+        return kind
 
     def _add_tensor(self, tensor: onnx.TensorProto) -> None:
         self.tensors[tensor.name] = tensor
 
     def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        self.added.append(helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes))
+        self.added.append(helper.make_node(kind, inputs, [output], **attributes))
 
     def _after_activation(self, name: str, readers: Mapping[str, list[int]]) -> str:
         """The tensor behind a Relu or Clip that is the only reader of `name`; ONNX Runtime merges the two."""
         found = readers.get(name, [])
         if len(found) == 1 and name not in self.outputs and self.nodes[found[0]].op_type in _ACTIVATIONS:
-            return self.nodes[found[0]].output[0]
+            return str(self.nodes[found[0]].output[0])
         return name
 
     def insert_activations(self) -> None:
@@ -265,12 +298,14 @@ class _Graph:
             return
         readers = self.readers()
         wanted: dict[str, str] = {}  # tensor -> the tensor whose range it shares
+        final: set[str] = set()  # outputs of the graph that an int8 kernel writes
         for number in self.int8:
             node = self.nodes[number]
             wanted.setdefault(node.input[0], node.input[0])
             after = self._after_activation(node.output[0], readers)
-            if after not in self.outputs:
+            if after not in self.outputs or node.op_type != "Gemm":  # only QGemm can write floats
                 wanted.setdefault(after, after)
+                final |= {after} & self.outputs
         for node in self.nodes:
             data = [name for name in node.input[: 1 if node.op_type in _MOVES else None] if name]
             if node.op_type in _MOVES | _COMPUTES and all(name in wanted for name in data):
@@ -279,32 +314,48 @@ class _Graph:
                     share = wanted[data[0]] if node.op_type in _MOVES and after == node.output[0] else after
                     wanted[after] = share
         ranges = self._ranges(sorted(set(wanted.values())))
-        scale_of = {}
         for name, source in wanted.items():
             low, high = min(0.0, ranges[source][0]), max(0.0, ranges[source][1])
             scale = max((high - low) / 255.0, 1e-8)
             zero = int(np.clip(round(-low / scale), 0, 255))
-            scale_of[name] = np.float32(scale)
             self._add_tensor(numpy_helper.from_array(np.array(scale, np.float32), f"{name}_scale"))
             self._add_tensor(numpy_helper.from_array(np.array(zero, np.uint8), f"{name}_zero"))
-            self._add("QuantizeLinear", [name, f"{name}_scale", f"{name}_zero"], f"{name}_q8")
-            self._add("DequantizeLinear", [f"{name}_q8", f"{name}_scale", f"{name}_zero"], f"{name}_dq")
-        for number, node in enumerate(self.nodes):
-            if number in self.int8 and len(node.input) > 2 and node.input[2]:
-                self._set_bias(node, scale_of[node.input[0]] * self.int8[number][1])
-            for i, name in enumerate(node.input):
-                if name in wanted:
-                    node.input[i] = f"{name}_dq"
+            before, after = (f"{name}_float", name) if name in final else (name, f"{name}_dq")
+            self._add("QuantizeLinear", [before, f"{name}_scale", f"{name}_zero"], f"{name}_q8")
+            self._add("DequantizeLinear", [f"{name}_q8", f"{name}_scale", f"{name}_zero"], after)
+        for number, layer in self.int8.items():
+            self._finish_layer(self.nodes[number], layer)
+        for node in self.nodes:
+            node.input[:] = [f"{name}_dq" if name in wanted and name not in final else name for name in node.input]
+            node.output[:] = [f"{name}_float" if name in final else name for name in node.output]
 
-    def _set_bias(self, node: onnx.NodeProto, scales: NDArray[np.float32]) -> None:
-        name = node.input[2]
-        bias = numpy_helper.to_array(self.tensors[name]).astype(np.float64)
-        steps = np.clip(np.rint(bias / scales), -(2**31), 2**31 - 1).astype(np.int32)
-        base = f"{node.output[0]}_bias"
-        self._add_tensor(numpy_helper.from_array(steps, f"{base}_q"))
-        self._add_tensor(numpy_helper.from_array(scales.astype(np.float32), f"{base}_s"))
-        self._add("DequantizeLinear", [f"{base}_q", f"{base}_s"], base, axis=0)
-        node.input[2] = base
+    def _finish_layer(self, node: onnx.NodeProto, layer: _Int8Layer) -> None:
+        """The weight and the bias of an int8 layer, the bias in steps of input scale x weight scale.
+
+        A channel of tiny weights has steps too small for its bias to fit into int32 (one whose weights are all zero
+        always has); it takes the smallest scale that fits, at which its weights round to what they still amount to.
+        """
+        inputs = node.input[0]
+        input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
+        bias = np.zeros(1) if len(node.input) < 3 else numpy_helper.to_array(self.tensors[node.input[2]])
+        scales = np.maximum(layer.scales, (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32))
+        layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
+        kind = self._add_codes(layer)
+        source, name = f"{layer.weight}_q", layer.weight
+        if kind == TensorProto.INT4:
+            self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
+            source = f"{name}_c"
+        self._add_tensor(numpy_helper.from_array(scales, f"{name}_s"))
+        self._add_tensor(numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}_z"))
+        self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], f"{name}_dq", axis=layer.axis)
+        if len(node.input) > 2:
+            steps = np.rint(bias.astype(np.float64) / (input_scale * scales)).astype(np.int32)
+            base = f"{node.output[0]}_bias"
+            self._add_tensor(numpy_helper.from_array(steps, f"{base}_q"))
+            # The product is folded at loading: a scale per channel less in the file.
+            self._add("Mul", [f"{inputs}_scale", f"{name}_s"], f"{base}_s")
+            self._add("DequantizeLinear", [f"{base}_q", f"{base}_s"], base, axis=0)
+            node.input[2] = base
 
     def _ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """The range of each tensor: the mean over the batches of their minima and maxima (Jacob et al. 2018).
@@ -316,7 +367,7 @@ class _Graph:
         runner = session(probe, threads=max(1, torch.get_num_threads()))
         lows, highs = [], []
         outputs = [f"{name}_{which}" for which in ("min", "max") for name in names]
-        for batch in self.calibration():
+        for batch in self.calibration:
             found = np.array(runner.run(outputs, {probe.graph.input[0].name: batch.numpy()}), dtype=np.float64)
             lows.append(found[: len(names)])
             highs.append(found[len(names) :])
@@ -347,6 +398,13 @@ class _Graph:
         except onnx.checker.ValidationError as error:
             raise ExportFailed(f"the exported graph is not valid ONNX: {error}") from error
         return model
+
+
+def _along(layer: _Int8Layer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """One number per output channel, in the shape that broadcasts over the layer's weight."""
+    shape = [1] * layer.values.ndim
+    shape[layer.axis] = -1
+    return scales.reshape(shape)
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -381,9 +439,6 @@ def _sorted(nodes: Sequence[onnx.NodeProto], known: set[str]) -> list[onnx.NodeP
 
 def operators(model: onnx.ModelProto | bytes, threads: int = 1) -> dict[str, int]:
     """How often each operator runs after ONNX Runtime's own optimisation: what a file really runs as."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
