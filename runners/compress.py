@@ -74,11 +74,11 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
             problems.append(f"no dependency group {step.group!r}")
         elif step.keep > groups[step.group]:
             problems.append(f"group {step.group!r} has {groups[step.group]} channels, {step.keep} cannot be kept")
-    for step in (*recipe.of(Sparsify), *recipe.of(Quantize)):
-        if step.layer not in layers:
-            problems.append(f"no layer {step.layer!r} that can be compressed")
-        elif inside(step.layer, dropped):
-            problems.append(f"layer {step.layer!r} is in a block that the recipe leaves out")
+    for name in [*(step.layer for step in recipe.of(Sparsify)), *(step.layer for step in recipe.of(Quantize))]:
+        if name not in layers:
+            problems.append(f"no layer {name!r} that can be compressed")
+        elif inside(name, dropped):
+            problems.append(f"layer {name!r} is in a block that the recipe leaves out")
     if problems:
         raise RecipeError("the recipe does not fit this network:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -123,7 +123,7 @@ def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
 
 def chunks(inputs: Tensor, size: int) -> Sequence[Tensor]:
     """Batches of `size`, the last one possibly smaller but never a single input, which BatchNorm cannot use."""
-    parts = list(inputs.split(size))
+    parts: list[Tensor] = list(inputs.split(size))  # type: ignore[no-untyped-call]
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts

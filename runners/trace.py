@@ -2,26 +2,32 @@
 
 Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
 dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
-after all of them were really pruned in a copy that still gives outputs of the same shape.
+after all of them were really pruned in a copy that still gives outputs of the same shape, and a block only after the
+copy without it had the shapes that `objectives.cost` foretells.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed, TaskError, TrialError
-from ..spaces.structure import Group, Layer, Structure, kept_channels
+from ..objectives.cost import shapes
+from ..spaces.recipe import Prune, Recipe, Student
+from ..spaces.structure import Group, Layer, Structure, inside, kept_channels
+from .compress import compress
 from .operators.fold import fold_batchnorms
-from .operators.prune import channel_groups, prune_channels
+from .operators.prune import channel_groups
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_Part = TypeVar("_Part")
 _NORMS = (*BATCHNORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
@@ -139,10 +145,10 @@ def _refused(
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             if module not in calls:
                 found.append((name, "is not called as a module in the forward pass"))
-        elif list(module.children()) or type(module).__module__.partition(".")[0] != "torch":
-            found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
-        else:
+        elif type(module).__module__.partition(".")[0] == "torch":
             found.append((name, f"{type(module).__name__} is not supported; supported: Conv1d, Conv2d, Linear"))
+        else:
+            found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
     return found
 
 
@@ -166,7 +172,7 @@ def _folds(
     for module in model.modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             hooks.append(module.register_forward_hook(after))
-        elif isinstance(module, BATCHNORMS):
+        elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # or it has nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
     with torch.no_grad():
         model(example[:2])
@@ -213,7 +219,7 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
     except TrialError as error:
         return replace(structure, refused=(*structure.refused, ("(channels)", str(error))))
     refused = list(structure.refused)
-    groups: list[Group] = []
+    candidates: list[Group] = []
     made: dict[str, str] = {}
     read: dict[str, list[tuple[str, int]]] = {}
     for members in found:
@@ -226,52 +232,72 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
         name = min(makers, key=order.__getitem__)
         channels = structure.layer(name).weight_shape[0]
         round_to = 8 if channels >= 32 else 4 if channels >= 16 else 1
-        if members.problem:
-            refused.append((f"channels of {name}", members.problem))
+        stranger = next((reader for reader, _ in members.readers if reader not in order), None)
+        problem = members.problem or (stranger and f"{stranger} reads them and cannot be compressed")
+        if problem:
+            refused.append((f"channels of {name}", problem))
             continue
-        groups.append(Group(name, channels, round_to))
+        candidates.append(Group(name, channels, round_to))
         made.update(dict.fromkeys(makers, name))
         for reader, count in members.readers:
             read.setdefault(reader, []).append((name, count))
 
-    def attempt(chosen: list[Group]) -> bool:
-        try:
-            other = copy.deepcopy(model)
-            keep = {g.name: kept_channels(g.channels, 0.0, g.round_to) for g in chosen}
-            prune_channels(other, keep, made, example[:2])
-            with torch.no_grad():
-                return bool(other(example[:2]).shape == output[:2].shape)
-        except (ExportFailed, RuntimeError, ValueError, IndexError, AssertionError):
-            # What a network raises after surgery that it does not survive; the answer is the finding.
-            return False
-
-    def sound(chosen: list[Group]) -> list[Group]:
-        """Those of the groups that can be narrowed, found by halving: a culprit is rare and an attempt is dear."""
-        if not chosen or attempt(chosen):
-            return chosen
-        if len(chosen) == 1:
-            refused.append(
-                (
-                    f"channels of {chosen[0].name}",
-                    "the network changes its output's shape or no longer runs without them",
-                )
+    def assembled(chosen: Sequence[Group], blocks: tuple[str, ...]) -> Structure:
+        names = {group.name for group in chosen}
+        layers = tuple(
+            replace(
+                layer,
+                output=made.get(layer.name) if made.get(layer.name) in names else None,
+                inputs=tuple((group, n) for group, n in read.get(layer.name, ()) if group in names),
             )
-            return []
-        half = len(chosen) // 2
-        return sound(chosen[:half]) + sound(chosen[half:])
+            for layer in structure.layers
+        )
+        ordered = sorted(chosen, key=lambda group: order[group.name])
+        return replace(structure, layers=layers, groups=tuple(ordered), blocks=blocks, refused=tuple(refused))
 
-    groups = sound(groups)
-    if not attempt(groups):
+    def works(chosen: Sequence[Group], blocks: tuple[str, ...]) -> bool:
+        return _survives(model, example[:2], output[:2], assembled(chosen, blocks))
+
+    groups = _sound(candidates, lambda chosen: works(chosen, ()))
+    kept = {group.name for group in groups}
+    refused += [
+        (f"channels of {group.name}", "the network changes its output's shape or no longer runs without them")
+        for group in candidates
+        if group.name not in kept
+    ]
+    if groups and not works(groups, ()):
         refused.append(("(channels)", "the groups can be narrowed in parts but not together"))
         groups = []
-    names = {group.name for group in groups}
-    layers = tuple(
-        replace(
-            layer,
-            output=made.get(layer.name) if made.get(layer.name) in names else None,
-            inputs=tuple((group, n) for group, n in read.get(layer.name, ()) if group in names),
-        )
-        for layer in structure.layers
+    blocks = _sound(structure.blocks, lambda chosen: works(groups, tuple(chosen)))
+    refused += [(name, "cannot be left out: the channels around it would not fit together") for name in structure.blocks if name not in blocks]  # fmt: skip
+    return assembled(groups, tuple(blocks))
+
+
+def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> bool:
+    """Whether a copy without any block, its groups at their narrowest, still runs and has the shapes that were foretold."""
+    blocks = (Student(structure.blocks),) if structure.blocks else ()
+    made = {layer.output for layer in structure.layers if not inside(layer.name, structure.blocks)}
+    narrow = [Prune(g.name, kept_channels(g.channels, 0.0, g.round_to)) for g in structure.groups if g.name in made]
+    recipe = Recipe((*blocks, *narrow))
+    try:
+        other = compress(copy.deepcopy(model), recipe, structure, example)
+        with torch.no_grad():
+            if other(example).shape != output.shape:
+                return False
+    except (ExportFailed, RuntimeError, ValueError, IndexError, AssertionError):
+        # What a network raises after surgery that it does not survive; the answer is the finding.
+        return False
+    return all(
+        tuple(other.get_submodule(name).weight.shape[:2]) == shape  # type: ignore[union-attr,index]
+        for name, shape in shapes(structure, recipe).items()
     )
-    ordered = sorted(groups, key=lambda group: order[group.name])
-    return replace(structure, layers=layers, groups=tuple(ordered), refused=tuple(refused))
+
+
+def _sound(parts: Sequence[_Part], works: Callable[[Sequence[_Part]], bool]) -> list[_Part]:
+    """Those of the parts that work, found by halving: a culprit is rare and an attempt is dear."""
+    if not parts or works(parts):
+        return list(parts)
+    if len(parts) == 1:
+        return []
+    half = len(parts) // 2
+    return _sound(parts[:half], works) + _sound(parts[half:], works)

@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from ...errors import ExportFailed
+from ...errors import ExportFailed, RecipeError
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
@@ -77,18 +77,21 @@ def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[
     """Remove all but the `keep` most important channels of each named group, in place.
 
     `group_of` says by layer which group makes its output, so that a group has one name whatever blocks were left out.
-    Importance is taken from the weights before any channel is removed; ties keep the earlier channel.
+    Importance is taken from the weights before any channel is removed; of equal channels the later ones stay. Raises
+    `RecipeError` when a group is not there (any more).
     """
     if not keep:
         return
-    plans = []
+    plans: dict[str, tuple[Any, list[int]]] = {}
     for members in channel_groups(model, example):
         name = next((group_of[maker] for maker in members.makers if maker in group_of), None)
-        if name in keep and not members.problem:
+        if name is not None and name in keep and not members.problem:
             scores = importance(members.group)
             drop = len(scores) - keep[name]
-            plans.append((members.group, torch.argsort(scores, stable=True)[:drop].sort().values.tolist()))
-    for group, indices in plans:
+            plans[name] = (members.group, torch.argsort(scores, stable=True)[:drop].sort().values.tolist())
+    if missing := sorted(set(keep) - set(plans)):
+        raise RecipeError(f"the recipe does not fit this network: nothing makes the channels of {', '.join(missing)}")
+    for group, indices in plans.values():
         if indices:
             # The indices of a group that another one has shifted (a concatenation) are kept up to date by the library.
             group.prune(indices)
