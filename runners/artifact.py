@@ -47,9 +47,7 @@ def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[
     Raises `ArtifactError` when `directory` holds something else, `OSError` when it cannot be written.
     """
     directory = directory.absolute()
-    if directory.exists() and (
-        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "artifact.json").exists())
-    ):
+    if directory.exists() and not _replaceable(directory):
         raise ArtifactError(f"{directory} exists and is not an artifact; choose another directory or empty it")
     contents = {
         "model.onnx": packing.unpack(packed).SerializeToString(deterministic=True),
@@ -58,9 +56,7 @@ def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[
         "measurements.json": (json.dumps(measurements, indent=1) + "\n").encode(),
         "README.md": card.encode(),
     }
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    listing = {"format": "paretorch.artifact", "version": VERSION, "sha256": digests}
-    contents["artifact.json"] = (json.dumps(listing, indent=1) + "\n").encode()
+    contents["artifact.json"] = _listing(contents)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
@@ -70,8 +66,12 @@ def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             directory.rename(old)
-            partial.rename(directory)
-            shutil.rmtree(old)
+            try:
+                partial.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(directory)
     except BaseException:
@@ -80,16 +80,32 @@ def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[
     return directory
 
 
+def _replaceable(directory: Path) -> bool:
+    """Whether nothing but an artifact (or nothing at all) is in the way."""
+    if not directory.is_dir():
+        return False
+    found = {path.name for path in directory.iterdir()}
+    return not found or ("artifact.json" in found and found <= {*_FILES, "artifact.json"})
+
+
+def _listing(contents: Mapping[str, bytes]) -> bytes:
+    """`artifact.json` of these files, in one form."""
+    digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in _FILES}
+    listing = {"format": "paretorch.artifact", "version": VERSION, "sha256": digests}
+    return (json.dumps(listing, indent=1) + "\n").encode()
+
+
 def verify(directory: str | Path) -> dict[str, bytes]:
     """The artifact's files, every one checked against its SHA-256; raises `ArtifactError`."""
     folder = Path(directory)
     try:
-        listing = json.loads((folder / "artifact.json").read_text())
+        written = (folder / "artifact.json").read_bytes()
+        listing = json.loads(written)
         if listing["format"] != "paretorch.artifact" or listing["version"] > VERSION:
             raise ArtifactError(
                 f"{folder}: format {listing['format']!r} version {listing['version']} is not read by this paretorch"
             )
-        expected: dict[str, str] = listing["sha256"]
+        expected: dict[str, str] = dict(listing["sha256"])
         if set(expected) != set(_FILES):
             raise ArtifactError(f"{folder}: artifact.json must list {', '.join(_FILES)}")
         contents = {name: (folder / name).read_bytes() for name in _FILES}
@@ -100,6 +116,8 @@ def verify(directory: str | Path) -> dict[str, bytes]:
             raise ArtifactError(
                 f"{folder / name} was changed after it was exported; its SHA-256 does not match artifact.json"
             )
+    if _listing(contents) != written:
+        raise ArtifactError(f"{folder / 'artifact.json'} was changed after it was exported")
     return contents
 
 
