@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from .compress import chunks, compress, freeze
 from .files import write_atomic
 from .measure import latency, predictions, quality
 from .onnx_export import batch_of, quantized_graph, session
-from .operators.fold import fold_batchnorms
+from .operators.fold import fold_batchnorms, reestimate_batchnorms
 from .recover import recover
 from .task import Task, batches, example_input, inputs
 from .trace import trace
@@ -44,8 +45,6 @@ def _ignore(phase: str, metrics: Mapping[str, Metric]) -> None:
 
 def environment() -> dict[str, str]:
     """What the numbers depend on outside the recipe."""
-    import onnx
-
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -133,8 +132,6 @@ class LocalRunner:
         frozen = freeze(model, recipe)
         if any(step.method == "finetune" for step in recipe.of(Recover)) and recovery:
             # Statistics of the weights that ship, not of the ones that were still in training.
-            from .operators.fold import reestimate_batchnorms
-
             reestimate_batchnorms(model, chunks(self.calibration, 128))
         report("exporting", {})
         factors = fold_batchnorms(model, self.structure.folds)

@@ -17,7 +17,6 @@ from ..errors import ExportFailed
 from ..objectives.measurement import Metric
 from .task import Task, score
 
-
 _SHORTEST = 5e-4  # seconds that one timing lasts at least
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 def largest(bits: int) -> int:
     """The largest code: `2^(bits-1) - 1`, and its negative is the smallest."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 @torch.no_grad()
@@ -62,4 +62,5 @@ class FakeQuantize(nn.Module):
         shape = (-1, *[1] * (weight.ndim - 1))
         scale = (self.scale * balance + (self.scale * (1 - balance)).detach()).clamp_min(1e-12).view(shape)
         level = (weight / scale).clamp(-top, top)
-        return (level + (level.round() - level).detach()) * scale
+        shown: Tensor = (level + (level.round() - level).detach()) * scale
+        return shown
