@@ -41,7 +41,7 @@ def width(values: NDArray[np.int8]) -> int:
     if not len(values):
         return 1
     low, high = int(values.min()), int(values.max())
-    return max((-1 - low).bit_length() if low < 0 else 0, high.bit_length()) + 1
+    return max(max(-1 - low, 0).bit_length(), max(high, 0).bit_length()) + 1
 
 
 def pack_bits(values: NDArray[Any], bits: int) -> bytes:
@@ -78,6 +78,8 @@ def _encode(values: NDArray[Any], bits: int) -> tuple[str, bytes]:
 
 def _decode(kind: str, data: bytes, bits: int, count: int, dtype: Any) -> NDArray[Any]:
     def body(part: bytes, n: int) -> NDArray[Any]:
+        if len(part) != -(-n * bits // 8):
+            raise ValueError(f"{len(part)} bytes for {n} numbers of {bits} bits")
         return np.frombuffer(part, dtype, n) if bits > 8 else unpack_bits(part, bits, n)
 
     if kind == "zeros":
