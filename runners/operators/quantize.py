@@ -60,7 +60,8 @@ class FakeQuantize(nn.Module):
         # LSQ's gradient scale keeps the steps of the scale in proportion to those of the weights.
         balance = (weight[0].numel() * top) ** -0.5
         shape = (-1, *[1] * (weight.ndim - 1))
-        scale = (self.scale * balance + (self.scale * (1 - balance)).detach()).clamp_min(1e-12).view(shape)
+        fixed = self.scale.detach()
+        scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12).view(shape)  # exactly the scale that ships
         level = (weight / scale).clamp(-top, top)
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown

@@ -1,0 +1,77 @@
+"""BatchNorm folded and re-estimated, against its own forward pass and against averages by hand."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
+
+PAIRS = {
+    "conv2d": (lambda bias: nn.Conv2d(3, 6, 3, bias=bias), nn.BatchNorm2d, (3, 8, 8)),
+    "depthwise": (lambda bias: nn.Conv2d(6, 6, 3, groups=6, bias=bias), nn.BatchNorm2d, (6, 8, 8)),
+    "conv1d": (lambda bias: nn.Conv1d(3, 6, 3, bias=bias), nn.BatchNorm1d, (3, 8)),
+    "linear": (lambda bias: nn.Linear(5, 6, bias=bias), nn.BatchNorm1d, (5,)),
+}
+
+
+@settings(deadline=None)
+@given(st.sampled_from(list(PAIRS)), st.booleans(), st.booleans(), st.integers(0, 999))
+def test_folding_changes_nothing_in_evaluation_mode(kind, bias, affine, seed):
+    torch.manual_seed(seed)
+    make, norm, shape = PAIRS[kind]
+    model = nn.Sequential(make(bias), norm(6, affine=affine)).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.01, 4)
+    if affine:
+        nn.init.normal_(model[1].weight)  # also negative ...
+        model[1].weight.data[0] = 0  # ... and zero
+        nn.init.normal_(model[1].bias)
+    x = torch.randn(4, *shape)
+    before = copy.deepcopy(model)
+    factors = fold_batchnorms(model, [("0", "1")])
+    assert isinstance(model[1], nn.Identity)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before(x), rtol=1e-4, atol=1e-5)
+    expected = before[0].weight * factors["0"].view(-1, *[1] * (before[0].weight.ndim - 1))
+    torch.testing.assert_close(model[0].weight, expected)
+
+
+def test_a_pair_in_a_block_that_was_left_out_is_skipped():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Identity())
+    assert fold_batchnorms(model, [("0", "9"), ("9.conv", "1")]) == {}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_are_the_averages_over_the_batches(momentum):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.Dropout(0.9), nn.Flatten())
+    model = nn.Sequential(model, nn.Linear(4 * 36, 5), nn.BatchNorm1d(5, momentum=momentum)).train()
+    batches = [torch.randn(n, 3, 8, 8) * 3 + 1 for n in (16, 16, 16)]
+    reestimate_batchnorms(model, batches)
+
+    with torch.no_grad():
+        maps = [model[0][0](x) for x in batches]
+        norm = model[0][1]
+        torch.testing.assert_close(norm.running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0))
+        # The second layer saw what the first gave in training mode, without dropout.
+        normed = [
+            (m - m.mean((0, 2, 3), keepdim=True)) / (m.var((0, 2, 3), keepdim=True, correction=0) + norm.eps).sqrt()
+            for m in maps
+        ]
+        deep = [model[1](m.flatten(1)) for m in normed]
+        torch.testing.assert_close(
+            model[2].running_mean, torch.stack([d.mean(0) for d in deep]).mean(0), rtol=1e-4, atol=1e-5
+        )
+    assert norm.momentum == model[2].momentum == momentum
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_network_without_statistics_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    reestimate_batchnorms(model, [torch.randn(2, 3, 8, 8)])
+    assert model[1].running_mean is None

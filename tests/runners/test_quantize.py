@@ -1,0 +1,147 @@
+"""Integers, zeros and their gradients against the formulas they come from."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paretorch.errors import RecipeError
+from paretorch.runners.compress import compress, freeze
+from paretorch.runners.operators.quantize import FakeQuantize, codes, weight_scales
+from paretorch.runners.operators.sparsify import magnitude_mask
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.structure import Layer, Structure
+
+BITS = st.integers(2, 8)
+
+
+@st.composite
+def weights(draw):
+    shape = draw(st.sampled_from([(1, 1), (3, 7), (4, 2, 3), (5, 3, 3, 3)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    weight = torch.randn(shape, generator=generator) * 10.0 ** draw(st.integers(-6, 4))
+    if draw(st.booleans()):
+        weight[0] = 0  # a dead channel
+    if draw(st.booleans()):
+        weight[-1].view(-1)[0] *= 100  # an outlier
+    return weight
+
+
+@settings(deadline=None)
+@given(weights(), BITS)
+def test_scales_are_never_worse_than_min_max_and_codes_are_in_range(weight, bits):
+    top = 2 ** (bits - 1) - 1
+    scale = weight_scales(weight, bits)
+    assert bool((scale > 0).all())
+    assert scale.shape == (len(weight),)
+    plain = weight.flatten(1).abs().amax(1).clamp_min(1e-12) / top
+
+    def error(s):
+        q = codes(weight, s, bits)
+        assert float(q.abs().max()) <= top
+        assert torch.equal(q, q.round())
+        return (q * s.view(-1, *[1] * (weight.ndim - 1)) - weight).square().flatten(1).double().sum(1)
+
+    assert bool((error(scale) <= error(plain) * (1 + 1e-5)).all())
+
+
+def test_scales_come_close_to_the_best_of_a_fine_search():
+    weight = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4):
+        top = 2 ** (bits - 1) - 1
+        for row, scale in zip(weight.numpy(), weight_scales(weight, bits).numpy(), strict=True):
+            grid = np.linspace(0.15, 1, 3000) * np.abs(row).max() / top
+            q = np.clip(np.rint(row / grid[:, None]), -top, top)
+            best = ((q * grid[:, None] - row) ** 2).sum(1).min()
+            ours = ((np.clip(np.rint(row / scale), -top, top) * scale - row) ** 2).sum()
+            assert ours <= best * 1.01
+
+
+def test_codes_are_rounded_half_to_even():
+    values = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 2.4, 9.0, -9.0]])
+    assert codes(values, torch.ones(1), 4).tolist() == [[0, 2, 2, 0, -2, 2, 7, -7]]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 999), BITS)
+def test_gradients_are_those_of_lsq(seed, bits):
+    """Esser et al. 2020, equations 2, 3 and 5, with one scale per output channel and its gradient scale."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 4, 2, generator=generator).requires_grad_()
+    fake = FakeQuantize(weight.detach(), bits, None)
+    with torch.no_grad():
+        fake.scale.mul_(torch.tensor([0.37, 0.93, 1.71]))  # so that some weights lie outside
+    upstream = torch.randn(3, 4, 2, generator=generator)
+    (fake(weight) * upstream).sum().backward()
+
+    top = 2 ** (bits - 1) - 1
+    v = (weight / fake.scale.view(3, 1, 1)).detach().double()
+    inside = v.abs() < top
+    by_scale = torch.where(inside, v.round() - v, v.sign() * top)
+    expected = (by_scale * upstream).sum((1, 2)) / (8 * top) ** 0.5
+    torch.testing.assert_close(fake.scale.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, upstream * inside, rtol=1e-4, atol=1e-6)
+
+
+def structure_of(model):
+    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "weight")]
+    return Structure(tuple(Layer(name, "linear", tuple(m.weight.shape), m.weight.numel()) for name, m in found))
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 5))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+def test_what_is_frozen_is_codes_times_scale(bits, ratio):
+    model = small()
+    steps = [Quantize("0", bits, 8)] + ([Sparsify("0", ratio)] if ratio else [])
+    recipe = Recipe(tuple(steps))
+    compress(model, recipe, structure_of(model), torch.zeros(2, 9))
+    shown = model[0].weight.detach().clone()
+    frozen = freeze(model, recipe)["0"]
+    assert (frozen.weight_bits, frozen.activation_bits) == (bits, 8)
+    torch.testing.assert_close(shown, model[0].weight, rtol=1e-6, atol=0)  # the straight-through sum may round
+    assert torch.equal(model[0].weight, frozen.codes * frozen.scale[:, None])
+    assert not hasattr(model[0], "parametrizations")
+    assert int((frozen.codes == 0).sum()) >= round(63 * ratio)
+
+
+def test_sixteen_bits_are_half_precision():
+    model, before = small(), small()[0].weight.detach().numpy()
+    recipe = Recipe((Quantize("0", 16),))
+    frozen = freeze(compress(model, recipe, structure_of(model), torch.zeros(2, 9)), recipe)
+    assert frozen["0"].codes is None
+    assert np.array_equal(model[0].weight.detach().numpy(), before.astype(np.float16).astype(np.float32))
+    assert torch.equal(model[2].weight, small()[2].weight)
+
+
+@given(st.integers(1, 60), st.floats(0.001, 0.999), st.integers(0, 99), st.booleans())
+def test_exactly_the_share_of_least_magnitude_goes(count, ratio, seed, ties):
+    weight = torch.randn(1, count, generator=torch.Generator().manual_seed(seed))
+    weight = weight.round() if ties else weight
+    mask = magnitude_mask(weight, ratio)
+    assert int((mask == 0).sum()) == round(count * ratio)
+    gone, stay = weight[mask == 0].abs(), weight[mask == 1].abs()
+    assert not len(gone) or not len(stay) or float(gone.max()) <= float(stay.min())
+    if ties and len(gone):  # of equal ones the first go
+        edge = weight[0].abs() == gone.max()
+        kept = mask[0][edge]
+        assert torch.equal(kept, kept.sort().values)
+
+
+def test_a_recipe_of_another_network_is_refused_with_every_problem():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    recipe = Recipe((Student(("b",)), Prune("g", 3), Sparsify("1", 0.5), Quantize("x", 8)))
+    with pytest.raises(RecipeError) as raised:
+        compress(model, recipe, structure_of(model), torch.zeros(2, 9))
+    for name in ("'b'", "'g'", "'1'", "'x'"):
+        assert name in str(raised.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
