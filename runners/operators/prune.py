@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,10 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
     for parameter in gradients:
         parameter.requires_grad_(True)  # the graph is read off autograd
     try:
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-        groups = list(graph.get_all_groups(root_module_types=list(_LAYERS)))
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # parameters outside layers: `_members` refuses what depends on them
+            graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+            groups = list(graph.get_all_groups(root_module_types=list(_LAYERS)))
     except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
         raise ExportFailed(
             f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}"
