@@ -1,0 +1,388 @@
+"""The file that ships: valid ONNX, what it computes by the specification, and what really runs in ONNX Runtime."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+from torch.nn import functional as F
+
+from paretorch.errors import ExportFailed
+from paretorch.runners import packing
+from paretorch.runners.compress import compress, freeze
+from paretorch.runners.onnx_export import (
+    DISABLED_OPTIMIZERS,
+    batch_of,
+    export_float,
+    operators,
+    quantized_graph,
+    session,
+    session_options,
+)
+from paretorch.runners.operators.fold import fold_batchnorms
+from paretorch.runners.trace import trace
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+
+NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
+INT8 = {"QLinearConv", "QGemm", "QLinearMatMul"}
+FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"}
+
+
+def export(model, x, recipe, structure=None):
+    """`(the ONNX model, the torch network with the same weights and float activations)`."""
+    structure = structure or trace(model, x[:66])
+    live = compress(copy.deepcopy(model), recipe, structure, x[:2])
+    frozen = freeze(live, recipe)
+    reference = copy.deepcopy(live)
+    factors = fold_batchnorms(live, structure.folds)
+    graph = quantized_graph(live, x[:2], frozen, factors, x[:256].split(32))
+    onnx.checker.check_model(graph, full_check=True)
+    return graph, reference
+
+
+def run(graph, x, sizes=(1, 2, 7)):
+    """The outputs in ONNX Runtime, in batches of several sizes."""
+    runner, outputs, start = session(graph), [], 0
+    for size in [*sizes, len(x) - sum(sizes)]:
+        outputs.append(runner.run(None, {"input": x[start : start + size].numpy()})[0])
+        start += size
+    return np.concatenate(outputs)
+
+
+def agreement(a, b):
+    return float((a.reshape(len(a), -1).argmax(1) == b.reshape(len(b), -1).argmax(1)).mean())
+
+
+def optimized(graph, folder):
+    """The graph that ONNX Runtime makes of a model and runs."""
+    options = session_options(1)
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS)  # fmt: skip
+    return onnx.load(options.optimized_model_filepath)
+
+
+def plans(structure):
+    names = [layer.name for layer in structure.layers]
+    return {
+        "int8": [Quantize(n, 8, 8) for n in names],
+        "int4": [Quantize(n, 4, 8) for n in names],
+        "even int8, odd float": [Quantize(n, 8, 8) for n in names[::2]],
+        "odd int8, even 3 bits": [Quantize(n, 8 if i % 2 else 3, 8 if i % 2 else 32) for i, n in enumerate(names)],
+        "mixed bits": [Quantize(n, 2 + i % 7, 8 if i % 3 else 32) for i, n in enumerate(names)],
+        "sparse int8": [step for n in names for step in (Quantize(n, 8, 8), Sparsify(n, 0.5))],
+        "3 bits": [Quantize(n, 3) for n in names],
+        "8 bits": [Quantize(n, 8) for n in names],
+        "half": [Quantize(n, 16) for n in names],
+        "sparse": [Sparsify(n, 0.5) for n in names],
+        "untouched": [],
+    }
+
+
+PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits",
+         "8 bits", "half", "sparse", "untouched")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def traced(network):
+    """Each network once: `(model, inputs, structure)`."""
+    found = {}
+
+    def get(name):
+        if name not in found:
+            model, x = network(name)
+            found[name] = (model, x, trace(model, x[:66]))
+        return found[name]
+
+    return get
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_file_computes_what_it_says_and_runs_as_planned(name, plan, traced, tmp_path):
+    model, x, structure = traced(name)
+    recipe = Recipe(tuple(plans(structure)[plan]))
+    graph, reference = export(model, x, recipe, structure)
+    graph = packing.unpack(packing.pack(graph))
+    found = run(graph, x)
+    with torch.no_grad():
+        floats = reference(x).numpy()
+
+    int8 = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8}
+    if int8:
+        # Activations in 8 bits: what the ONNX specification makes of the file, which knows of no integer kernels.
+        expected = ReferenceEvaluator(graph).run(None, {"input": x[:64].numpy()})[0]
+        assert agreement(found[:64], expected) >= 0.99
+        assert np.abs(found[:64] - expected).mean() < 0.002 * expected.std()
+        # And they are close to float activations, or the ranges are wrong.
+        assert np.abs(found - floats).mean() < 0.05 * floats.std()
+    else:
+        tolerance = 2e-3 if plan == "half" else 1e-4
+        np.testing.assert_allclose(found, floats, rtol=tolerance, atol=tolerance * np.abs(floats).max())
+
+    running = optimized(graph, tmp_path)
+    kinds = [node.op_type for node in running.graph.node]
+    assert sum(kind in INT8 for kind in kinds) == len(int8)
+    assert sum(kind in FLOAT for kind in kinds) == len(structure.layers) - len(int8)
+    assert operators(graph) == {kind: kinds.count(kind) for kind in set(kinds)}
+    constants = {tensor.name for tensor in running.graph.initializer}
+    for node in running.graph.node:
+        if node.op_type in FLOAT:  # weights of float layers are floats at run time: nothing is unpacked in each run
+            assert node.input[1] in constants
+    if plan == "int8":
+        assert kinds.count("Add") + kinds.count("Concat") + kinds.count("AveragePool") == (4 if name == "tokens" else 0)
+
+
+def test_int8_layers_against_fake_quantization_in_torch(network):
+    """Each step by hand: uint8 inputs, int8 weights, int32 bias, uint8 outputs behind the ReLU."""
+    model, x = network("perceptron")
+    structure = trace(model, x[:66])
+    recipe = Recipe(tuple(Quantize(layer.name, 6, 8) for layer in structure.layers))
+    graph, _ = export(model, x, recipe)
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+
+    def fake(values, name):
+        scale, zero = torch.tensor(tensors[f"{name}_scale"]), float(tensors[f"{name}_zero"])
+        return ((values / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+    # Ranges: the mean over the batches of the minimum and of the maximum, zero included (Jacob et al. 2018).
+    batches = x.flatten(1).split(32)
+    low = np.mean([float(b.min()) for b in batches])
+    high = np.mean([float(b.max()) for b in batches])
+    inputs = next(node.input[0] for node in graph.graph.node if node.op_type == "QuantizeLinear")
+    assert float(tensors[f"{inputs}_scale"]) == pytest.approx((high - low) / 255, rel=1e-5)
+    assert int(tensors[f"{inputs}_zero"]) == round(-low / ((high - low) / 255))
+
+    values = x.flatten(1)
+    quantized = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+    source = {out: name.removesuffix("_q8") for out, name in quantized.items() if name.endswith("_q8")}
+    gemms = [node for node in graph.graph.node if node.op_type == "Gemm"]
+    for node, layer in zip(gemms, structure.layers, strict=True):
+        values = fake(values, source[node.input[0]])
+        weight = torch.tensor(tensors[f"{layer.name}.weight_q"].astype(np.float32) * tensors[f"{layer.name}.weight_s"])
+        assert np.abs(tensors[f"{layer.name}.weight_q"]).max() == 31
+        steps = torch.tensor(tensors[f"{node.output[0]}_bias_q"].astype(np.float32))
+        bias = (
+            steps * float(tensors[f"{source[node.input[0]]}_scale"]) * torch.tensor(tensors[f"{layer.name}.weight_s"])
+        )
+        values = values @ weight + bias
+        if node is not gemms[-1]:
+            values = F.relu(values)
+    found = run(graph, x)
+    assert agreement(found, values.numpy()) >= 0.99
+    np.testing.assert_allclose(found, values.numpy(), atol=0.02 * float(values.std()))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(2, "INT4"), (4, "INT4"), (5, "INT8"), (8, "INT8"), (16, "FLOAT16")])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_weights_are_stored_in_their_type_only(bits, kind, activations, network):
+    if bits == 16 and activations == 8:
+        pytest.skip("float16 weights have float activations")
+    model, x = network("perceptron")
+    graph, _ = export(model, x, Recipe(tuple(Quantize(name, bits, activations) for name in ("1", "4", "7"))))
+    large = {t.name: t for t in graph.graph.initializer if len(t.dims) == 2 and min(t.dims) > 1}
+    assert {TensorProto.DataType.Name(t.data_type) for t in large.values()} == {kind}
+    assert len(large) == 3
+    if bits <= 8:
+        top = 2 ** (bits - 1) - 1
+        assert all(np.abs(numpy_helper.to_array(t).astype(int)).max() == top for t in large.values())
+
+
+def test_channels_and_blocks_are_really_gone(network):
+    model, x = network("residual")
+    steps = (Student(("layer1.1",)), Prune("stem", 8), Prune("down", 16), Prune("layer2.0.conv1", 8))
+    graph, reference = export(model, x, Recipe((*steps, Quantize("down", 4, 8), Quantize("stem", 3))))
+    shapes = {t.name: tuple(t.dims) for t in graph.graph.initializer}
+    assert shapes["stem.weight_q"] == (8, 3, 3, 3)
+    assert shapes["down.weight_q"] == (16, 8, 3, 3)
+    assert shapes["layer1.0.conv2.weight"] == (8, 16, 3, 3)
+    assert shapes["layer2.0.conv1.weight"] == (8, 16, 3, 3)
+    assert shapes["fc.weight"] == (10, 16)
+    assert not any(name.startswith("layer1.1") for name in shapes)
+    with torch.no_grad():
+        assert np.abs(run(graph, x) - reference(x).numpy()).mean() < 0.05 * float(reference(x).std())
+
+
+def test_zeroed_weights_are_stored_as_zeros_not_as_minus_zeros(network):
+    """0 times a negative factor is -0.0, whose bits are not zero; a bitmap would keep half of the zeros."""
+    model, x = network("residual")
+    structure = trace(model, x[:66])
+    for bits in (32, 16):
+        steps = [Sparsify(layer.name, 0.7) for layer in structure.layers]
+        steps += [Quantize(layer.name, bits) for layer in structure.layers if bits < 32]
+        graph, _ = export(model, x, Recipe(tuple(steps)), structure)
+        for tensor in graph.graph.initializer:
+            if len(tensor.dims) == 4:
+                raw = np.frombuffer(tensor.raw_data, np.uint16 if bits == 16 else np.uint32)
+                assert (raw == 0).sum() >= round(0.7 * len(raw))
+
+
+def deadened(settle):
+    """A network with channels of zero and of next to no weights, whose biases matter all the more."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 6), nn.Flatten()
+    )
+    model, x = settle(model, (3, 8, 8))
+    with torch.no_grad():
+        model[1].bias[2:6] = torch.tensor([1.0, 2.0, 3.0, 1.5])
+        model[1].weight[2], model[1].weight[3] = 0, -0.7
+        model[0].weight[4] = 0
+        model[0].weight[5] *= 1e-9
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_a_dead_channel_keeps_its_bias(bits, activations, settle):
+    """Its weight scale is next to zero, and so would be the steps of its int32 bias."""
+    model, x = deadened(settle)
+    graph, reference = export(model, x, Recipe((Quantize("0", bits, activations), Quantize("3", 8, activations))))
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    assert np.abs(run(graph, x) - expected).mean() < (0.1 if activations == 8 else 1e-4) * expected.std()
+
+
+def test_dead_inputs_do_not_break_a_layer(settle):
+    """A ReLU that never opens on the calibration inputs gives a range of zero."""
+    model, x = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 6), nn.Flatten()), (3, 8, 8))
+    with torch.no_grad():
+        model[0].bias[:] = -100
+        model[2].bias[:] = torch.randn(10)
+    graph, reference = export(model, x, Recipe((Quantize("0", 8, 8), Quantize("2", 8, 8))))
+    np.testing.assert_allclose(run(graph, x), reference(x).detach().numpy(), atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["conv", "tokens"])
+def test_layers_of_equal_weights_stay_layers_of_their_own(kind):
+    """Exporters store equal tensors once."""
+    torch.manual_seed(0)
+    if kind == "conv":
+        first, second = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        model, shape = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(4, 5, 8), nn.Flatten()), (4, 8, 8)
+    else:
+        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+        model, shape = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)), (3, 8)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(64, *shape)
+    for bits in ((4, 4), (4, 8), (8, 2)):
+        for activations in (8, 32):
+            recipe = Recipe((Quantize("0", bits[0], activations), Quantize("2", bits[1], 32)))
+            graph, reference = export(model.eval(), x, recipe)
+            stored = {t.name: t for t in graph.graph.initializer}
+            for name, width in zip(("0", "2"), bits, strict=True):
+                assert packing.width(numpy_helper.to_array(stored[f"{name}.weight_q"]).astype(np.int8)) == width
+            expected = reference(x).detach().numpy()
+            assert np.abs(run(graph, x) - expected).mean() < (0.03 if activations == 8 else 1e-5) * expected.std()
+
+
+class Last(nn.Module):
+    """Ends in a convolution, in one with a ReLU, or in a linear layer without a bias over tokens."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = (nn.Linear(12, 16), nn.Linear(16, 10, bias=False)) if kind == "tokens" else (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 6))  # fmt: skip
+
+    def forward(self, x):
+        y = self.b(F.relu(self.a(x)))
+        return F.relu(y) if self.kind == "relu" else y
+
+
+@pytest.mark.parametrize("kind", ["conv", "relu", "tokens"])
+def test_a_last_layer_runs_in_int8_too(kind):
+    torch.manual_seed(0)
+    model, x = Last(kind).eval(), torch.randn(64, *((5, 12) if kind == "tokens" else (3, 8, 8)))
+    graph, reference = export(model, x, Recipe((Quantize("a", 8, 8), Quantize("b", 8, 8))))
+    found = operators(graph)
+    assert sum(found.get(name, 0) for name in INT8) == 2
+    assert not any(found.get(name) for name in FLOAT)
+    expected = reference(x).detach().numpy()
+    assert [o.name for o in graph.graph.output] == ["output"]
+    assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Linear(12, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head((x + self.mix(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def test_a_network_with_attention_is_exported_around_it(capfd):
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(64, 5, 12)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    graph, reference = export(model, x, Recipe((Quantize("embed", 8, 8), Quantize("head", 4))))
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    expected = reference(x).detach().numpy()
+    assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()
+    assert capfd.readouterr().out == ""
+
+
+def test_the_newer_exporter_steps_in_where_the_older_one_fails(monkeypatch, network):
+    original = torch.onnx.export
+
+    def export_without_torchscript(*arguments, dynamo, **more):
+        if not dynamo:
+            raise RuntimeError("no such operator")
+        return original(*arguments, dynamo=dynamo, **more)
+
+    monkeypatch.setattr(torch.onnx, "export", export_without_torchscript)
+    for name in ("perceptron", "tokens"):
+        model, x = network(name)
+        structure = trace(model, x[:66])
+        steps = [Quantize(layer.name, 8, 8 if i else 32) for i, layer in enumerate(structure.layers)]
+        graph, reference = export(model, x, Recipe(tuple(steps)), structure)
+        expected = reference(x).detach().numpy()
+        assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()
+        found = operators(graph)
+        assert sum(found.get(kind, 0) for kind in INT8) == len(steps) - 1
+
+
+def test_what_cannot_be_exported_is_said_in_one_error(monkeypatch, network):
+    def fail(*arguments, dynamo, **more):
+        raise RuntimeError("second" if dynamo else "no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    model, x = network("perceptron")
+    with pytest.raises(ExportFailed, match="cannot be exported to ONNX: RuntimeError: no such operator"):
+        export_float(model, x[:2])
+
+
+def test_a_model_that_the_runtime_refuses_is_an_export_error(network):
+    model, x = network("perceptron")
+    graph = export_float(model, x[:2])
+    graph.graph.node[0].op_type = "Nonsense"
+    with pytest.raises(ExportFailed, match="cannot load"):
+        session(graph)
+
+
+def test_nan_on_calibration_inputs_is_an_export_error(network):
+    model, x = network("perceptron")
+    model[1].bias.data[0] = float("nan")
+    live = compress(model, Recipe((Quantize("7", 8, 8),)), trace(network("perceptron")[0], x[:66]), x[:2])
+    frozen = freeze(live, Recipe((Quantize("7", 8, 8),)))
+    with pytest.raises(ExportFailed, match="NaN"):
+        quantized_graph(live, x[:2], frozen, {}, [x[:32]])
+
+
+def test_the_same_network_gives_the_same_bytes(network):
+    model, x = network("residual")
+    structure = trace(model, x[:66])
+    recipe = Recipe(tuple(plans(structure)["mixed bits"]))
+    first, second = (packing.pack(export(model, x, recipe, structure)[0]) for _ in range(2))
+    assert first == second
+
+
+def test_a_batch_is_filled_up_by_repetition():
+    x = torch.arange(6.0).view(3, 2)
+    assert batch_of(x, 7).tolist() == [*x.tolist(), *x.tolist(), [0.0, 1.0]]
+    assert batch_of(x, 2).tolist() == x[:2].tolist()
