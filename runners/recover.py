@@ -75,7 +75,7 @@ def finetune(
                 soft = F.kl_div(learnt, taught, reduction="batchmean", log_target=True) * step.temperature**2
                 value = step.distill * soft + (1 - step.distill) * value
             if not bool(value.isfinite()):
-                raise Diverged(f"the loss became {float(value)} in step {number} of {total} of fine-tuning; "
+                raise Diverged(f"the loss became {float(value.detach())} in step {number} of {total} of fine-tuning; "
                                f"try a learning_rate below {step.learning_rate:g}")  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
