@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConfigError, ParetorchError
+from .errors import ParetorchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,8 @@ Overrides = Annotated[
 ]
 StudyFolder = Annotated[Path, typer.Argument(help="The study's folder, such as studies/digits.", metavar="STUDY")]
 NO_FEASIBLE, INTERRUPTED = 3, 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def _console() -> Console:
@@ -85,32 +87,27 @@ def search(
 ) -> None:
     """Search, or go on with a search that was interrupted. Checks first that everything works and the budget can be kept."""
     from .configs.load import load
-    from .configs.schema import parse_duration
     from .console import Watcher
 
-    loaded = load(config, set_)
-    limit = loaded.search.time
-    if time is not None:
-        try:
-            limit = parse_duration(time)
-        except ValueError as error:
-            raise ConfigError(f"--time {time}: {error}") from error
+    given = {"search.trials": trials, "search.time": time, "output": str(output.absolute()) if output else None}
+    # As overrides they are checked like any other, and kept with the study.
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    loaded = load(config, [*set_, *options])
     console = _console()
     watcher = Watcher(console)
-    with watcher.watching():
-        study = _study(loaded, watcher)
-        if output is not None:
-            study.directory = output.absolute()
-        try:
-            front = study.run(trials or loaded.search.trials, limit)
-        except KeyboardInterrupt:
-            watcher.live and watcher.live.stop()
-            if study.candidates:
-                _show_front(console, study.front, study.directory)
-            console.print(
-                f"\nInterrupted; nothing is lost. The same command goes on from trial {len(study.candidates)}."
-            )
-            raise typer.Exit(INTERRUPTED) from None
+    study = None
+    try:
+        with watcher.watching():
+            study = _study(loaded, watcher)
+            front = study.run(loaded.search.trials, loaded.search.time)
+    except KeyboardInterrupt:
+        done = len(study.candidates) if study else 0
+        if study and done:
+            _show_front(console, study.front, study.directory)
+        console.print(
+            f"\nInterrupted after {done} of {loaded.search.trials} trials; nothing is lost. The same command goes on."
+        )
+        raise typer.Exit(INTERRUPTED) from None
     _show_front(console, front, study.directory)
     if not front.members:
         raise typer.Exit(NO_FEASIBLE)
@@ -325,17 +322,21 @@ def main() -> None:
     except ParetorchError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             _fail(
-                f"the disk is full ({error.strerror}{f': {error.filename}' if error.filename else ''}); free some space and run the same command again: every finished trial is kept"
+                f"the disk is full ({error.strerror}{_of(error)}); free some space and run the same command again: every finished trial is kept"
             )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _READ_ONLY:
             _fail(
-                f"{error.filename or 'a file'} cannot be written: {error.strerror}; choose another folder with --output or --to"
+                f"cannot write ({error.strerror}{_of(error)}); make it writable, or choose another folder (--output, --to, --plot)"
             )
         raise
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+
+
+def _of(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -6,12 +6,13 @@ of the space, and exports, reloads and measures that too. Whatever would fail af
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Diverged
 from ..objectives import cost
-from ..objectives.measurement import Measurement
+from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import Budget, Limit, Objective, show
 from ..runners.local import LocalRunner
 from ..spaces.recipe import Quantize, Recipe, Recover
@@ -97,8 +98,13 @@ def preflight(
     say("compressing every kind of layer once")
     overhead = measure_overhead(runner, int(baseline.value("size_bytes")))
     smallest = smallest_recipe(space, structure, overhead)
-    measured = runner.run(smallest) if smallest.steps else baseline
     problems, warnings = [], []
+    try:
+        measured = runner.run(smallest) if smallest.steps else baseline
+    except Diverged as error:  # its metric is lost, as may be expected of the smallest of all; its size is known
+        warnings.append(f"the smallest recipe ({smallest.describe()}) does not compute any more: {error}")
+        size = Metric.exact(len(runner.build(smallest)))
+        measured = Measurement({"size_bytes": size, "latency_ms": Metric.exact(math.nan)})
     for limit in budget.limits:
         reachable = None
         if limit.metric == "size_bytes" and limit.upper:

@@ -2,6 +2,7 @@
 
 A suggestion depends on the seed, the number of records so far and the records themselves, and on no state that lives
 only in memory: a study that was interrupted goes on with the suggestions it would have made without the interruption.
+Where Optuna keeps such state, the classes here make it a function of the records.
 """
 
 from __future__ import annotations
@@ -10,28 +11,73 @@ import warnings
 from collections.abc import Callable
 
 import optuna
-from optuna.samplers import BaseSampler
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, QMCSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from ..errors import ConfigError
 
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+
+
+class _NSGAII(NSGAIISampler):
+    """NSGA-II whose parents come in one order; Optuna's has another one the first time they are asked for."""
+
+    def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=_number)
+
+
+class _NSGAIII(NSGAIIISampler):
+    """NSGA-III likewise, whose random choice of a generation's parents is the same whenever it is made."""
+
+    def __init__(self, seed: int, parents_seed: int, population_size: int) -> None:
+        super().__init__(seed=seed, population_size=population_size)
+        self._parents_seed = parents_seed
+
+    def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        self.get_parent_population(study, generation - 1)  # remembered from here on, so that it draws nothing below
+        before = self._rng.rng.get_state()
+        self._rng.rng.seed((self._parents_seed + generation) % 2**32)
+        chosen = sorted(super().select_parent(study, generation), key=_number)
+        self._rng.rng.set_state(before)
+        return chosen
+
+
+def _number(trial: FrozenTrial) -> int:
+    return trial.number
+
+
+class _QMC(QMCSampler):
+    """A quasi-random sequence that is continued by the number of the record, not by a counter of its own."""
+
+    def __init__(self, seed: int, position: int, fallback: BaseSampler) -> None:
+        # The sequence is one sequence: the seed scrambles it once. The fallback draws the first point.
+        super().__init__(seed=seed, scramble=True, independent_sampler=fallback, warn_independent_sampling=False)
+        self._position = position
+
+    def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:
+        return self._position
+
+
 # Trials that carry a generation number are the parents NSGA breeds from; it ignores all that were merely added.
-GENERATION = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
+GENERATION = {"nsga2": _NSGAII._get_generation_key(), "nsga3": _NSGAIII._get_generation_key()}
 
 
 def make_sampler(name: str, seed: int, count: int) -> BaseSampler:
-    """The sampler for the suggestion after `count` records; raises `ValueError` for an unknown name."""
+    """The sampler for the suggestion after `count` records; raises `ConfigError` for an unknown name."""
     mixed = (seed * 1_000_003 + count * 7919 + 12345) % 2**32
     makers: dict[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=mixed, multivariate=True, n_startup_trials=10),
         # Optuna's default population of 50 is too large for studies of some hundred trials.
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=mixed, population_size=20),
-        "nsga3": lambda: optuna.samplers.NSGAIIISampler(seed=mixed, population_size=20),
+        "nsga2": lambda: _NSGAII(seed=mixed, population_size=20),
+        "nsga3": lambda: _NSGAIII(mixed, seed, population_size=20),
         "gp": lambda: optuna.samplers.GPSampler(seed=mixed),
         "random": lambda: optuna.samplers.RandomSampler(seed=mixed),
-        # A quasi-random sequence is one sequence: the seed scrambles it once.
-        "qmc": lambda: optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
+        "qmc": lambda: _QMC(seed, count, optuna.samplers.RandomSampler(seed=mixed)),
     }
     if name not in makers:
-        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join(SAMPLERS)}")
+        raise ConfigError(f"search.sampler = {name!r}: choose from {', '.join(SAMPLERS)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return makers[name]()

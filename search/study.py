@@ -18,19 +18,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from ..errors import OverBudget, StudyError, TrialError
+from ..errors import Diverged, OverBudget, StudyError, TaskError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import Budget, Objective, show
@@ -41,12 +43,17 @@ from ..spaces.recipe import Recipe
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, Candidate
 from .front import Front
-from .journal import Journal, locked
+from .journal import Journal, locked, undisturbed
 from .preflight import TOLERANCE, Preflight, check_metrics, preflight
 from .sampler import GENERATION, make_sampler
 
+if TYPE_CHECKING:
+    from .tracking import Tracker
+
 VERSION = 1
 _SPENT = 300  # repeated suggestions in a row after which a space counts as searched through
+_PACKED = re.compile(r"[0-9a-f]{16}\.safetensors")  # the files in candidates/ that are the study's
+_PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
 
 
 class Listener(Protocol):
@@ -83,7 +90,8 @@ class Study:
     task: what is compressed. space: what may be done (derived from the network when None). objectives: metrics such as
     `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None. budget: limits such as
     `["size_bytes <= 25%", "accuracy >= -1%"]`. directory: the study's folder (`studies/<task name>` when None); a study
-    that is there already goes on. mlflow: tracking URI, None for a store in the folder, False for no MLflow.
+    that is there already goes on. mlflow: tracking URI, None for a store in the folder, False for no MLflow. config,
+    config_text: what was asked, with every default filled in and as it was written, kept with the results.
 
         >>> from paretorch import Study                                     # doctest: +SKIP
         >>> front = Study(task, budget=["size_bytes <= 25%"]).run(trials=40)   # doctest: +SKIP
@@ -127,8 +135,12 @@ class Study:
         self.listener: Listener = listener or Quiet()
         self.config, self.config_text = config, config_text
         self.candidates: list[Candidate] = []
+        self.test_baseline: Metric | None = None
+        self.tracker: Tracker | None = None
+        self.opened = False  # whether all that a report is made of is known
+        self.behind = False  # whether MLflow has missed a candidate
         self.seconds: list[float] = []  # what each measured trial of this session took
-        self.overhead_seconds: list[float] = []  # of that, what was neither compressing, training nor measuring
+        self.overhead_seconds: list[float] = []  # of each trial, what was neither compressing, training nor measuring
 
     # ---------------------------------------------------------------------------------------------- opening
 
@@ -138,7 +150,7 @@ class Study:
 
         with tempfile.TemporaryDirectory() as folder:
             self._load_runner(Path(folder))
-            baseline, _ = self.runner.baseline()
+            baseline, _ = self._measure_baseline()
             found = preflight(self.runner, self.space, self.budget, baseline, self.listener.phase)
         self.listener.checked(found, self)
         return found
@@ -153,6 +165,14 @@ class Study:
             axis.name: IntDistribution(0, len(axis.choices) - 1) for axis in self.axes if len(axis.choices) > 1
         }
 
+    def _measure_baseline(self) -> tuple[Measurement, bytes]:
+        self.listener.phase("measuring the baseline")
+        try:
+            return self.runner.baseline()
+        except Diverged as error:  # of a candidate that is a result; of the network as it was given it is a mistake
+            raise TaskError(f"task {self.task.name!r}: the untouched network cannot be measured: {error}. Every candidate is compared "
+                            "with it, so check the metric, the validation data and the checkpoint") from error  # fmt: skip
+
     def _snapshot(self) -> dict[str, Any]:
         """What must not change when a study goes on: all that decides which recipes come and how they are judged."""
         structure = json.dumps(asdict(self.runner.structure), sort_keys=True, default=list)
@@ -160,6 +180,7 @@ class Study:
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
             "weights": _digest(self.runner),
+            "data": {split: len(dataset(self.task, split)) for split in ("train", "validation")},  # type: ignore[arg-type]
             "space": asdict(self.space),
             "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
             "budget": [limit.text for limit in self.budget.limits],
@@ -171,10 +192,18 @@ class Study:
 
     def _open(self) -> None:
         """Load the task, measure or restore the baseline, read the journal, run the preflight of a new study."""
-        (self.directory / "candidates").mkdir(exist_ok=True)
-        self._load_runner(self.directory / "candidates")
         self.journal = Journal(self.directory / "trials.jsonl")
-        about, snapshot = self.directory / "study.json", self._snapshot()
+        about = self.directory / "study.json"
+        if self.journal.path.exists() and not about.exists():
+            raise StudyError(f"{self.directory} holds trials.jsonl without the study.json they belong to; restore that file, or name "
+                             "another folder with --output DIR or the key `output`")  # fmt: skip
+        (self.directory / "candidates").mkdir(exist_ok=True)
+        for folder in (self.directory, self.directory / "candidates", self.directory / "report"):
+            for path in folder.glob(".*"):
+                if _PARTIAL.fullmatch(path.name):
+                    path.unlink()
+        self._load_runner(self.directory / "candidates")
+        snapshot = self._snapshot()
         if about.exists():
             stored = _read_about(about)
             changed = [key for key in snapshot if stored["snapshot"].get(key) != snapshot[key]]
@@ -182,14 +211,11 @@ class Study:
                 raise StudyError(_changed(self.directory, changed, stored["snapshot"], snapshot))
             self.baseline = Measurement.from_dict(stored["baseline"])
             self.overhead = cost.FileOverhead(**stored["overhead"])
-            packed = (self.directory / "baseline.safetensors").read_bytes()
-            self.runner.use_baseline(packed, self.baseline.value("latency_ms"))
+            self.runner.use_baseline(self._packed_baseline(), self.baseline.value("latency_ms"))
         else:
-            self.listener.phase("measuring the baseline")
-            self.baseline, packed = self.runner.baseline()
+            self.baseline, packed = self._measure_baseline()
             found = preflight(self.runner, self.space, self.budget, self.baseline, self.listener.phase)
             self.overhead = found.overhead
-            self.runner.path(found.smallest).unlink(missing_ok=True)
             self.listener.checked(found, self)
             write_atomic(self.directory / "baseline.safetensors", packed)
             record = {
@@ -199,16 +225,30 @@ class Study:
                 "overhead": asdict(found.overhead),
                 "environment": environment(),
                 "objectives": [asdict(o) for o in self.objectives],
+                "config": self.config,
             }
             write_atomic(about, json.dumps(record, indent=1))
-        self._rebuild(self.journal.read())
+        self._rebuild(self.journal.read(mend=True))
+        self._apply_finalists(self._read_finalists())
+        self._keep_files(self.front)
+        self.opened = True
+        if self.candidates:
+            self.listener.say(f"going on with the study in {self.directory}: {_count(len(self.candidates))} finished")
+
+    def _packed_baseline(self) -> bytes:
+        path = self.directory / "baseline.safetensors"
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise StudyError(f"{path} is missing, and every latency is relative to it; restore the file, or search anew under "
+                             "another name or --output") from error  # fmt: skip
 
     # ------------------------------------------------------------------------------------- Optuna, in memory
 
     def _rebuild(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The Optuna study and the candidates as they were when the last record was written."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directions = ["maximize" if o.maximize else "minimize" for o in self.objectives]
+        directions = [StudyDirection.MAXIMIZE if o.maximize else StudyDirection.MINIMIZE for o in self.objectives]
         self.optuna = optuna.create_study(directions=directions)
         self.candidates, self.records = [], 0
         self.by_key: dict[str, Candidate] = {}
@@ -270,41 +310,51 @@ class Study:
         folder cannot be used or belongs to another configuration.
         """
         started = time.perf_counter()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.directory)
-            lock.__enter__()
-        except OSError as error:
-            raise StudyError(f"the study's folder {self.directory} cannot be written: {error.strerror or error}; name another "
-                             "one with --output DIR or the key `output`") from error  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            stack.push(lock.__exit__)
-            self._open()
-            self.tracker = self._tracker(trials)
+        self.opened, self.tracker, self.test_baseline, self.seconds = False, None, None, []
+        with self._held():
             try:
+                self._open()
+                self._start_mirror()
                 self._search(trials, started, time_limit)
                 self._finalists()
-            except KeyboardInterrupt:
-                self._finish("KILLED")
+                self._finish("FINISHED")
+            except BaseException as error:
+                self._stopped(error)
                 raise
-            except Exception:
-                if self.tracker:
-                    with contextlib.suppress(Exception):  # the first error is the one to tell
-                        self.tracker.finish(
-                            self.front,
-                            self.directory / "report",
-                            "The search stopped with an error; resume it.",
-                            "FAILED",
-                        )
-                raise
-            self._finish("FINISHED")
         return self.front
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder for this process alone; one in which no study began in the end is taken away again."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.directory))
+            except OSError as error:
+                raise StudyError(f"the study's folder {self.directory} cannot be written: {error.strerror or error}; put that right, or "
+                                 "name another one with --output DIR or the key `output`") from error  # fmt: skip
+            try:
+                yield
+            finally:
+                if not (self.directory / "study.json").exists() and not (self.directory / "trials.jsonl").exists():
+                    _take_away(self.directory)
+
+    def _stopped(self, error: BaseException) -> None:
+        """What is written when the search does not come to its end; `error` is what stopped it."""
+        if not self.opened:
+            return
+        if not isinstance(error, Exception):  # Ctrl-C
+            self._finish("KILLED")
+        elif self.tracker and self.tracker.run_id:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                note = f"The search stopped with an error; the same command goes on.\n\n```\n{error}\n```"
+                self.tracker.finish(self.front, self.directory / "report", note, "FAILED")
 
     @property
     def front(self) -> Front:
         """The front of all candidates so far."""
-        test = getattr(self, "test_baseline", None)
-        return Front(tuple(self.candidates), self.objectives, self.budget, self.baseline, self.directory, test)
+        everything = tuple(self.candidates)
+        return Front(everything, self.objectives, self.budget, self.baseline, self.directory, self.test_baseline)
 
     def _search(self, trials: int, started: float, time_limit: float | None) -> None:
         pending = [
@@ -317,10 +367,8 @@ class Study:
             elapsed = time.perf_counter() - started
             typical = statistics.median(self.seconds) if self.seconds else 0.0
             if time_limit is not None and elapsed + typical > time_limit:
-                self.listener.say(
-                    f"the time of {time_limit:.0f} s is over after {len(self.candidates)} of {trials} trials"
-                )
-                break
+                self.listener.say(f"the time of {time_limit:g} s is over after {len(self.candidates)} of {_count(trials)}; the same command goes on")  # fmt: skip
+                return
             begin = time.perf_counter()
             if pending:
                 label, recipe = pending.pop(0)
@@ -329,30 +377,26 @@ class Study:
                 trial, picks = self._ask()
                 label, recipe = "", self.space.recipe(self.runner.structure, picks)
             twin = self.by_key.get(recipe.key)
-            if twin is not None:
+            if trial is not None and twin is not None:
+                self._repeat(trial, twin, picks or {})
                 repeats += 1
-                assert picks is not None
-                self._repeat(trial, twin, picks)
                 if repeats >= _SPENT:
-                    self.listener.say(f"the sampler suggested {repeats} known recipes in a row: the space counts as searched "
-                                      f"through after {len(self.candidates)} trials")  # fmt: skip
-                    break
+                    self.listener.say(f"the sampler suggested {repeats} known recipes in a row: the space counts as searched through "
+                                      f"after {_count(len(self.candidates))}; more choices per decision make it larger")  # fmt: skip
+                    return
                 continue
             repeats = 0
-            asked = time.perf_counter() - begin
-            candidate = self._evaluate(recipe, picks, label)
-            working = time.perf_counter() - begin - asked
-            begin_store = time.perf_counter()
-            self._remember(trial, candidate)
-            self.overhead_seconds.append(asked + time.perf_counter() - begin_store)
+            candidate, working = self._evaluate(recipe, picks, label)
+            front = self._remember(trial, candidate)
             if candidate.measurement:
-                self.seconds.append(asked + working)
+                self.seconds.append(time.perf_counter() - begin)
             left = trials - len(self.candidates)
             measured = sum(c.measurement is not None for c in self.candidates) / len(self.candidates)
             eta = left * measured * (statistics.mean(self.seconds) if self.seconds else 0.0)
             if time_limit is not None:
                 eta = min(eta, max(0.0, time_limit - (time.perf_counter() - started)))
-            self.listener.finished(candidate, self.front, len(self.candidates), trials, eta)
+            self.overhead_seconds.append(time.perf_counter() - begin - working)
+            self.listener.finished(candidate, front, len(self.candidates), trials, eta)
 
     def _ask(self) -> tuple[optuna.Trial, dict[str, int]]:
         self.optuna.sampler = make_sampler(self.sampler_name, self.seed, self.records)
@@ -361,7 +405,8 @@ class Study:
             trial = self.optuna.ask(self.distributions)
         return trial, dict(trial.params)
 
-    def _evaluate(self, recipe: Recipe, picks: Mapping[str, int] | None, label: str) -> Candidate:
+    def _evaluate(self, recipe: Recipe, picks: Mapping[str, int] | None, label: str) -> tuple[Candidate, float]:
+        """What became of a recipe, and the seconds that the runner took for it."""
         number = len(self.candidates)
         base = self._baseline_values()
 
@@ -380,31 +425,36 @@ class Study:
             if phase == "measured before training" and not label:
                 judge({name: metric.value for name, metric in metrics.items() if name != self.task.metric_name}, 0.0)
 
-        begin = time.perf_counter()
+        gate = any(limit.metric == "latency_ms" for limit in self.budget.limits)
+        begin = None
         try:
             if not label:  # the trivial baselines are measured whatever they weigh: the front is compared with them
                 judge(self._predicted(recipe), TOLERANCE)
-            gate = any(limit.metric == "latency_ms" for limit in self.budget.limits)
+            begin = time.perf_counter()
             measurement = self.runner.run(recipe, report, gate_latency=gate)
         except OverBudget as refusal:
-            return Candidate(number, recipe, OVER_BUDGET, f"refused: {refusal}", None, refusal.excess, picks, label)
+            seconds = time.perf_counter() - begin if begin else 0.0
+            return Candidate(
+                number, recipe, OVER_BUDGET, f"refused: {refusal}", None, refusal.excess, picks, label
+            ), seconds
         except TrialError as failure:
+            seconds = time.perf_counter() - begin if begin else 0.0
             reason = f"{type(failure).__name__}: {failure}"
-            return Candidate(number, recipe, FAILED, reason, None, {}, picks, label)
-        measurement = replace(measurement, seconds={**measurement.seconds, "total": time.perf_counter() - begin})
+            return Candidate(number, recipe, FAILED, reason, None, {}, picks, label), seconds
+        seconds = time.perf_counter() - begin
+        measurement = replace(measurement, seconds={**measurement.seconds, "total": seconds})
         values = {name: metric.value for name, metric in measurement.metrics.items()}
         excess = self.budget.excess(values, base)
         over = {limit: value for limit, value in excess.items() if value > 0}
         reason = _over(values, over, self.budget, base) if over else ""
-        return Candidate(number, recipe, OVER_BUDGET if over else OK, reason, measurement, excess, picks, label)
+        return Candidate(
+            number, recipe, OVER_BUDGET if over else OK, reason, measurement, excess, picks, label
+        ), seconds
 
-    def _remember(self, trial: optuna.Trial | None, candidate: Candidate) -> None:
-        """Onto the disk first, then to the sampler, then to MLflow."""
-        system: dict[str, Any] = {}
-        if trial is not None:
-            system = dict(trial._trial_id and self.optuna._storage.get_trial(trial._trial_id).system_attrs)
-        elif self.sampler_name in GENERATION:
-            system = {GENERATION[self.sampler_name]: 0}
+    @undisturbed()
+    def _remember(self, trial: optuna.Trial | None, candidate: Candidate) -> Front:
+        """Onto the disk first, then to the sampler, then to MLflow; gives the front so far."""
+        system = self._system(trial)
         self.journal.append({"candidate": candidate.to_dict(), "system": system})
         self.records += 1
         self.candidates.append(candidate)
@@ -412,15 +462,30 @@ class Study:
         self._tell(trial, candidate, candidate.picks, system)
         front = self.front
         self._keep_files(front)
-        if self.tracker:
+        if self.tracker and not self.behind:
             members = {member.number for member in front.members}
-            self.tracker.log(candidate, front.hypervolume(), candidate.number in members, self._readable(candidate))
+            try:
+                self.tracker.log(candidate, front.hypervolume(), candidate.number in members, self._readable(candidate))
+            except StudyError as error:  # a mirror must not stop what it mirrors
+                self.behind = True
+                self.listener.say(f"warning: {error}. The search goes on without MLflow, which is brought up to date at its end")  # fmt: skip
+        return front
 
-    def _repeat(self, trial: optuna.Trial | None, twin: Candidate, picks: Mapping[str, int]) -> None:
+    @undisturbed()
+    def _repeat(self, trial: optuna.Trial, twin: Candidate, picks: Mapping[str, int]) -> None:
         """A known recipe is told again with its known numbers, never run again."""
-        self.journal.append({"same_as": twin.number, "picks": dict(picks)})
+        system = self._system(trial)
+        self.journal.append({"same_as": twin.number, "picks": dict(picks), "system": system})
         self.records += 1
-        self._tell(trial, twin, picks, {})
+        self._tell(trial, twin, picks, system)
+
+    def _system(self, trial: optuna.Trial | None) -> dict[str, int]:
+        """What a sampler has noted on a trial and needs again after a resume: NSGA's generation."""
+        key = GENERATION.get(self.sampler_name)
+        if key is None:
+            return {}
+        # A trivial baseline belongs to the generation that all others descend from.
+        return {key: 0 if trial is None else self.optuna._storage.get_trial(trial._trial_id).system_attrs[key]}
 
     def _tell(
         self,
@@ -446,7 +511,7 @@ class Study:
         wanted = {c.recipe.key for c in (*front.members, *front.least_violating(3))}
         wanted |= {c.recipe.key for c in front.candidates if c.label}
         for path in self.runner.directory.iterdir():
-            if path.name.partition(".")[0] not in wanted:
+            if _PACKED.fullmatch(path.name) and path.stem not in wanted:
                 path.unlink(missing_ok=True)
 
     def _readable(self, candidate: Candidate) -> dict[str, object]:
@@ -465,44 +530,55 @@ class Study:
     # --------------------------------------------------------------------------------------------- the end
 
     def _finalists(self) -> None:
-        """The front's members and the baseline on the test split, read from their files; once."""
+        """The front's members and the baseline on the test split, read from their files; each of them once."""
         if self.task.test is None:
             self.listener.say(
                 "the task has no test data: the front's numbers are the validation split's, on which it was selected"
             )
             return
-        stored = self.directory / "finalists.json"
-        known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
-        members = [c for c in self.front.members if c.recipe.key not in known]
-        if "baseline" not in known:
-            self.listener.phase("baseline on the test split")
-            packed = (self.directory / "baseline.safetensors").read_bytes()
-            known["baseline"] = {n: vars(m) for n, m in self.runner.measure_again(packed).items()}
-        for position, member in enumerate(members, 1):
-            self.listener.phase(f"finalist {position} of {len(members)} on the test split")
-            packed = self.runner.path(member.recipe).read_bytes()
-            known[member.recipe.key] = {n: vars(m) for n, m in self.runner.measure_again(packed).items()}
-        write_atomic(stored, json.dumps(known, indent=1))
+        known = self._read_finalists()
+        files = {"baseline": self._packed_baseline} | {c.recipe.key: self._packed(c) for c in self.front.members}
+        names = {"baseline": "the baseline"} | {c.recipe.key: f"candidate {c.number}" for c in self.front.members}
+        left = [key for key in files if key not in known]
+        for position, key in enumerate(left, 1):
+            self.listener.phase(f"{names[key]} on the test split ({position} of {len(left)})")
+            try:
+                known[key] = {name: vars(metric) for name, metric in self.runner.measure_again(files[key]()).items()}
+            except TrialError as error:
+                known[key] = {}
+                self.listener.say(f"warning: {names[key]} has no numbers on the test split: {error}")
+            write_atomic(self.directory / "finalists.json", json.dumps(known, indent=1))
         self._apply_finalists(known)
 
-    def _apply_finalists(self, known: Mapping[str, Any]) -> None:
-        if not known:
-            return
-        self.test_baseline = Metric(**known["baseline"][self.task.metric_name])
-        self.candidates = [
-            replace(c, test={n: Metric(**m) for n, m in known[c.recipe.key].items()}) if c.recipe.key in known else c
-            for c in self.candidates
-        ]
+    def _packed(self, candidate: Candidate) -> Callable[[], bytes]:
+        """Reads the file of a candidate; one that somebody deleted is made again, with the same bytes."""
 
-    def _tracker(self, trials: int) -> Any:
+        def read() -> bytes:
+            path = self.runner.path(candidate.recipe)
+            if not path.exists():
+                write_atomic(path, self.runner.build(candidate.recipe))
+            return path.read_bytes()
+
+        return read
+
+    def _read_finalists(self) -> dict[str, Any]:
+        return _read_json(self.directory / "finalists.json") if (self.directory / "finalists.json").exists() else {}
+
+    def _apply_finalists(self, known: Mapping[str, Any]) -> None:
+        self.candidates, self.test_baseline = _with_tests(self.candidates, known, self.task.metric_name)
+
+    @undisturbed()
+    def _start_mirror(self) -> None:
+        """Open the MLflow store and bring it up to date."""
+        self.behind = False
         if self.mlflow is False:
-            return None
+            return
         from .tracking import Tracker
 
         self.listener.phase("opening the MLflow store")
         uri = self.mlflow if isinstance(self.mlflow, str) else None
-        tracker = Tracker(self.directory.name, self.directory, uri, self.experiment)
-        snapshot = json.loads((self.directory / "study.json").read_text())["snapshot"]
+        about = (self.directory / "study.json").read_text()
+        snapshot = json.loads(about)["snapshot"]
         params = {
             "objectives": ", ".join(snapshot["objectives"]),
             "budget": ", ".join(snapshot["budget"]) or "none",
@@ -511,18 +587,24 @@ class Study:
             "task": self.task.name,
             "dimensions": str(len(self.distributions)),
         }
-        texts = {"study.json": (self.directory / "study.json").read_text()}
+        texts = {"study.json": about}
         if self.config_text:
             texts["config.yaml"] = self.config_text
-        tracker.start(params, texts, environment())
-        volumes = [self.front.hypervolume(c.number + 1) for c in self.candidates]
-        mended = tracker.sync(self.candidates, volumes, self._readable)
-        if self.candidates:
-            self.listener.say(f"going on with the study in {self.directory}: {len(self.candidates)} finished trials"
-                              + (f", {mended} of them mended in MLflow" if mended else ""))  # fmt: skip
-        return tracker
+        if self.config is not None:
+            texts["config_resolved.json"] = json.dumps(self.config, indent=1)
+        self.tracker = Tracker(self.directory.name, self.directory, uri, self.experiment)
+        self.tracker.start(params, texts, environment())
+        if mended := self._sync(self.tracker):
+            self.listener.say(f"brought up to date in MLflow: {_count(mended)}")
 
+    def _sync(self, tracker: Tracker) -> int:
+        front = self.front
+        volumes = [front.hypervolume(c.number + 1) for c in self.candidates]
+        return tracker.sync(self.candidates, volumes, self._readable)
+
+    @undisturbed()
     def _finish(self, status: str) -> None:
+        """The report, and the end of the MLflow run."""
         from .report import write_report
 
         self.listener.phase("writing the report")
@@ -534,8 +616,43 @@ class Study:
             config_text=self.config_text,
             budget_lines=self.budget.describe(self._baseline_values()),
         )
-        if self.tracker:
-            self.tracker.finish(front, self.directory / "report", note, status)
+        if self.tracker and self.tracker.run_id:
+            self.listener.phase("closing the MLflow run")
+            try:
+                if self.behind:
+                    self._sync(self.tracker)
+                self.tracker.finish(front, self.directory / "report", note, status)
+            except StudyError as error:
+                self.listener.say(f"warning: {error}")
+        self.opened = False  # nothing is left to be written
+
+
+def _count(trials: int) -> str:
+    return f"{trials} trial{'s' * (trials != 1)}"
+
+
+def _take_away(directory: Path) -> None:
+    """Remove what an attempt to begin a study has left in its folder, and the folder if nothing else lies there."""
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm: the next study begins over it
+        files = [directory / "baseline.safetensors", directory / ".lock"]
+        for path in directory.glob("candidates/*"):
+            if _PACKED.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
+                path.unlink()
+        for path in files:
+            path.unlink(missing_ok=True)
+        for folder in (directory / "candidates", directory):
+            folder.rmdir()
+
+
+def _with_tests(
+    candidates: Sequence[Candidate], known: Mapping[str, Any], metric: str
+) -> tuple[list[Candidate], Metric | None]:
+    """The candidates with their numbers on the test split, and the baseline's there."""
+
+    def numbers(key: str) -> dict[str, Metric]:
+        return {name: Metric(**entry) for name, entry in known.get(key, {}).items()}
+
+    return [replace(c, test=numbers(c.recipe.key)) for c in candidates], numbers("baseline").get(metric)
 
 
 def _digest(runner: LocalRunner) -> str:
@@ -564,6 +681,10 @@ def _changed(directory: Path, changed: Sequence[str], before: Mapping[str, Any],
         return text if len(text) <= 80 else text[:77] + "..."
 
     lines = [f"  - {key}: {short(before.get(key))} then, {short(now.get(key))} now" for key in changed]
+    if changed == ["weights"]:
+        lines[0] += (
+            "; a network that is trained anew at every start needs a seed and one thread, or its weights in a file"
+        )
     return "\n".join(
         [
             f"{directory} holds a study of another configuration:",
@@ -573,13 +694,26 @@ def _changed(directory: Path, changed: Sequence[str], before: Mapping[str, Any],
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged ({error}); restore it from a backup, or move the study's folder away and start anew") from error  # fmt: skip
+
+
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        stored: dict[str, Any] = json.loads(path.read_text())
+        stored = _read_json(path)
         if stored["version"] > VERSION:
             raise StudyError(f"{path}: written by a newer paretorch (version {stored['version']}); upgrade")
         return stored
-    except (OSError, ValueError, KeyError) as error:
+    except FileNotFoundError as error:
+        raise StudyError(f"there is no study in {path.parent}: it has no study.json; name the folder that a search has written, such as "
+                         "studies/NAME") from error  # fmt: skip
+    except (OSError, KeyError, TypeError) as error:
         raise StudyError(f"{path.parent} is not a study of paretorch: {error}") from error
 
 
@@ -587,17 +721,12 @@ def open_front(directory: str | Path) -> Front:
     """The front of a study on disk, without its task; raises `StudyError` when there is none."""
     folder = Path(directory).absolute()
     stored = _read_about(folder / "study.json")
-    candidates = [
-        Candidate.from_dict(r["candidate"]) for r in Journal(folder / "trials.jsonl").read() if "candidate" in r
-    ]
-    test = None
-    if (folder / "finalists.json").exists():
-        known = json.loads((folder / "finalists.json").read_text())
-        candidates = [
-            replace(c, test={n: Metric(**m) for n, m in known.get(c.recipe.key, {}).items()}) for c in candidates
-        ]
-        metric = next(iter(known["baseline"]))
-        test = Metric(**known["baseline"][metric])
+    records = Journal(folder / "trials.jsonl").read()
+    candidates = [Candidate.from_dict(record["candidate"]) for record in records if "candidate" in record]
+    known = _read_json(folder / "finalists.json") if (folder / "finalists.json").exists() else {}
+    # The task's metric is the one that is measured anew on the test split beside these two.
+    metric = next((name for name in known.get("baseline", {}) if name not in ("latency_ms", "size_bytes")), "")
+    candidates, test = _with_tests(candidates, known, metric)
     return Front(
         tuple(candidates),
         tuple(Objective(**entry) for entry in stored["objectives"]),

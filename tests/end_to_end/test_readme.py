@@ -26,7 +26,9 @@ def test_bring_your_own_model_runs_as_it_is_shown(tmp_path: Path) -> None:
     )
     assert quick.count("trials=9") == 1
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", quick], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", quick], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "deploy" / "model.onnx").exists()
 

@@ -1,0 +1,78 @@
+"""A warm process that starts `paretorch` commands by forking, because importing torch, ONNX Runtime and MLflow takes
+longer than most of what the tests look at. What it starts is a process like any other: it can be killed, limited, and
+given signals. One JSON request a line on stdin, one answer a line on stdout.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+
+
+def _child(request):
+    os.setsid()
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(request[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
+    sys.argv = ["paretorch", *request["arguments"]]
+    from paretorch.cli import main
+
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(pid, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
+
+
+def main():
+    import mlflow  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import optuna  # noqa: F401
+    import torch  # noqa: F401
+    from mlflow import MlflowClient  # noqa: F401
+
+    import paretorch.cli
+    import paretorch.configs.plugins
+    import paretorch.console
+    import paretorch.search.report
+    import paretorch.search.study
+    import paretorch.search.tracking  # noqa: F401
+
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _wait(request["wait"], request["seconds"])
+        else:
+            answer = os.fork()
+            if not answer:
+                _child(request)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

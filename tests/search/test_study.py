@@ -1,0 +1,638 @@
+"""The study: which recipes come, what is remembered, what ends it; on a network of two layers.
+
+Most tests use a runner whose numbers are made up from the recipe, so that a trial takes a millisecond; what stands
+around it (tracing, the preflight, files, the journal) is the real thing.
+"""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+import paretorch.search.study as study_module
+from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, TaskError
+from paretorch.objectives import cost
+from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.runners.local import LocalRunner
+from paretorch.runners.task import Task
+from paretorch.search.sampler import SAMPLERS
+from paretorch.search.study import Quiet, Study, open_front
+from paretorch.spaces.recipe import Recover
+from paretorch.spaces.space import Rule, Space, anchors
+
+SPACE = Space(
+    weight_bits=(Rule((3, 4, 6, 8)),),
+    activation_bits=(Rule((8, 32), share=True),),
+    sparsity=(Rule((0.0, 0.5)),),
+    channels=(Rule((0.0, 0.25, 0.5)),),
+    width=(1.0, 0.75, 0.5),
+    recovery=(Recover("batchnorm"), Recover("finetune", epochs=0.25)),
+)
+TINY = Space(weight_bits=(Rule((4, 8), share=True),))
+BUDGET = ("size_bytes <= 60%", "accuracy >= -10%")
+
+
+def blobs(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    return TensorDataset(centres[labels] + torch.randn(count, 1, 6, 6, generator=generator), labels)
+
+
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+        )
+        x, y = blobs(128, 1).tensors
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        for _ in range(15):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def blob_task(**more):
+    return Task("blobs", network, train=blobs(128, 1), validation=blobs(100, 2), test=blobs(100, 3), **more)
+
+
+class Fake(LocalRunner):
+    """Makes up the numbers of a recipe; `ran` is what it was asked for, `fails` gives the error of a recipe or None."""
+
+    ran: list = []  # noqa: RUF012
+    fails = None
+
+    def run(self, recipe, report=lambda phase, metrics: None, *, gate_latency=False):
+        self.ran.append(recipe)
+        report("compressing", {})
+        if self.fails and (error := type(self).fails(recipe)):
+            raise error
+        size = cost.size_bytes(self.structure, recipe, cost.FileOverhead(600, 30, 60))
+        noise = int(recipe.key[:4], 16) / 0xFFFF
+        self.path(recipe).write_bytes(recipe.key.encode())
+        return Measurement(
+            {
+                "size_bytes": Metric.exact(size),
+                "onnx_bytes": Metric.exact(size),
+                "macs": Metric.exact(cost.macs(self.structure, recipe)),
+                "latency_ms": Metric.exact(0.01 + size / 1e6),
+                "accuracy": Metric.rate(round(100 - 1e5 / size * 0.1 - 8 * noise), 100),
+            }
+        )
+
+    def measure_again(self, data, split="test"):
+        return {
+            "accuracy": Metric.rate(90, 100),
+            "latency_ms": Metric.exact(1.0),
+            "size_bytes": Metric.exact(len(data)),
+        }
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(study_module, "LocalRunner", Fake)
+    monkeypatch.setattr(Fake, "ran", [])
+    monkeypatch.setattr(Fake, "fails", None)
+    return Fake
+
+
+class Stop(Quiet):
+    """Ctrl-C after some trials; keeps what was said."""
+
+    def __init__(self, after=None):
+        self.after, self.said, self.checks = after, [], 0
+
+    def say(self, text):
+        self.said.append(text)
+
+    def checked(self, found, study):
+        self.checks += 1
+
+    def finished(self, candidate, front, done, total, eta):
+        assert front.candidates[-1] == candidate
+        if done == self.after:
+            raise KeyboardInterrupt
+
+
+def study(directory, listener=None, *, space=SPACE, budget=BUDGET, task=None, **more):
+    more = {"seconds": 0.002, "calibration_images": 32, "mlflow": False} | more
+    return Study(task or blob_task(), space, budget=budget, directory=directory, listener=listener, **more)
+
+
+def recipes(study):
+    return [c.recipe for c in study.candidates]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+# --- real runs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_recipes_and_the_same_files(tmp_path):
+    first, second = (study(tmp_path / str(i)) for i in range(2))
+    front = first.run(12)
+    assert [c.number for c in first.candidates] == list(range(12))
+    second.run(12)
+    assert recipes(first) == recipes(second)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "0" / "candidates").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "1" / "candidates").iterdir()}
+    labelled = [c for c in first.candidates if c.label]
+    kept = {c.recipe.key for c in (*front.members, *front.least_violating(3), *labelled)}
+    assert {name.removesuffix(".safetensors") for name in files} == kept
+    assert open_front(tmp_path / "0") == front
+    assert all(c.test["accuracy"].n == 100 for c in front.members)
+    assert front.test_baseline.n == 100
+    size = {c.recipe.key: c.measurement.value("size_bytes") for c in first.candidates if c.measurement}
+    assert all(len(data) == size[name.partition(".")[0]] for name, data in files.items())
+
+
+def test_the_test_split_is_looked_at_once_at_the_end(tmp_path):
+    seen = []
+
+    class Watched(Dataset):
+        def __init__(self, data):
+            self.data = data
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return self.data[index]
+
+    task = Task("blobs", network, train=blobs(128, 1), validation=blobs(60, 2), test=Watched(blobs(50, 3)))
+    study(tmp_path / "check", task=task).check()
+    assert not seen
+    assert not (tmp_path / "check").exists()
+
+    class Follow(Quiet):
+        def finished(self, *_):
+            assert not seen
+
+    front = study(tmp_path / "s", Follow(), task=task).run(9)
+    once = 50 * (1 + len(front.members))
+    assert len(seen) == once
+    study(tmp_path / "s", task=task).run(9)
+    assert len(seen) == once, "finalists are measured once and stored"
+
+
+def test_a_metric_that_is_nan_for_some_recipe_is_a_result(tmp_path):
+    calls = []
+
+    def metric(outputs, targets):
+        calls.append(len(outputs))
+        # The baseline's is the first, the preflight's the second; then `untouched`, `fp16`, ...
+        scores = (outputs.argmax(1) == targets).float()
+        return scores if len(calls) != 4 else scores * float("nan")
+
+    listener = Stop()
+    found = study(tmp_path, listener, task=blob_task(metric=metric, batch_size=256))
+    found.run(10)
+    states = [c.state for c in found.candidates]
+    assert states.count("failed") == 1
+    failed = found.candidates[states.index("failed")]
+    assert failed.reason == "Diverged: metric 'accuracy' returned nan"
+    assert failed.measurement is None
+    assert len(found.candidates) == 10
+
+
+def test_a_metric_that_is_nan_for_the_untouched_network_is_a_mistake(tmp_path):
+    task = blob_task(metric=lambda outputs, targets: torch.full((len(outputs),), float("nan")))
+    with pytest.raises(TaskError, match=r"task 'blobs': the untouched network cannot be measured: metric 'accuracy' returned nan\. "
+                       "Every candidate is compared with it, so check the metric"):  # fmt: skip
+        study(tmp_path / "s", task=task).run(9)
+    assert not (tmp_path / "s").exists()
+
+
+# --- which recipes come -----------------------------------------------------------------------------------------------
+
+
+def test_anchors_come_first_and_nothing_runs_twice(tmp_path, fake):
+    found = study(tmp_path, budget=())
+    found.run(40)
+    expected = anchors(SPACE, found.runner.structure)
+    assert [(c.label, c.recipe) for c in found.candidates[: len(expected)]] == expected
+    assert not any(c.label for c in found.candidates[len(expected) :])
+    ran = fake.ran[1:]  # after the preflight's
+    assert len(ran) == len(set(ran)) == 40
+    assert ran == recipes(found)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_interrupted_study_goes_on_as_if_it_had_not_been(tmp_path, fake, sampler):
+    # NSGA's second generation begins after 20; a space this small makes the samplers repeat themselves.
+    trials, stops = (16, (9, 12)) if sampler == "gp" else (48, (3, 25, 33))
+    space = Space(
+        weight_bits=(Rule((3, 4, 6, 8)),), sparsity=(Rule((0.0, 0.3, 0.5)),), recovery=(Recover("batchnorm"),)
+    )
+    settings = {"sampler": sampler, "space": space, "seed": 3}
+    fake.fails = lambda recipe: Diverged("made up") if int(recipe.key[:4], 16) % 7 == 0 else None
+    whole = study(tmp_path / "whole", **settings)
+    whole.run(trials)
+    assert {c.state for c in whole.candidates} == {"ok", "over_budget", "failed"}
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            study(tmp_path / "part", Stop(stop), **settings).run(trials)
+    part = study(tmp_path / "part", **settings)
+    part.run(trials)
+    assert recipes(part) == recipes(whole)
+    assert len(recipes(part)) == trials
+    before, after = (
+        [{k: v for k, v in r.items() if k != "candidate"} for r in records(tmp_path / n)] for n in ("whole", "part")
+    )
+    assert before == after, "repeated suggestions are remembered alike"
+
+
+def test_another_seed_gives_other_recipes(tmp_path, fake):
+    first, second = (study(tmp_path / str(seed), seed=seed) for seed in range(2))
+    first.run(12)
+    second.run(12)
+    assert recipes(first)[:8] == recipes(second)[:8]
+    assert recipes(first)[8:] != recipes(second)[8:]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_space_that_is_searched_through_ends_the_search(tmp_path, fake, monkeypatch, sampler):
+    monkeypatch.setattr(study_module, "_SPENT", 30 if sampler != "gp" else 4)
+    listener = Stop()
+    found = study(tmp_path, listener, space=TINY, sampler=sampler, budget=())
+    front = found.run(60)
+    ran = fake.ran[1:]  # after the preflight's
+    assert len(ran) == len(set(ran)) == len(found.candidates) < 14
+    assert {"4", "8"} <= {
+        str(s.weight_bits) for c in front.candidates for s in c.recipe.steps if hasattr(s, "weight_bits")
+    }
+    assert "known recipes in a row: the space counts as searched through after" in listener.said[-1]
+
+
+def test_a_space_without_any_decision(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(study_module, "_SPENT", 5)
+    found = study(tmp_path, space=Space(weight_bits=(Rule((5,)),)), budget=())
+    found.run(60)
+    assert [c.label for c in found.candidates][-1] == ""
+    assert fake.ran[1:] == recipes(found)
+    assert len(recipes(found)) == len(set(recipes(found)))
+
+
+# --- what the sampler is told -----------------------------------------------------------------------------------------
+
+
+def test_what_arithmetic_refuses_is_told_and_never_run(tmp_path, fake):
+    budget = ("size_bytes <= 40%", "accuracy >= -10%", "latency_ms <= 0.0117")
+    fake.fails = lambda recipe: ExportFailed("made up") if int(recipe.key[:4], 16) % 9 == 0 else None
+    found = study(tmp_path, budget=budget)
+    found.run(40)
+    refused = [c for c in found.candidates if c.state == "over_budget" and c.measurement is None]
+    assert len(refused) > 3
+    assert not {c.recipe for c in refused} & set(fake.ran)
+    base = found.baseline.value("size_bytes")
+    for c in refused:
+        predicted = cost.size_bytes(found.runner.structure, c.recipe, found.overhead)
+        assert c.excess == {"size_bytes <= 40%": pytest.approx(predicted / base / 0.4 - 1)}
+        assert c.excess["size_bytes <= 40%"] > 0.01
+        assert c.reason.startswith("refused: size_bytes ")
+        assert "against a limit of" in c.reason
+    failed = [c for c in found.candidates if c.state == "failed"]
+    assert failed
+    assert {c.reason for c in failed} == {"ExportFailed: made up"}
+
+    told = found.optuna.trials
+    complete = [t for t in told if t.state.name == "COMPLETE"]
+    assert [t for t in told if t.state.name == "FAIL"]
+    assert {t.state.name for t in told} == {"COMPLETE", "FAIL"}
+    for trial in complete:
+        assert set(trial.constraints) == set(budget)
+        assert all(
+            isinstance(v, float) and v == v and abs(v) < 1e9 for v in (*trial.values, *trial.constraints.values())
+        )
+    by_recipe = {c.recipe: c for c in found.candidates}
+    for trial in complete:
+        c = by_recipe[SPACE.recipe(found.runner.structure, trial.params)]
+        assert trial.constraints == {b: c.excess.get(b, 0.0) for b in budget}
+        assert (max(trial.constraints.values()) > 0) == (c.state == "over_budget")
+
+
+def test_a_recipe_that_is_too_slow_is_not_trained(tmp_path, fake, monkeypatch):
+    """The gate before training: its number decides, and the recipe counts as refused."""
+    trained = []
+
+    def run(self, recipe, report=lambda phase, metrics: None, *, gate_latency=False):
+        assert gate_latency or not self.path(recipe).parent.parent.joinpath("study.json").exists()
+        finetune = any(s.method == "finetune" for s in recipe.of(Recover))
+        if gate_latency and finetune:
+            report("measured before training", {"latency_ms": Metric.exact(5.0), "size_bytes": Metric.exact(100)})
+        if finetune:
+            trained.append(recipe)
+        return Fake.run(self, recipe, report)
+
+    class Gated(Fake):
+        pass
+
+    Gated.run = run
+    monkeypatch.setattr(study_module, "LocalRunner", Gated)
+    found = study(tmp_path, budget=("latency_ms <= 4",))
+    found.run(25)
+    slow = [c for c in found.candidates if c.excess.get("latency_ms <= 4", 0) > 0]
+    assert slow
+    assert all(c.reason == "refused: latency_ms 5 ms against a limit of 4 ms (latency_ms <= 4)" for c in slow)
+    assert not [r for r in trained if r in [c.recipe for c in slow]]
+
+
+# --- what ends it, and how it goes on ---------------------------------------------------------------------------------
+
+
+def test_a_mistake_in_code_stops_the_study_which_can_be_resumed(tmp_path, fake):
+    fake.fails = lambda recipe: ZeroDivisionError("a bug") if len(fake.ran) == 12 else None
+    with pytest.raises(ZeroDivisionError):
+        study(tmp_path).run(20)
+    assert len(open_front(tmp_path).candidates) == 10, "without the preflight's and the one with the bug"
+    fake.fails = None
+    found = study(tmp_path)
+    found.run(20)
+    assert len(found.candidates) == 20
+    whole = study(tmp_path / "whole")
+    whole.run(20)
+    assert recipes(whole) == recipes(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"sampler": "random"}, 'sampler: "tpe" then, "random" now'),
+        ({"budget": ("size_bytes <= 50%",)}, 'budget: ["size_bytes <= 60%", "accuracy >= -10%"] then, ["size_bytes <= 50%"] now'),
+        ({"objectives": ["accuracy", "latency_ms"]}, r'objectives: ["max accuracy", "min size_bytes"] then'),
+        ({"space": TINY}, "space: "),
+        ({"threads": 2}, "measure: "),
+    ],
+)  # fmt: skip
+def test_another_configuration_is_refused(tmp_path, fake, change, told):
+    study(tmp_path).run(3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(StudyError) as caught:
+        study(tmp_path, **change).run(3)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} holds a study of another configuration:\n  - {told}")
+    assert message.count("\n  - ") == 1
+    assert message.endswith("Undo the change to go on with it, or search anew under another name or --output.")
+    assert {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before
+
+
+def test_other_weights_are_refused(tmp_path, fake):
+    study(tmp_path).run(2)
+
+    def other():
+        net = network()
+        with torch.no_grad():
+            net[0].weight[0, 0, 0, 0] += 1e-3
+        return net
+
+    task = Task("blobs", other, train=blobs(128, 1), validation=blobs(100, 2), test=blobs(100, 3))
+    with pytest.raises(
+        StudyError, match=r"weights: .* then, .* now; a network that is trained anew at every start needs a seed"
+    ):
+        study(tmp_path, task=task).run(2)
+
+
+def _search_elsewhere(folder, ready, go_on):
+    class Wait(Quiet):
+        def finished(self, *_):
+            ready.set()
+            go_on.wait(60)
+
+    study(folder, Wait(), space=TINY).run(2)
+
+
+def test_a_second_process_is_refused(tmp_path, fake):
+    context = multiprocessing.get_context("fork")
+    ready, go_on = context.Event(), context.Event()
+    process = context.Process(target=_search_elsewhere, args=(tmp_path, ready, go_on))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(
+        StudyError, match=rf"is in use by another search \(process {process.pid}\); wait for its end, stop it, or"
+    ):
+        study(tmp_path, space=TINY).run(2)
+    assert len(open_front(tmp_path).candidates) == 1, "looking is allowed"
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    study(tmp_path, space=TINY).run(2)
+
+
+def test_the_time_ends_it(tmp_path, fake):
+    listener = Stop()
+    found = study(tmp_path, listener)
+    front = found.run(10_000, time_limit=2.0)
+    assert 0 <= len(front.candidates) < 2000
+    assert (
+        listener.said[-1].startswith(f"the time of 2 s is over after {len(front.candidates)} trial")
+        or "10000" in listener.said[-1]
+    )
+    assert (tmp_path / "report" / "front.html").exists()
+    assert (tmp_path / "finalists.json").exists()
+
+
+def test_ctrl_c_leaves_the_report_of_the_front_so_far(tmp_path, fake):
+    part = study(tmp_path, Stop(9))
+    with pytest.raises(KeyboardInterrupt):
+        part.run(20)
+    assert len(part.front.candidates) == 9
+    assert (tmp_path / "report" / "front.html").exists()
+    assert not (tmp_path / "finalists.json").exists()
+    listener = Stop()
+    study(tmp_path, listener).run(20)
+    assert listener.checks == 0, "the preflight is a new study's"
+    assert listener.said[0] == f"going on with the study in {tmp_path}: 9 trials finished"
+
+
+def test_ctrl_c_while_it_remembers_comes_after(tmp_path, fake, monkeypatch):
+    """Between the journal and the sampler nothing may be broken off."""
+    found = study(tmp_path)
+    tell = found._tell
+
+    def interrupted(*arguments):
+        if len(found.candidates) == 5:
+            os.kill(os.getpid(), 2)
+        tell(*arguments)
+
+    monkeypatch.setattr(found, "_tell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.run(20)
+    assert len(found.candidates) == 5
+    assert len(found.optuna.trials) == sum(c.picks is not None for c in found.candidates)
+
+
+def test_a_failed_preflight_leaves_nothing(tmp_path, fake):
+    folder = tmp_path / "studies" / "s"
+    with pytest.raises(ConfigError, match="cannot be kept: the smallest recipe of this space reaches"):
+        study(folder, budget=("size_bytes <= 1%",)).run(5)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "mine.txt").write_text("the user's")
+    with pytest.raises(ConfigError):
+        study(folder, budget=("size_bytes <= 1%",)).run(5)
+    assert [str(p.relative_to(folder)) for p in sorted(folder.rglob("*"))] == ["candidates", "candidates/mine.txt"]
+    study(folder).run(9)
+    assert (folder / "candidates" / "mine.txt").exists(), "only files of the study are ever removed"
+
+
+def test_what_a_kill_leaves_behind_is_cleaned_up(tmp_path, fake):
+    study(tmp_path).run(9)
+    left = [tmp_path / ".study.json.123.partial", tmp_path / "candidates" / f".{'0' * 16}.safetensors.123.partial",
+            tmp_path / "report" / ".front.html.99.part", tmp_path / "candidates" / f"{'0' * 16}.safetensors"]  # fmt: skip
+    for path in left:
+        path.write_text("half")
+    with (tmp_path / "trials.jsonl").open("a") as stream:
+        stream.write('{"candidate": {"num')
+    assert len(open_front(tmp_path).candidates) == 9
+    assert (tmp_path / "trials.jsonl").read_text().endswith("num"), "who only looks changes nothing"
+    found = study(tmp_path)
+    found.run(10)
+    assert not [path for path in left if path.exists()]
+    assert [r["candidate"]["number"] for r in records(tmp_path) if "candidate" in r] == list(range(10))
+
+
+def test_a_deleted_file_of_a_finalist_is_made_again(tmp_path):
+    part = study(tmp_path, Stop(6))
+    with pytest.raises(KeyboardInterrupt):
+        part.run(7)
+    member = part.front.members[0]
+    path = tmp_path / "candidates" / f"{member.recipe.key}.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    study(tmp_path).run(6)
+    assert path.read_bytes() == data
+
+
+def test_numbers_that_the_test_split_does_not_give_are_left_out(tmp_path, fake, monkeypatch):
+    def fails(self, data, split="test"):
+        raise Diverged("metric 'accuracy' returned nan")
+
+    monkeypatch.setattr(fake, "measure_again", fails)
+    listener = Stop()
+    front = study(tmp_path, listener).run(9)
+    assert "warning: the baseline has no numbers on the test split: metric 'accuracy' returned nan" in listener.said
+    assert front.test_baseline is None
+    assert open_front(tmp_path) == front
+
+
+def test_mlflow_that_fails_in_the_middle_does_not_stop_the_search(tmp_path, fake, monkeypatch):
+    from paretorch.search import tracking
+
+    events = []
+
+    class Tracker:
+        run_id = "run"
+
+        def __init__(self, *_):
+            pass
+
+        def start(self, params, texts, environment):
+            events.append(("start", sorted(texts)))
+
+        def sync(self, candidates, volumes, picks):
+            assert len(candidates) == len(volumes)
+            events.append(("sync", len(candidates)))
+            return 0
+
+        def log(self, candidate, volume, member, picks):
+            events.append(("log", candidate.number))
+            if candidate.number == 3:
+                raise StudyError("MLflow store is away")
+
+        def finish(self, front, report, note, status):
+            events.append((status, len(front.candidates)))
+
+    monkeypatch.setattr(tracking, "Tracker", Tracker)
+    listener = Stop()
+    found = study(tmp_path, listener, mlflow=None, config={"a": 1}, config_text="a: 1")
+    found.run(9)
+    assert events == [("start", ["config.yaml", "config_resolved.json", "study.json"]), ("sync", 0), ("log", 0), ("log", 1),
+                      ("log", 2), ("log", 3), ("sync", 9), ("FINISHED", 9)]  # fmt: skip
+    assert "warning: MLflow store is away. The search goes on without MLflow" in "".join(listener.said)
+    events.clear()
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, Stop(10), mlflow=None).run(12)
+    assert events[-1] == ("KILLED", 10)
+    fake.fails = lambda recipe: ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        study(tmp_path, mlflow=None).run(12)
+    assert events[-1] == ("FAILED", 10)
+
+
+# --- what is asked for wrongly ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"sampler": "tpa"}, r"search.sampler = 'tpa': choose from tpe, nsga2, nsga3, gp, random, qmc"),
+        (
+            {"objectives": ["accuracy", "bytes"]},
+            r"objectives: unknown metric 'bytes'; choose from accuracy, size_bytes",
+        ),
+        ({"budget": ["f1 >= 0.5"]}, r"unknown metric 'f1'; choose from accuracy"),
+    ],
+)
+def test_wrong_arguments(tmp_path, wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        study(tmp_path / "s", **wrong)
+    assert not (tmp_path / "s").exists()
+
+
+def test_folders_that_hold_no_study(tmp_path, fake):
+    with pytest.raises(
+        StudyError, match=r"there is no study in .*: it has no study\.json; name the folder that a search has written"
+    ):
+        open_front(tmp_path)
+    (tmp_path / "trials.jsonl").write_text("{}\n")
+    with pytest.raises(StudyError, match=r"holds trials\.jsonl without the study\.json they belong to"):
+        study(tmp_path).run(1)
+    assert (tmp_path / "trials.jsonl").exists()
+    (tmp_path / "study.json").write_text("[]")
+    with pytest.raises(StudyError, match=r"study\.json is damaged"):
+        open_front(tmp_path)
+    (tmp_path / "study.json").write_text('{"version": 99}')
+    with pytest.raises(StudyError, match="written by a newer paretorch"):
+        open_front(tmp_path)
+
+
+def test_a_missing_baseline_is_named(tmp_path, fake):
+    study(tmp_path).run(1)
+    (tmp_path / "baseline.safetensors").unlink()
+    with pytest.raises(StudyError, match=r"baseline\.safetensors is missing, and every latency is relative to it"):
+        study(tmp_path).run(2)
+
+
+def test_a_smallest_recipe_that_diverges_is_a_warning(tmp_path, fake):
+    fake.fails = lambda recipe: Diverged("made up") if len(fake.ran) == 1 else None
+    found = []
+
+    class Checked(Quiet):
+        def checked(self, preflight, study):
+            found.append(preflight)
+
+    front = study(tmp_path, Checked()).run(9)
+    assert len(front.candidates) == 9
+    assert "does not compute any more: made up" in found[0].warnings[0]
+
+
+def test_without_test_data(tmp_path, fake):
+    listener = Stop()
+    task = Task("blobs", network, train=blobs(128, 1), validation=blobs(100, 2))
+    front = study(tmp_path, listener, task=task).run(9)
+    assert not any(c.test for c in front.members)
+    assert "the task has no test data: the front's numbers are the validation split's" in listener.said[-1]
