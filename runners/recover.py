@@ -1,4 +1,4 @@
-"""Accuracy won back: BatchNorm statistics, or fine-tuning with the original network as the teacher."""
+"""Accuracy won back by fine-tuning, with the original network as the teacher."""
 
 from __future__ import annotations
 
@@ -11,24 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Diverged
-from ..spaces.recipe import Recipe, Recover
-from .compress import chunks
-from .operators.fold import reestimate_batchnorms
+from ..spaces.recipe import Recover
 from .operators.quantize import FakeQuantize
 from .task import Task, batches, dataset, loss
 
 Progress = Callable[[str], None]
-
-
-def recover(
-    model: nn.Module, teacher: nn.Module, recipe: Recipe, task: Task, calibration: Tensor, seed: int, progress: Progress
-) -> None:
-    """Carry out the recipe's recovery in place; raises `Diverged` when the loss stops being finite."""
-    for step in recipe.of(Recover):
-        if step.method == "finetune" and step.epochs > 0:
-            finetune(model, teacher, step, task, seed, progress)
-        progress("BatchNorm")
-        reestimate_batchnorms(model, chunks(calibration, 128))
 
 
 def finetune(

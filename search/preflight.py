@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
-from ..objectives.objective import Budget, Limit, Objective, show
+from ..objectives.objective import COSTS, Budget, Limit, Objective, show
 from ..runners.local import LocalRunner
 from ..spaces.recipe import Quantize, Recipe, Recover
 from ..spaces.space import Axis, Space
 from ..spaces.structure import Structure
 
-KNOWN = ("size_bytes", "latency_ms", "macs", "onnx_bytes")
 TOLERANCE = 0.01  # predicted bytes are right within 1%
 
 
@@ -38,7 +37,7 @@ class Preflight:
 
 def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str) -> None:
     """Raises one `ConfigError` with every objective and limit on a metric that is not measured."""
-    known = (metric, *KNOWN)
+    known = (metric, *COSTS)
     problems = [
         f"objectives: unknown metric {o.metric!r}; choose from {', '.join(known)}"
         for o in objectives

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +42,59 @@ def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[
     return factors
 
 
+def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    found = model.named_modules()
+    return {n: m for n, m in found if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+
+
 @torch.no_grad()
-def reestimate_batchnorms(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def reestimate_batchnorms(
+    model: nn.Module, batches: Sequence[Tensor], bias: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
     """Replace the running statistics by the averages over the batches; all else stays in evaluation mode.
 
     It repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh 2022).
+    bias: from `calibration_bias`; with it the statistics move only by what compression changed.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = _norms(model)
     if not norms:
         return
     model.eval()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative average
         norm.train()
     for batch in batches:
         model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for name, norm in norms.items():
+        norm.momentum = momenta[name]
+        if bias is not None:
+            offset, factor = bias[name]
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean += offset
+            norm.running_var *= factor
     model.eval()
+
+
+def calibration_bias(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By BatchNorm: what to add to a mean over the batches, and what to multiply a variance by, to get the network's own.
+
+    A few hundred calibration images never have quite the statistics of the training that the network comes from: there
+    are few of them, and they may be cropped otherwise. Re-estimation would take that for an effect of compression and
+    cost the *untouched* network 0.3 points (ResNet-20 on CIFAR-10, 512 training crops), 2.2 points (mobilenet_v2,
+    random resized crops that it was not trained with) or 4 points (ResNet-20, images without the crops it was trained
+    with). With the bias taken out it costs it nothing, by construction.
+    """
+    probe = copy.deepcopy(model)
+    reestimate_batchnorms(probe, batches)
+    found = {}
+    for (name, own), estimated in zip(_norms(model).items(), _norms(probe).values(), strict=True):
+        assert own.running_mean is not None
+        assert own.running_var is not None
+        assert estimated.running_mean is not None
+        assert estimated.running_var is not None
+        factor = own.running_var / estimated.running_var.clamp_min(1e-12)
+        found[name] = (own.running_mean - estimated.running_mean, factor)
+    return found

@@ -2,7 +2,7 @@
 
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
-2020). BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
+2020) but for the factor in front. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ class FakeQuantize(nn.Module):
         if self.scale is None:
             return weight.half().float() if self.bits == 16 and not self.training else weight
         top = largest(self.bits)
-        # LSQ's gradient scale keeps the steps of the scale in proportion to those of the weights.
-        balance = (weight[0].numel() * top) ** -0.5
         shape = (-1, *[1] * (weight.ndim - 1))
         fixed = self.scale.detach()
+        # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
+        # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
+        # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
+        balance = fixed.square() / weight.detach().flatten(1).square().sum(1).clamp_min(1e-12)
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12).view(shape)  # exactly the scale that ships
         level = (weight / scale).clamp(-top, top)
         shown: Tensor = (level + (level.round() - level).detach()) * scale

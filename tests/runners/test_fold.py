@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
+from paretorch.runners.operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 
 PAIRS = {
     "conv2d": (lambda bias: nn.Conv2d(3, 6, 3, bias=bias), nn.BatchNorm2d, (3, 8, 8)),
@@ -75,3 +75,32 @@ def test_a_network_without_statistics_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     reestimate_batchnorms(model, [torch.randn(2, 3, 8, 8)])
     assert model[1].running_mean is None
+
+
+def test_an_untouched_network_keeps_its_statistics_whatever_the_calibration_images(settle):
+    """The calibration set's own bias is taken out: only what compression changed may move."""
+    torch.manual_seed(0)
+    model, _ = settle(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)),
+        (3, 8, 8),
+        64,
+    )
+    other = [1.7 * torch.randn(16, 3, 8, 8) + 0.4 for _ in range(3)]  # nothing like what it was settled on
+    bias = calibration_bias(model, other)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_batchnorms(model, other, bias)
+    for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
+        torch.testing.assert_close(model.state_dict()[name], before[name], rtol=1e-4, atol=1e-5)
+    reestimate_batchnorms(model, other)
+    assert not torch.allclose(model.state_dict()["4.running_var"], before["4.running_var"], rtol=0.1)
+
+
+def test_a_shifted_layer_is_repaired_by_exactly_its_shift(settle):
+    torch.manual_seed(0)
+    model, x = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 8, 8), 64)
+    other = [1.7 * torch.randn(16, 3, 8, 8) + 0.4 for _ in range(3)]
+    bias, expected = calibration_bias(model, other), model(x).detach()
+    with torch.no_grad():
+        model[0].bias += 3.0
+    reestimate_batchnorms(model, other, bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -69,7 +69,10 @@ def test_codes_are_rounded_half_to_even():
 @settings(deadline=None)
 @given(st.integers(0, 999), BITS)
 def test_gradients_are_those_of_lsq(seed, bits):
-    """Esser et al. 2020, equations 2, 3 and 5, with one scale per output channel and its gradient scale."""
+    """Esser et al. 2020, equations 2, 3 and 5, with one scale per output channel and a factor of our own.
+
+    The factor makes the step of a scale the one that the weights would take along it: scale^2 / |weights|^2.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 4, 2, generator=generator).requires_grad_()
     fake = FakeQuantize(weight.detach(), bits, None)
@@ -82,8 +85,9 @@ def test_gradients_are_those_of_lsq(seed, bits):
     v = (weight / fake.scale.view(3, 1, 1)).detach().double()
     inside = v.abs() < top
     by_scale = torch.where(inside, v.round() - v, v.sign() * top)
-    expected = (by_scale * upstream).sum((1, 2)) / (8 * top) ** 0.5
-    torch.testing.assert_close(fake.scale.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    factor = fake.scale.detach().double().square() / weight.detach().double().square().sum((1, 2))
+    expected = (by_scale * upstream).sum((1, 2)) * factor
+    torch.testing.assert_close(fake.scale.grad.double(), expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(weight.grad, upstream * inside, rtol=1e-4, atol=1e-6)
 
 
