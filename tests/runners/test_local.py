@@ -1,0 +1,192 @@
+"""The whole way of a recipe: equal bytes for equal recipes, bytes as foretold, numbers of the file that was written."""
+
+import random
+
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from paretorch.errors import Diverged, OverBudget, TaskError
+from paretorch.objectives import cost
+from paretorch.runners import packing
+from paretorch.runners.local import LocalRunner
+from paretorch.runners.onnx_export import operators, session
+from paretorch.runners.task import Task
+from paretorch.search.preflight import measure_overhead
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.structure import inside
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+MIXED = Recipe(
+    (Student(("layer1.1",)), Prune("down", 16), Sparsify("fc", 0.5), Quantize("stem", 8, 8), Quantize("down", 3),
+     Quantize("fc", 16))
+)  # fmt: skip
+TRAINED = Recipe((*MIXED.steps, Recover("finetune", 0.5, 0.01)))
+
+
+@pytest.fixture
+def runner(network, task_of, tmp_path):
+    model, x = network("residual")
+    return LocalRunner(task_of(model, x), tmp_path, seconds=0.02, calibration_images=128)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), MIXED, TRAINED], ids=["untouched", "mixed", "trained"])
+def test_equal_recipes_give_equal_bytes(recipe, runner):
+    runner.use_baseline(runner.build(Recipe()))
+    found = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        runner.run(recipe)
+        found.append(runner.path(recipe).read_bytes())
+    assert found[0] == found[1]
+    preview = runner.build(recipe, recovery=False)
+    # Up to the deflated graph, whose small tensors hold other numbers: a few bytes.
+    assert abs(len(preview) - len(found[0])) <= 64
+    assert operators(packing.unpack(preview)) == operators(packing.unpack(found[0]))
+
+
+def test_a_measurement_is_that_of_the_file(runner):
+    baseline, packed = runner.baseline()
+    assert baseline.value("accuracy") == 1  # the task is to repeat this network
+    assert baseline.value("size_bytes") == len(packed)
+    heard = []
+    found = runner.run(MIXED, lambda phase, metrics: heard.append((phase, set(metrics))))
+    data = runner.path(MIXED).read_bytes()
+    assert found.value("size_bytes") == len(data)
+    assert found.value("onnx_bytes") == packing.unpack(data).ByteSize()
+    assert found.value("macs") == cost.macs(runner.structure, MIXED) < baseline.value("macs")
+    hits = total = 0
+    for x, y in runner.validation():
+        outputs = session(packing.unpack(data)).run(None, {"input": x.numpy()})[0]
+        hits, total = hits + int((outputs.argmax(1) == y.numpy()).sum()), total + len(y)
+    assert found.metrics["accuracy"].value == hits / total
+    assert found.metrics["accuracy"].n == total
+    assert found.metrics["latency_ms"].low <= found.value("latency_ms") <= found.metrics["latency_ms"].high
+    assert [phase for phase, _ in heard] == ["compressing", "exporting", "timing", "evaluating"]
+    assert heard[-1][1] == {"size_bytes", "onnx_bytes", "macs", "latency_ms"}
+    again = runner.measure_again(data)
+    assert again["accuracy"].value == found.value("accuracy")
+
+
+def test_a_report_may_stop_a_run_and_then_nothing_is_written(runner):
+    runner.use_baseline(runner.build(Recipe()))
+
+    def report(phase, metrics):
+        if "size_bytes" in metrics:
+            raise OverBudget("too large", {"size_bytes": 0.5})
+
+    for recipe, gate in ((MIXED, False), (TRAINED, True)):
+        with pytest.raises(OverBudget):
+            runner.run(recipe, report, gate_latency=gate)
+    assert list(runner.directory.iterdir()) == []
+
+
+def test_zeros_stay_in_the_file_after_training(runner):
+    recipe = Recipe(
+        (Sparsify("down", 0.75), Sparsify("stem", 0.5), Quantize("stem", 6, 8), Recover("finetune", 0.5, 0.05))
+    )
+    graph = packing.unpack(runner.build(recipe)).graph
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    assert (tensors["down.weight"] == 0).sum() == round(0.75 * tensors["down.weight"].size)
+    assert (tensors["stem.weight_q"] == 0).sum() >= round(0.5 * tensors["stem.weight_q"].size)
+
+
+def random_recipe(structure, rng):
+    """Any bits, activations, sparsity, channels and blocks; often the same bits everywhere, as a search's recipes have."""
+    drop = tuple(block for block in structure.blocks if rng.random() < 0.2)
+    alive = [layer for layer in structure.layers if not inside(layer.name, drop)]
+    made = {layer.output for layer in alive}
+    steps = [Student(drop)] if drop else []
+    if rng.random() < 0.5:
+        steps += [
+            Prune(g.name, rng.randrange(g.round_to, g.channels + 1, g.round_to))
+            for g in structure.groups
+            if g.name in made
+        ]
+    shared = (rng.choice(BITS), rng.choice((8, 32)))
+    uniform = rng.random() < 0.3
+    for layer in alive:
+        if rng.random() < 0.4:
+            steps.append(Sparsify(layer.name, rng.choice((0.3, 0.5, 0.7, 0.9))))
+        bits, activations = shared if uniform else (rng.choice(BITS), rng.choice((8, 32)))
+        if bits < 32:
+            steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
+    return Recipe(tuple(steps))
+
+
+@pytest.mark.parametrize(("arguments", "count"), [(("residual", 24, 48), 45), (("mobile",), 25)])
+def test_bytes_are_foretold_within_a_per_cent(arguments, count, network, task_of, tmp_path):
+    """Of the file, or 400 bytes, which is what the deflated graphs of unlike recipes differ by."""
+    model, x = network(*arguments)
+    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    structure = runner.structure
+    overhead = measure_overhead(runner, len(runner.build(Recipe())))
+    rng = random.Random(0)
+    worst = (0.0, 0, "")
+    for _ in range(count):
+        recipe = random_recipe(structure, rng)
+        real = len(runner.build(recipe, recovery=False))
+        error = cost.size_bytes(structure, recipe, overhead) - real
+        worst = max(worst, (abs(error) / max(0.01 * real, 400), error, recipe.describe()))
+    assert worst[0] <= 1, worst
+
+
+def steered_task():
+    class Steered(nn.Module):
+        """Control flow that tracing freezes at what the example took."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y if len(x) < 10 else -y)
+
+    torch.manual_seed(0)
+    model = Steered().eval()
+    data = TensorDataset(torch.randn(64, 4), torch.zeros(64, dtype=torch.long))
+    return Task("steered", lambda: model, data, data)
+
+
+def test_an_export_that_computes_something_else_is_noticed_at_the_baseline(tmp_path):
+    runner = LocalRunner(steered_task(), tmp_path, seconds=0.02)
+    with pytest.raises(TaskError, match="control flow on the input"):
+        runner.baseline()
+
+
+def failing():
+    raise RuntimeError("no such checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [(failing, "its model function failed: RuntimeError: no such checkpoint"), (lambda: {}, "returned dict")],
+)
+def test_a_model_function_that_fails_is_explained(factory, message, tmp_path):
+    data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(TaskError, match=message):
+        LocalRunner(Task("t", factory, data, data), tmp_path)
+
+
+def test_training_that_explodes_is_a_result_without_a_file(runner):
+    runner.use_baseline(runner.build(Recipe()))
+    recipe = Recipe((Quantize("stem", 2), Recover("finetune", 8, 1e6)))
+    with pytest.raises(Diverged):
+        runner.run(recipe)
+    assert list(runner.directory.iterdir()) == []
+
+
+def test_the_given_network_is_never_changed(runner):
+    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    runner.build(TRAINED)
+    after = runner.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_without_a_baseline_is_a_mistake(runner):
+    with pytest.raises(ValueError, match="baseline"):
+        runner.run(Recipe())
