@@ -142,7 +142,8 @@ class LocalRunner:
             report("BatchNorm", {})
             # After surgery a channel's statistics have no counterpart in the original any more, and a network that was
             # trained on crops wants the statistics of crops.
-            comparable = not (recipe.of(Student) or recipe.of(Prune) or any(step.epochs for step in steps))
+            operated = any(isinstance(step, Student | Prune) for step in recipe.steps)
+            comparable = not operated and not any(step.epochs for step in steps)
             parts = chunks(self.calibration, 128)
             reestimate_batchnorms(model, parts, self.calibration_bias if comparable else None)
         report("exporting", {})
