@@ -301,9 +301,9 @@ def _version(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     if version:
-        import paretorch
+        from . import __version__
 
-        typer.echo(paretorch.__version__)
+        typer.echo(__version__)
         raise typer.Exit()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
