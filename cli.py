@@ -165,7 +165,7 @@ def _summary(console: Console, front: Front) -> None:
                            if metric == "accuracy" else f"Optimism of selection: {gap:+.4g} {metric}"))  # fmt: skip
 
 
-@app.command()
+@app.command(short_help="Tell in seconds whether a search will work.")
 def check(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
     """Tell in seconds whether a search will work: trace, compress every kind of layer, export, reload, measure."""
     from .configs.load import load
@@ -225,7 +225,7 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
-@app.command()
+@app.command(short_help="Write a commented configuration and task to start from.")
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; nothing there is overwritten.")],
 ) -> None:
@@ -259,7 +259,7 @@ def front(
         typer.echo(f"wrote {plot}/front.html, front.png, front.csv, front.json, report.md")
 
 
-@app.command()
+@app.command(short_help="Write one candidate for production.")
 def export(
     study: StudyFolder,
     to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
@@ -289,9 +289,12 @@ def ui(
     from .errors import StudyError
     from .search.tracking import local_store, page, saved_uri, serve
 
+    if not (study / "study.json").exists():
+        raise StudyError(f"there is no study in {study}: it has no study.json; name the folder that a search has written, such as "
+                         "studies/NAME")  # fmt: skip
     uri = saved_uri(study)
     if uri is None:
-        raise StudyError(f"{study} has no MLflow run yet; start it with: paretorch search CONFIG.yaml")
+        raise StudyError(f"the study in {study} has no MLflow run yet; the same search brings it there: paretorch search CONFIG.yaml")  # fmt: skip
     root = local_store(study.absolute())[1] if uri.startswith("sqlite") else None
     raise typer.Exit(serve(uri, root, port, page(study)))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import statistics
 import time
@@ -123,7 +124,7 @@ class Study:
         self.objectives = tuple(Objective.parse(text) for text in objectives or (task.metric_name, "size_bytes"))
         self.budget = Budget.parse(budget)
         check_metrics(self.objectives, self.budget, task.metric_name)
-        make_sampler(sampler, 0, 0)
+        make_sampler(sampler, 0, 0, {})
         self.directory = Path(directory or Path("studies") / task.name).absolute()
         self.measure = {
             "threads": threads,
@@ -252,17 +253,22 @@ class Study:
         self.optuna = optuna.create_study(directions=directions)
         self.candidates, self.records = [], 0
         self.by_key: dict[str, Candidate] = {}
+        self.keys: dict[int, str] = {}  # by candidate: a recipe of many steps takes a while to hash
         for record in records:
             self.records += 1
             if "candidate" in record:
                 candidate = Candidate.from_dict(record["candidate"])
-                self.candidates.append(candidate)
-                self.by_key[candidate.recipe.key] = candidate
+                self._know(candidate)
                 picks = candidate.picks
             else:
                 candidate, picks = self.candidates[record["same_as"]], record["picks"]
             if picks is not None and candidate.state != FAILED:
                 self._add(candidate, picks, record.get("system", {}))
+
+    def _know(self, candidate: Candidate) -> None:
+        self.candidates.append(candidate)
+        self.keys[candidate.number] = key = candidate.recipe.key
+        self.by_key[key] = candidate
 
     def _add(self, candidate: Candidate, picks: Mapping[str, int], system: Mapping[str, Any]) -> None:
         values, constraints = self._told(candidate)
@@ -362,14 +368,13 @@ class Study:
             for label, recipe in anchors(self.space, self.runner.structure)
             if recipe.key not in self.by_key
         ]
-        repeats = 0
+        repeats, begin = 0, time.perf_counter()
         while len(self.candidates) < trials:
             elapsed = time.perf_counter() - started
             typical = statistics.median(self.seconds) if self.seconds else 0.0
             if time_limit is not None and elapsed + typical > time_limit:
                 self.listener.say(f"the time of {time_limit:g} s is over after {len(self.candidates)} of {_count(trials)}; the same command goes on")  # fmt: skip
                 return
-            begin = time.perf_counter()
             if pending:
                 label, recipe = pending.pop(0)
                 trial, picks = None, self.space.encode(self.runner.structure, recipe)
@@ -397,9 +402,10 @@ class Study:
                 eta = min(eta, max(0.0, time_limit - (time.perf_counter() - started)))
             self.overhead_seconds.append(time.perf_counter() - begin - working)
             self.listener.finished(candidate, front, len(self.candidates), trials, eta)
+            begin = time.perf_counter()
 
     def _ask(self) -> tuple[optuna.Trial, dict[str, int]]:
-        self.optuna.sampler = make_sampler(self.sampler_name, self.seed, self.records)
+        self.optuna.sampler = make_sampler(self.sampler_name, self.seed, self.records, self.distributions)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self.optuna.ask(self.distributions)
@@ -457,8 +463,7 @@ class Study:
         system = self._system(trial)
         self.journal.append({"candidate": candidate.to_dict(), "system": system})
         self.records += 1
-        self.candidates.append(candidate)
-        self.by_key[candidate.recipe.key] = candidate
+        self._know(candidate)
         self._tell(trial, candidate, candidate.picks, system)
         front = self.front
         self._keep_files(front)
@@ -508,8 +513,8 @@ class Study:
 
     def _keep_files(self, front: Front) -> None:
         """Only files that can still be wanted stay: the front's, the nearest misses', the trivial baselines'."""
-        wanted = {c.recipe.key for c in (*front.members, *front.least_violating(3))}
-        wanted |= {c.recipe.key for c in front.candidates if c.label}
+        kept = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
+        wanted = {self.keys[c.number] for c in kept}
         for path in self.runner.directory.iterdir():
             if _PACKED.fullmatch(path.name) and path.stem not in wanted:
                 path.unlink(missing_ok=True)
@@ -576,6 +581,8 @@ class Study:
         from .tracking import Tracker
 
         self.listener.phase("opening the MLflow store")
+        # It prints tracebacks of what it raises as well, and what is raised is explained to the user.
+        logging.getLogger("mlflow.store.db.utils").disabled = True
         uri = self.mlflow if isinstance(self.mlflow, str) else None
         about = (self.directory / "study.json").read_text()
         snapshot = json.loads(about)["snapshot"]

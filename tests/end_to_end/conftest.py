@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +58,12 @@ CONFIG = """
 name: blobs
 task: task.py:task
 budget: [size_bytes <= 60%, accuracy >= -20%]
+space:
+  weight_bits: [3, 4, 6, 8]
+  sparsity: [0.0, 0.5]
+  channels: [0.0, 0.25, 0.5]
+  width: [1.0, 0.75]
+  recovery: [batchnorm]
 measure: {seconds: 0.002, calibration_images: 32}
 search: {trials: 10}
 """
@@ -142,6 +150,12 @@ class Warm:
 
 
 @pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """One MLflow database for all tests that do not need their own, which takes seconds to make."""
+    return tmp_path_factory.mktemp("store") / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def warm():
     server = Warm()
     yield server
@@ -156,10 +170,11 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def start(warm, folder):
+def start(warm, folder, store):
     """Start a command and go on."""
 
-    def begin(*arguments, file_bytes=None, cwd=None, **env):
+    def begin(*arguments, file_bytes=None, cwd=None, own_store=False):
+        env = {} if own_store else {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
         number = next(warm.numbers)
         out, err = folder / f".stdout-{number}", folder / f".stderr-{number}"
         out.touch(), err.touch()
@@ -172,11 +187,45 @@ def start(warm, folder):
 
 @pytest.fixture
 def paretorch(start):
-    """Run a command to its end; nobody ever sees a traceback."""
+    """Run a command to its end; nobody ever sees a traceback, whatever is wrong."""
 
-    def run(*arguments, **more):
+    def run(*arguments, code=0, **more):
         done = start(*arguments, **more).wait()
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        assert code in (None, done.code), done.stdout + done.stderr
         return done
 
     return run
+
+
+def finished(study):
+    """The candidates on disk, by number."""
+    path = study / "trials.jsonl"
+    text = path.read_text() if path.exists() else ""
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return {r["candidate"]["number"]: r["candidate"] for r in records if "candidate" in r}
+
+
+def runs(database, study=None):
+    """Of a study in an MLflow store (of all without one): the status of the parents; number and status of the children."""
+    connection = sqlite3.connect(database)
+    rows = connection.execute(
+        "SELECT r.run_uuid, r.status, p.value, n.value, d.value FROM runs r "
+        "LEFT JOIN tags p ON p.run_uuid = r.run_uuid AND p.key = 'mlflow.parentRunId' "
+        "LEFT JOIN tags n ON n.run_uuid = r.run_uuid AND n.key = 'paretorch.number' "
+        "LEFT JOIN tags d ON d.run_uuid = r.run_uuid AND d.key = 'paretorch.study_dir' WHERE r.lifecycle_stage = 'active'"
+    ).fetchall()
+    connection.close()
+    parents = {run: status for run, status, parent, _, where in rows
+               if parent is None and study in (None, where and Path(where))}  # fmt: skip
+    return list(parents.values()), [(int(n), status) for _, status, parent, n, _ in rows if parent in parents]
+
+
+def partial_files(study):
+    return [path for path in study.rglob("*") if path.name.endswith((".partial", ".part"))]
+
+
+@pytest.fixture
+def look():
+    """What lies on the disk and in MLflow."""
+    return SimpleNamespace(finished=finished, runs=runs, partial_files=partial_files)

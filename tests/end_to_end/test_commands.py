@@ -1,0 +1,255 @@
+"""Every command, as it is typed."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def searched(warm, store, tmp_path_factory):
+    """A folder with a finished study, which the tests only look at."""
+    from types import SimpleNamespace
+
+    path = tmp_path_factory.mktemp("searched")
+    return SimpleNamespace(path=path, done=None)
+
+
+@pytest.fixture
+def study(searched, paretorch, folder, store):
+    if searched.done is None:
+        for name in ("task.py", "config.yaml"):
+            (searched.path / name).write_bytes((folder / name).read_bytes())
+        searched.done = paretorch("search", "config.yaml", "--trials", "12", cwd=searched.path)
+    return searched.path / "studies" / "blobs"
+
+
+def test_what_a_search_prints(searched, study, look, store):
+    lines = searched.done.stdout.splitlines()
+    assert lines[0] == "network   2 layers, 1 channel groups, 0 removable blocks; 6 decisions"
+    assert lines[1].startswith("baseline  accuracy 100.00% ±")
+    assert lines[3].startswith("budget    size_bytes <= 60%  (= 1.8")
+    assert [line.split("/")[0].strip() for line in lines[5:17]] == [str(n) for n in range(1, 13)]
+    assert "paretorch export studies/blobs --pick knee --to deploy" in searched.done.text
+    assert not searched.done.stderr
+    assert look.runs(store, study)[0] == ["FINISHED"]
+    assert len(look.runs(store, study)[1]) == 12
+    assert not look.partial_files(study)
+
+
+def test_python_gives_the_same_front(study, folder, monkeypatch):
+    """`Study(...).run()` with what the configuration says."""
+    import paretorch
+    from paretorch.configs.load import load
+    from paretorch.configs.plugins import load_task
+
+    config = load(folder / "config.yaml")
+    found = paretorch.Study(
+        load_task(config), config.to_space(), budget=config.budget, seconds=0.002, calibration_images=32,
+        directory=folder / "mine", mlflow=False,
+    ).run(trials=12)  # fmt: skip
+    from paretorch.search.study import open_front
+
+    theirs = open_front(study)
+    assert [c.recipe for c in found.candidates] == [c.recipe for c in theirs.candidates]
+    for mine, other in zip(found.candidates, theirs.candidates, strict=True):
+        for metric in ("accuracy", "size_bytes"):
+            assert mine.measurement.value(metric) == other.measurement.value(metric)
+    assert [c.number for c in found.members] == [c.number for c in theirs.members]
+
+
+def test_front(paretorch, study, searched, folder):
+    shown = paretorch("front", study)
+    assert shown.stdout.split("Next:")[0].strip() in searched.done.stdout
+    rows = list(csv.DictReader(io.StringIO(paretorch("front", study, "--csv").stdout)))
+    assert [row["number"] for row in rows] == [str(n) for n in range(12)]
+    assert {"state", "front", "accuracy", "accuracy_low", "size_bytes", "latency_ms", "recipe"} <= set(rows[0])
+    done = paretorch("front", study, "--plot", "plot")
+    assert "wrote plot/front.html, front.png" in done.text
+    assert {p.name for p in (folder / "plot").iterdir()} == {
+        "front.html",
+        "front.png",
+        "front.csv",
+        "front.json",
+        "report.md",
+    }
+
+
+@pytest.mark.parametrize(
+    "pick", ["knee", "accuracy", "size_bytes", "2", "0", "size_bytes <= 50%", "size_bytes <= 1.7kB and accuracy >= 0.5"]
+)
+def test_export(paretorch, study, folder, pick):
+    done = paretorch("export", study, "--pick", pick, "--to", "deploy")
+    assert "wrote candidate" in done.text
+    files = {path.name for path in (folder / "deploy").iterdir()}
+    assert {
+        "model.onnx",
+        "weights.safetensors",
+        "recipe.yaml",
+        "measurements.json",
+        "README.md",
+        "artifact.json",
+    } == files
+    measured = json.loads((folder / "deploy" / "measurements.json").read_text())["candidate"]
+    assert (
+        measured["measurement"]["metrics"]["size_bytes"]["value"]
+        == (folder / "deploy" / "weights.safetensors").stat().st_size
+    )
+    assert ("note: it is over the budget: size_bytes " in done.stderr) == (pick == "0")
+
+    import torch
+
+    import paretorch as package
+
+    module = package.load(folder / "deploy")
+    assert module(torch.zeros(3, 1, 6, 6)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("pick", "told"),
+    [
+        ("best", "--pick 'best': write knee, a candidate's number, an objective (accuracy, size_bytes) or a limit"),
+        ("99", "there is no candidate 99; the front has"),
+        ("size_bytes <= 1B", "no member of the front keeps it"),
+        ("speed <= 1", "unknown metric 'speed'"),
+        ("accuracy >= 90%", "90% of what?"),
+    ],
+)
+def test_bad_picks(paretorch, study, folder, pick, told):
+    done = paretorch("export", study, "--pick", pick, "--to", "deploy", code=2)
+    assert told in done.text
+    assert done.stderr.startswith("paretorch: ")
+    assert not (folder / "deploy").exists()
+
+
+def test_a_candidate_whose_file_was_not_kept(paretorch, study, look):
+    from paretorch.search.study import open_front
+
+    found = open_front(study)
+    kept = {path.stem for path in (study / "candidates").iterdir()}
+    gone = [c for c in found.candidates if c.measurement and c.recipe.key not in kept]
+    if not gone:
+        pytest.skip("all of them are kept in so short a search")
+    done = paretorch("export", study, "--pick", gone[0].number, "--to", "deploy", code=2)
+    assert f"the file of candidate {gone[0].number} was not kept, because others beat it; kept: " in done.text
+
+
+def test_a_folder_without_a_study(paretorch, folder):
+    for command in (
+        ["front", "."],
+        ["export", ".", "--to", "deploy"],
+        ["ui", "."],
+        ["front", "nowhere"],
+        ["ui", "nowhere"],
+    ):
+        done = paretorch(*command, code=2)
+        assert "study" in done.text
+        assert done.stderr.startswith("paretorch: ")
+
+
+def test_no_recipe_inside_the_budget(paretorch, folder, store, look):
+    """The nearest ones are shown with the limits that they would keep, and can be used."""
+    done = paretorch(
+        "search", "config.yaml", "--trials", "11", "-s", "budget=[size_bytes <= 45%, latency_ms <= 0.0001]", code=3
+    )
+    assert "No candidate kept the budget. The nearest ones, and the limits they would keep:" in done.text
+    assert "latency_ms <= " in done.text
+    number = done.stdout.partition("--pick ")[2].split()[0]
+    assert number.isdecimal()
+    assert "export studies/blobs --pick" in done.text
+    study = folder / "studies" / "blobs"
+    assert look.runs(store, study)[0] == ["FINISHED"]
+    assert (study / "report" / "front.html").exists()
+    exported = paretorch("export", "studies/blobs", "--pick", number, "--to", "deploy")
+    assert "note: it is over the budget: " in exported.stderr
+    assert (folder / "deploy" / "model.onnx").exists()
+    knee = paretorch("export", "studies/blobs", "--to", "other", code=2)
+    assert "the front is empty: no candidate kept the budget" in knee.text
+    paretorch("front", "studies/blobs")
+
+
+def test_options_of_search(paretorch, folder):
+    options = [
+        "--output",
+        "else/where",
+        "--trials",
+        "500",
+        "--time",
+        "1s",
+        "-s",
+        "search.seed=4",
+        "--set",
+        "name=other",
+    ]
+    done = paretorch("search", "config.yaml", *options, code=None)
+    assert "the time of 1 s is over after" in done.text
+    about = json.loads((folder / "else" / "where" / "study.json").read_text())
+    assert about["snapshot"]["seed"] == 4
+    assert about["config"]["name"] == "other", "what was asked for is kept, options included"
+    assert about["config"]["search"]["time"] == "1.0s"
+    assert not (folder / "studies").exists()
+
+
+def test_check(paretorch, folder):
+    done = paretorch("check", "config.yaml")
+    for text in (
+        "network 2 layers",
+        "baseline accuracy",
+        "smallest 9",
+        "what may be done",
+        "bits 3 4 6 8",
+        "The search can start: paretorch search config.yaml",
+    ):
+        assert text in done.text
+    assert sorted(p.name for p in folder.iterdir() if p.suffix) == ["config.yaml", "task.py"]
+    assert not (folder / "studies").exists()
+
+
+def test_schema(paretorch):
+    schema = json.loads(paretorch("schema").stdout)
+    assert {"task", "budget", "space", "search"} <= set(schema["properties"])
+
+
+def test_init_and_search(paretorch, folder, look):
+    done = paretorch("init", "new")
+    assert "paretorch search new/config.yaml" in done.text
+    again = paretorch("init", "new", code=2)
+    assert "new" in again.text
+    paretorch("search", "new/config.yaml", "--trials", "3", "-s", "measure.seconds=0.01", code=None)
+    assert sorted(look.finished(folder / "studies" / "my-study")) == [0, 1, 2]
+
+
+# --- help, which must be quick ----------------------------------------------------------------------------------------
+
+
+def typed(*arguments):
+    environment = os.environ | {"COLUMNS": "80"}
+    return subprocess.run([sys.executable, "-m", "paretorch.cli", *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], ["search"], ["check"], ["schema"], ["init"], ["front"], ["export"], ["ui"]])
+def test_help_fits_80_columns(paretorch, command):
+    done = paretorch(*command, "--help")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert not [line for line in done.stdout.splitlines() if line.endswith("...") and "Usage" not in line], "cut off"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, paretorch.cli as c\ntry:\n    c.app(['--help'])\nexcept SystemExit:\n    pass\n" \
+           "print([m for m in ('torch', 'optuna', 'mlflow', 'onnxruntime', 'rich.live', 'pydantic') if m in sys.modules])"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_installed_command():
+    assert typed("--version").stdout.strip()
+    nothing = typed()
+    assert "Usage: " in nothing.stdout + nothing.stderr
+    wrong = typed("serch")
+    assert wrong.returncode == 2
+    assert "serch" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
