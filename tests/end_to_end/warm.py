@@ -3,6 +3,7 @@ longer than most of what the tests look at. What it starts is a process like any
 given signals. One JSON request a line on stdin, one answer a line on stdout.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -48,20 +49,18 @@ def _wait(pid, seconds):
     return None
 
 
+# All that a search imports on its way; what is missing here only makes the tests slower.
+PRELOAD = (
+    "paretorch.cli", "paretorch.configs.plugins", "paretorch.console", "paretorch.search.export", "paretorch.search.report",
+    "paretorch.search.study", "paretorch.search.tracking", "matplotlib.backends.backend_agg", "matplotlib.figure", "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking.client", "pandas", "plotly.graph_objects", "plotly.subplots",
+    "rich.live", "sympy", "torch._dynamo", "torch.onnx", "torch_pruning",
+)  # fmt: skip
+
+
 def main():
-    import mlflow  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import optuna  # noqa: F401
-    import torch  # noqa: F401
-    from mlflow import MlflowClient  # noqa: F401
-
-    import paretorch.cli
-    import paretorch.configs.plugins
-    import paretorch.console
-    import paretorch.search.report
-    import paretorch.search.study
-    import paretorch.search.tracking  # noqa: F401
-
+    for name in PRELOAD:
+        importlib.import_module(name)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
