@@ -139,9 +139,9 @@ def records(folder):
 
 def test_the_same_seed_gives_the_same_recipes_and_the_same_files(tmp_path):
     first, second = (study(tmp_path / str(i)) for i in range(2))
-    front = first.run(12)
-    assert [c.number for c in first.candidates] == list(range(12))
-    second.run(12)
+    front = first.run(10)
+    assert [c.number for c in first.candidates] == list(range(10))
+    second.run(10)
     assert recipes(first) == recipes(second)
     files = {path.name: path.read_bytes() for path in (tmp_path / "0" / "candidates").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "1" / "candidates").iterdir()}
@@ -288,7 +288,7 @@ def test_a_space_without_any_decision(tmp_path, fake, monkeypatch):
 
 def test_what_arithmetic_refuses_is_told_and_never_run(tmp_path, fake):
     budget = ("size_bytes <= 40%", "accuracy >= -10%", "latency_ms <= 0.0117")
-    fake.fails = lambda recipe: ExportFailed("made up") if int(recipe.key[:4], 16) % 9 == 0 else None
+    fake.fails = lambda recipe: ExportFailed("made up") if int(recipe.key[:4], 16) % 4 == 0 else None
     found = study(tmp_path, budget=budget)
     found.run(40)
     refused = [c for c in found.candidates if c.state == "over_budget" and c.measurement is None]
