@@ -90,7 +90,7 @@ def test_killed_ten_times(folder, look):
     arguments = ["search", "config.yaml", "--trials", "40", "--set", "budget=size_bytes <= 60%"]
     draw = random.Random(7)
     # Two while it starts, eight during trials: a trial takes some 0.2 seconds.
-    moments = [(0, draw.uniform(0.5, 4)) for _ in range(2)]
+    moments = [(0, draw.uniform(2, 6)) for _ in range(2)]
     moments += [(count, draw.uniform(0, 0.4)) for count in sorted(draw.sample(range(1, 37), 8))]
     kept = kill_and_resume(look, lambda: Command(arguments, folder), study, 40, moments)
     print(
