@@ -6,7 +6,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from paretorch.errors import ConfigError
-from paretorch.search.sampler import GENERATION, SAMPLERS, make_sampler
+from paretorch.search.sampler import GENERATION, SAMPLERS, make_sampler, mixed_seed
 
 SPACE = {f"axis{i}": IntDistribution(0, 3) for i in range(5)}
 
@@ -41,6 +41,13 @@ def test_a_suggestion_depends_on_seed_and_records_alone(sampler, count):
     assert all(value in range(4) for value in first.values())
     others = [ask(sampler, seed, count, study(sampler, count)) for seed in (6, 7, 8)]
     assert sampler == "gp" or any(other != first for other in others), "the best guess of a regression may need no luck"
+
+
+@pytest.mark.parametrize("count", [0, 12, 45])
+def test_tpe_suggests_what_optuna_suggests(count):
+    theirs = study("tpe", count)
+    theirs.sampler = optuna.samplers.TPESampler(seed=mixed_seed(5, count), multivariate=True, n_startup_trials=10)
+    assert theirs.ask(SPACE).params == ask("tpe", 5, count, study("tpe", count))
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])

@@ -7,7 +7,6 @@ around it (tracing, the preflight, files, the journal) is the real thing.
 import json
 import multiprocessing
 import os
-import signal
 
 import pytest
 import torch
@@ -458,11 +457,8 @@ def test_ctrl_c_leaves_the_report_of_the_front_so_far(tmp_path, fake):
     assert listener.said[0] == f"going on with the study in {tmp_path}: 9 trials finished"
 
 
-def test_ctrl_c_while_it_remembers_comes_after(tmp_path, fake, monkeypatch, request):
+def test_ctrl_c_while_it_remembers_comes_after(tmp_path, fake, monkeypatch):
     """Between the journal and the sampler nothing may be broken off."""
-    # A worker of pytest-xdist ignores Ctrl-C, which is meant for its parent.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     found = study(tmp_path)
     tell = found._tell
 
