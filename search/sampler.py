@@ -10,15 +10,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, QMCSampler
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ..errors import ConfigError
 
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+
+
+class _TPE(TPESampler):
+    """TPE that reads off all its trials at once, of which every one has every decision, and every choice is a number.
+
+    Optuna goes through them number by number, a third of the time of a suggestion with 60 decisions and 200 trials.
+    """
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: Study
+    ) -> dict[str, NDArray[np.float64]]:
+        every = [trial.params for trial in trials]
+        rows = [[params[name] for name in search_space] for params in every]
+        columns = np.array(rows, dtype=float).reshape(len(trials), len(search_space)).T
+        return dict(zip(search_space, columns, strict=True))
 
 
 class _NSGAII(NSGAIISampler):
@@ -64,11 +81,16 @@ class _QMC(QMCSampler):
 GENERATION = {"nsga2": _NSGAII._get_generation_key(), "nsga3": _NSGAIII._get_generation_key()}
 
 
+def mixed_seed(seed: int, count: int) -> int:
+    """The seed of one suggestion."""
+    return (seed * 1_000_003 + count * 7919 + 12345) % 2**32
+
+
 def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistribution]) -> BaseSampler:
     """The sampler for the suggestion after `count` records, which are all of `space`; raises `ConfigError` for a name."""
-    mixed = (seed * 1_000_003 + count * 7919 + 12345) % 2**32
+    mixed = mixed_seed(seed, count)
     makers: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=mixed, multivariate=True, n_startup_trials=10),
+        "tpe": lambda: _TPE(seed=mixed, multivariate=True, n_startup_trials=10),
         # Optuna's default population of 50 is too large for studies of some hundred trials.
         "nsga2": lambda: _NSGAII(seed=mixed, population_size=20),
         "nsga3": lambda: _NSGAIII(mixed, seed, population_size=20),
