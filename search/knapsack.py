@@ -1,0 +1,317 @@
+"""The additive multiple-choice knapsack: one level for every item, and losses and costs that add up.
+
+An item is a layer, or a group of layers that must take the same level; a level is what may be done to it (bits, sparsity,
+rank). A *table* holds one row of numbers per item, one number per level; rows may differ in length.
+
+`front` is a dynamic programme over nondominated partial sums: two parts of the items are joined by adding every sum of the
+one to every sum of the other, and a sum that another one beats is dropped, since whatever is added later it stays beaten
+(Nemhauser & Ullmann 1969). That is the whole front in one solve, but with real-valued costs the number of sums can double
+with every item. So a search that asks for it at every suggestion bounds it by a `resolution`: the costs of a part are cut
+into as many buckets, and in each only the sum of the least loss goes on. No number that is kept is ever rounded; what may
+be lost is a sum that shared its bucket with one of no more loss and of slightly more cost. How often a sum passes through
+buckets decides the error, so the parts are joined in pairs (six rounds for 60 layers, not 59), and a part of half the
+items gets buckets for 1/sqrt(2) of the resolution, with which all rounds take the same time. Where a little cost saves
+much loss even one bucket is wide; there the corners of the front's convex hull are dense, and they come for a sort of the
+steps between levels (Sinha & Zoltners 1979). They are added to what the buckets kept.
+
+`best` needs no front: an integer programme under any number of limits, solved to optimality by HiGHS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+Table = Sequence[ArrayLike]
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A level for every item, and what they add up to."""
+
+    levels: tuple[int, ...]
+    loss: float
+    cost: float
+
+
+class _Part(NamedTuple):
+    """The sums of some of the items that no other beats: by falling loss and rising cost, and a row of levels for each."""
+
+    losses: _Floats
+    costs: _Floats
+    levels: NDArray[np.integer]
+
+
+# So many sums at once stay in the cache, and below the size for which the allocator asks the system for fresh pages.
+_BLOCK = 1 << 13
+
+
+def front(losses: Table, costs: Table, resolution: int | None = None) -> list[Choice]:
+    """All choices that no other beats in both sums, the cheapest first; of choices with equal sums one.
+
+    `costs` are not negative, `losses` may be. Without a `resolution` the front is exact and as long as it is: for many
+    items whose costs are not small integers, too long. With it, at most twice so many choices come back (of a single
+    item all): the best of so many buckets of cost, and so many corners of the convex hull of the exact front, or all
+    where it has no more. What is exact then: the sums of each choice, the cheapest, that of the least loss, and the
+    corners. For every choice of the exact front there is one here of no more loss whose cost is higher by at most
+    `3.5 * sqrt(items) / (resolution - 1)` of the difference between the largest and the smallest possible cost; most
+    are far closer. Time and memory grow with its square; 60 items of 40 levels at 512 take some milliseconds.
+
+    Raises `ValueError`, which names the item, for tables that do not fit together or hold other than finite numbers.
+
+    >>> [(choice.levels, choice.loss, choice.cost) for choice in front([[5, 1], [3, 0]], [[1, 4], [1, 2]])]
+    [((0, 0), 8.0, 2.0), ((0, 1), 5.0, 3.0), ((1, 0), 4.0, 5.0), ((1, 1), 1.0, 6.0)]
+    """
+    rows, (spent,) = _checked(losses, [costs])
+    if resolution is not None and resolution < 2:
+        raise ValueError(f"resolution = {resolution}: at least 2, or None for the exact front")
+    small = np.min_scalar_type(max(map(len, rows)))
+    parts = []
+    for row, cost in zip(rows, spent, strict=True):
+        kept = _unbeaten(row, cost)
+        parts.append(_Part(row[kept], cost[kept], kept[:, None].astype(small)))
+    levels = reduce(_join, parts).levels if resolution is None else _bucketed(parts, resolution)
+    loss, cost = _sums(rows, levels), _sums(spent, levels)
+    kept = _unbeaten(loss, cost)  # added up in the order of the items, sums may differ by a rounding
+    columns = levels[kept].tolist(), loss[kept].tolist(), cost[kept].tolist()
+    return [Choice(tuple(row), one, other) for row, one, other in zip(*columns, strict=True)]
+
+
+def _bucketed(parts: list[_Part], resolution: int) -> NDArray[np.integer]:
+    """The levels of what buckets keep of the front, and of the corners of its convex hull."""
+    corners = _corners(parts)
+    for depth in reversed(range((len(parts) - 1).bit_length())):
+        buckets = 1 + math.ceil((resolution - 1) / 2 ** (depth / 2))
+        pairs = [_join(one, other, buckets) for one, other in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return np.vstack([parts[0].levels, corners[:: 1 + (len(corners) - 1) // resolution]])
+
+
+def _corners(parts: list[_Part]) -> NDArray[np.integer]:
+    """The levels along the convex hull of the front: from the cheapest on, the step that saves most loss for its cost."""
+    slopes, items, places = [], [], []
+    for item, part in enumerate(parts):
+        loss, cost = part.losses.tolist(), part.costs.tolist()
+        hull = [0]
+        steep = [-math.inf]  # of the step that ends there
+        for place in range(1, len(loss)):
+            while (slope := (loss[place] - loss[hull[-1]]) / (cost[place] - cost[hull[-1]])) <= steep[-1]:
+                hull.pop()
+                steep.pop()
+            hull.append(place)
+            steep.append(slope)
+        slopes += steep[1:]
+        places += hull[1:]
+        items += [item] * (len(hull) - 1)
+    order = np.argsort(slopes, kind="stable")
+    at = np.zeros((len(order) + 1, len(parts)), dtype=np.intp)
+    at[np.arange(len(order)) + 1, np.array(items, dtype=np.intp)[order]] = np.array(places, dtype=np.intp)[order]
+    np.maximum.accumulate(at, axis=0, out=at)
+    return np.hstack([part.levels[at[:, item]] for item, part in enumerate(parts)])
+
+
+def _join(one: _Part, other: _Part, buckets: int | None = None) -> _Part:
+    """The unbeaten sums of two parts; if there are more sums than buckets, of the best in each bucket."""
+    count = len(one.losses) * len(other.losses)
+    pair = np.arange(count) if buckets is None or count <= buckets else _best_in_buckets(one, other, buckets)
+    left, right = np.divmod(pair, len(other.losses))
+    loss, cost = one.losses[left] + other.losses[right], one.costs[left] + other.costs[right]
+    kept = _unbeaten(loss, cost)
+    levels = np.hstack([one.levels[left[kept]], other.levels[right[kept]]])
+    return _Part(loss[kept], cost[kept], levels)
+
+
+def _best_in_buckets(one: _Part, other: _Part, buckets: int) -> NDArray[np.intp]:
+    """The pairs of sums of the least loss in each bucket; the first bucket holds nothing but the least cost."""
+    span = float(np.ptp(one.costs) + np.ptp(other.costs))
+    last = (buckets - 1) * (1 - 1e-12)  # a hair less, so that no rounding opens another bucket
+    mine, theirs = ((part.costs - part.costs[0]) / span * last for part in (one, other))
+    least = np.full(buckets, np.inf)
+    found = []
+    rows = max(1, _BLOCK // len(theirs))
+    for start in range(0, len(mine), rows):
+        loss = (one.losses[start : start + rows, None] + other.losses).ravel()
+        bucket = np.ceil(mine[start : start + rows, None] + theirs).astype(np.intp).ravel()
+        np.minimum.at(least, bucket, loss)
+        best = np.flatnonzero(loss == least.take(bucket))  # so far
+        found.append((best + start * len(theirs), loss[best], bucket[best]))
+    pair, loss, bucket = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return np.asarray(pair[loss == least[bucket]])
+
+
+def _unbeaten(loss: _Floats, cost: _Floats) -> NDArray[np.intp]:
+    """Where nothing else has no more loss for no more cost, by rising cost; of equal ones the first."""
+    order = np.lexsort((loss, cost))
+    loss = loss[order]
+    keep = np.ones(len(order), dtype=bool)
+    keep[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+    return np.asarray(order[keep])
+
+
+# The solver's tolerances are absolute (1e-6); differences of losses and of costs add up to this for it.
+_SCALE = 1e4
+
+
+def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) -> tuple[int, ...] | None:
+    """The levels of least loss whose costs keep every limit, or None where no choice does.
+
+    `limits` holds one upper limit for each table of `costs`, in its unit; None is no limit. A sum that exceeds its limit
+    by a rounding (1e-12 of it) keeps it. Optimal to 1e-10 of the difference between the largest and the smallest
+    possible loss; of several such choices any one.
+
+    Raises `ValueError`, which names the item, as `front` does, and `RuntimeError` where the solver gives up.
+
+    >>> best([[5, 1], [3, 0]], [[[1, 4], [1, 2]], [[2, 2], [7, 9]]], [5, None])
+    (1, 0)
+    >>> best([[5, 1], [3, 0]], [[[1, 4], [1, 2]], [[2, 2], [7, 9]]], [5, 8]) is None
+    True
+    """
+    rows, spent = _checked(losses, costs)
+    if len(limits) != len(spent):
+        raise ValueError(f"{len(limits)} limits for {len(spent)} tables of costs")
+    if any(limit is not None and math.isnan(limit) for limit in limits):
+        raise ValueError(f"limits = {list(limits)}: a limit is a number, or None for no limit")
+    bounded = [(table, limit) for table, limit in zip(spent, limits, strict=True) if limit is not None]
+    sizes = [len(row) for row in rows]
+    item, level = np.repeat(np.arange(len(rows)), sizes), np.arange(sum(sizes))
+    constraints = [LinearConstraint(csr_array((np.ones(len(level)), (item, level))), 1, 1)]
+    for table, limit in bounded:
+        above, scale = _above_least(table)
+        room = limit - sum(float(row.min()) for row in table)
+        constraints.append(LinearConstraint(above[None], -np.inf, room * scale))
+    while True:
+        found = milp(
+            _above_least(rows)[0],
+            integrality=np.ones(len(level)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0},  # its default, 1e-4, is not an optimum
+        )
+        if found.status == 2:
+            return None
+        if found.status != 0:
+            raise RuntimeError(f"the integer programme was not solved: {found.message} (status {found.status})")
+        levels = np.array([[part.argmax() for part in np.split(found.x, np.cumsum(sizes)[:-1])]])
+        if all(_sums(table, levels)[0] <= limit + 1e-12 * abs(limit) for table, limit in bounded):
+            return tuple(levels[0].tolist())
+        # Over a limit by less than the solver can see: all but this choice, then.
+        taken = np.concatenate([np.arange(len(row)) == at for row, at in zip(rows, levels[0], strict=True)])
+        constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(rows) - 1))
+
+
+def _above_least(table: list[_Floats]) -> tuple[_Floats, float]:
+    """What each level adds to the least sum, scaled for the solver, and the scale."""
+    span = sum(float(np.ptp(row)) for row in table)
+    scale = _SCALE / span if span > 0 else 1.0
+    return np.concatenate([row - row.min() for row in table]) * scale, scale
+
+
+def tie(table: Table, groups: Sequence[Sequence[int]]) -> list[_Floats]:
+    """The table of the items that are left when those of a group take the same level: their rows are added up.
+
+    A group stands where its first item stood; an item of no group stays alone.
+
+    >>> [row.tolist() for row in tie([[1, 2], [3, 4, 5], [10, 20]], [[0, 2]])]
+    [[11.0, 22.0], [3.0, 4.0, 5.0]]
+    """
+    rows = _rows(table, "table")
+    homes = _homes(len(rows), groups)
+    for group in homes:
+        for item in group:
+            if len(rows[item]) != len(rows[group[0]]):
+                both = f"{len(rows[group[0]])} and {len(rows[item])} levels"
+                raise ValueError(f"items {group[0]} and {item} are tied and have {both}")
+    return [np.sum([rows[item] for item in group], axis=0) for group in homes]
+
+
+def expand(levels: Sequence[int], groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The levels of all items, from those of the items that `tie` left.
+
+    >>> expand((1, 2), [[0, 2]])
+    (1, 2, 1)
+    """
+    count = len(levels) + sum(len(group) - 1 for group in groups)
+    level = {item: at for group, at in zip(_homes(count, groups), levels, strict=True) for item in group}
+    return tuple(level[item] for item in range(count))
+
+
+def _homes(count: int, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """All items, those of a group together, by their first item."""
+    tied = [sorted(group) for group in groups]
+    members = [item for group in tied for item in group]
+    for item in members:
+        if not 0 <= item < count:
+            raise ValueError(f"item {item} of {groups}: there are {count} items, from 0")
+        if members.count(item) > 1:
+            raise ValueError(f"item {item} is twice in {groups}")
+    if not all(tied):
+        raise ValueError(f"an empty group in {groups}")
+    return sorted(tied + [[item] for item in range(count) if item not in members])
+
+
+def fit_latency(table: Table, picks: Sequence[Sequence[int]], measured: Sequence[float]) -> tuple[float, float]:
+    """The `(offset, factor)` with which `offset + factor * sum` is nearest to what was measured from end to end.
+
+    A table of single layers misses what the whole network adds and what the runtime fuses. `picks` holds the levels of
+    each measurement. By least squares; the factor is not negative, and 1 where all sums are equal.
+
+    >>> fit_latency([[1, 2], [3, 5]], [[0, 0], [1, 1]], [3.0, 4.5])
+    (1.0, 0.5)
+    """
+    rows, times, levels = _rows(table, "table"), np.asarray(measured, dtype=float), np.asarray(picks, dtype=int)
+    if not len(times) or not np.isfinite(times).all() or levels.shape != (len(times), len(rows)):
+        raise ValueError(f"{len(rows)} items, picks of shape {levels.shape} and measured {list(measured)} do not fit")
+    for item, row in enumerate(rows):
+        if levels[:, item].min() < 0 or levels[:, item].max() >= len(row):
+            raise ValueError(f"item {item}: the picks {levels[:, item].tolist()} are not all of its {len(row)} levels")
+    sums = _sums(rows, levels)
+    apart = sums - sums.mean()
+    distinct = np.ptp(sums) > 1e-9 * np.abs(sums).max()
+    factor = max(0.0, float(apart @ times / (apart @ apart))) if distinct else 1.0
+    return float(times.mean() - factor * sums.mean()), factor
+
+
+def _sums(rows: list[_Floats], levels: NDArray[np.integer]) -> _Floats:
+    """What the levels, a row for each choice, add up to in a table."""
+    total = np.zeros(len(levels))
+    for row, chosen in zip(rows, levels.T, strict=True):
+        total += row[chosen]
+    return total
+
+
+def _checked(losses: Table, costs: Sequence[Table]) -> tuple[list[_Floats], list[list[_Floats]]]:
+    """The tables as arrays, where they fit together."""
+    rows = _rows(losses, "losses")
+    if not rows:
+        raise ValueError("losses: no items")
+    spent = []
+    for number, table in enumerate(costs):
+        name = "costs" if len(costs) == 1 else f"costs[{number}]"
+        spent.append(_rows(table, name))
+        if len(spent[-1]) != len(rows):
+            raise ValueError(f"{len(rows)} items in losses and {len(spent[-1])} in {name}")
+        for item, (row, cost) in enumerate(zip(rows, spent[-1], strict=True)):
+            if len(row) != len(cost):
+                raise ValueError(f"item {item}: {len(row)} levels in losses and {len(cost)} in {name}")
+            if cost.min() < 0:
+                raise ValueError(f"item {item}: a cost below zero in {name}, {cost.tolist()}")
+    return rows, spent
+
+
+def _rows(table: Table, name: str) -> list[_Floats]:
+    rows = [np.asarray(row, dtype=float) for row in table]
+    for item, row in enumerate(rows):
+        if row.ndim != 1 or not len(row):
+            raise ValueError(f"item {item}: {name} must hold one number per level, not {row.tolist()}")
+        if not np.isfinite(row).all():
+            raise ValueError(f"item {item}: a number that is not finite in {name}, {row.tolist()}")
+    return rows
