@@ -43,9 +43,12 @@ class Front:
     def members(self) -> tuple[Candidate, ...]:
         """The candidates inside the budget that nothing beats; of equal ones the first."""
         ok = [c for c in self.candidates if c.state == OK and c.measurement is not None]
-        points = [self.losses(c) for c in ok]
-        kept = nondominated(points)
-        best = [c for i, c in enumerate(ok) if kept[i] and points.index(points[i]) == i]
+        points = [tuple(self.losses(c)) for c in ok]
+        first: dict[tuple[float, ...], Candidate] = {}
+        for candidate, point, kept in zip(ok, points, nondominated(points), strict=True):
+            if kept:
+                first.setdefault(point, candidate)
+        best = first.values()
         return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
 
     def knee(self) -> Candidate:
@@ -117,12 +120,11 @@ class Front:
         0 is a front that is nowhere cheaper than the baseline; 1 would be the baseline's metric at no cost at all.
         `upto` counts only the candidates numbered below it.
         """
-        ok = [
-            c
-            for c in self.candidates
-            if c.state == OK and c.measurement is not None and (upto is None or c.number < upto)
-        ]
-        return hypervolume([self.losses(c) for c in ok], [1.0] * len(self.objectives)) if ok else 0.0
+        if upto is None:  # what is beaten adds nothing, and the members are known already
+            counted: Sequence[Candidate] = self.members
+        else:
+            counted = [c for c in self.candidates if c.state == OK and c.measurement is not None and c.number < upto]
+        return hypervolume([self.losses(c) for c in counted], [1.0] * len(self.objectives)) if counted else 0.0
 
     def table(self) -> pd.DataFrame:
         """All candidates as a pandas DataFrame, a row each, with intervals, states and reasons."""
