@@ -7,11 +7,15 @@ files and then interpolated. It serves to refuse recipes and to show what is rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
-from ..spaces.structure import Layer, Structure, inside
+from ..spaces.space import Axis
+from ..spaces.structure import Layer, Structure, inside, kept_channels
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,81 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     weight_only = sum(step.activation_bits == 32 for step in recipe.of(Quantize))
     extra = overhead.base + overhead.per_quantized * quantized + overhead.per_weight_only * weight_only
     return round(layer_bytes(structure, recipe) + extra)
+
+
+def many(
+    structure: Structure, axes: Sequence[Axis], overhead: FileOverhead
+) -> Callable[[NDArray[np.int64]], dict[str, NDArray[np.float64]]]:
+    """`macs` and `size_bytes` of many recipes at once, as a function of picks `[recipes, axes]`.
+
+    A search asks for hundreds of them between two trials; this is `Space.recipe` and the functions above in columns, and
+    a test holds it to them exactly.
+    """
+    column = {axis.name: number for number, axis in enumerate(axes)}
+    owner = {
+        (axis.kind, target): axis for axis in axes for target in axis.targets if axis.kind not in ("width", "depth")
+    }
+    widths = next((axis for axis in axes if axis.kind == "width"), None)
+    depths = next(axis for axis in axes if axis.kind == "depth")
+    dropped = [structure.blocks[:depth] for depth in depths.choices]
+    alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
+
+    def chosen(picks: NDArray[np.int64], kind: str, target: str, default: float) -> NDArray[np.float64]:
+        axis = owner.get((kind, target))
+        if axis is None:
+            return np.full(len(picks), float(default))
+        return np.array(axis.choices, dtype=float)[picks[:, column[axis.name]]]
+
+    def keep_table(name: str) -> NDArray[np.int64]:
+        group = structure.group(name)
+        axis = owner.get(("channels", name))
+        return np.array(
+            [
+                [kept_channels(group.channels, width * (1 - ratio), group.round_to) for ratio in (axis.choices if axis else (0.0,))]
+                for width in (widths.choices if widths else (1.0,))
+            ]
+        )  # fmt: skip
+
+    tables = {group.name: keep_table(group.name) for group in structure.groups}
+    made = {
+        group.name: np.array(
+            [
+                any(alive[layer.name][d] for layer in structure.layers if layer.output == group.name)
+                for d in range(len(dropped))
+            ]
+        )
+        for group in structure.groups
+    }
+
+    def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        depth = picks[:, column["depth"]]
+        width = picks[:, column["width"]] if widths else np.zeros(len(picks), dtype=np.int64)
+        keep = {}
+        for group in structure.groups:
+            axis = owner.get(("channels", group.name))
+            ratio = picks[:, column[axis.name]] if axis else np.zeros(len(picks), dtype=np.int64)
+            keep[group.name] = np.where(made[group.name][depth], tables[group.name][width, ratio], group.channels)
+        channels = {group.name: group.channels for group in structure.groups}
+        size, operations = np.full(len(picks), float(overhead.base)), np.zeros(len(picks))
+        for layer in structure.layers:
+            there = alive[layer.name][depth]
+            outputs = np.full(len(picks), layer.weight_shape[0])
+            if layer.output in keep:
+                outputs = outputs * keep[layer.output] // channels[layer.output]
+            inputs = np.full(len(picks), layer.weight_shape[1])
+            if layer.kind != "depthwise":
+                for group_name, n in layer.inputs:
+                    if group_name in keep:
+                        inputs = inputs - (n - n * keep[group_name] // channels[group_name])
+            whole = layer.weight_shape[0] * layer.weight_shape[1]
+            params = layer.params * outputs * inputs // whole
+            bits = chosen(picks, "weight_bits", layer.name, 32).astype(np.int64)
+            nonzero = params - np.rint(params * chosen(picks, "sparsity", layer.name, 0.0)).astype(np.int64)
+            packed = np.minimum(-(-params * bits // 8), -(-params // 8) + -(-nonzero * bits // 8))
+            both = (bits <= 8) & (chosen(picks, "activation_bits", layer.name, 32) == 8)
+            extra = np.where(both, overhead.per_quantized, np.where(bits < 32, overhead.per_weight_only, 0.0))
+            size += there * (packed + 4 * outputs * (int(layer.bias) + (bits <= 8)) + extra)
+            operations += there * (layer.macs * outputs * inputs // whole)
+        return {"size_bytes": np.rint(size), "macs": operations}
+
+    return costs

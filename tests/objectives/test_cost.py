@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, shapes, size_bytes, weight_bytes
+from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, many, shapes, size_bytes, weight_bytes
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Group, Layer, Structure
 
 WIDTHS = {"a": 8, "b": 12, "c": 6}
@@ -134,3 +135,28 @@ def test_the_overhead_of_the_file_depends_on_how_layers_are_run():
     recipe = Recipe((Quantize("a", 8, 8), Quantize("b", 4), Sparsify("c", 0.5), Recover("batchnorm")))
     assert size_bytes(structure, Recipe(), overhead) == layer_bytes(structure, Recipe()) + 1000
     assert size_bytes(structure, recipe, overhead) == layer_bytes(structure, recipe) + 1110
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_many_recipes_at_once_cost_what_each_does(seed):
+    plain = structure_of(network())
+    structure = Structure(plain.layers, (*plain.groups[:2], Group("c", 6, 4)), blocks=("3", "1"))
+    space = Space(
+        weight_bits=(Rule((32, 2, 3, 8, 16)), Rule((4, 8), ("last",))),
+        activation_bits=(Rule((8, 32), ("conv",)), Rule((32, 8), ("linear", "depthwise"), share=True)),
+        sparsity=(Rule((0.0, 0.3, 0.75, 0.9)),),
+        channels=(Rule((0.0, 0.25, 0.6)),),
+        width=(1.0, 0.75, 0.5),
+        depth=(0, 1, 2),
+        recovery=(None, Recover("batchnorm")),
+    )
+    axes = space.axes(structure)
+    overhead = FileOverhead(base=1234.5, per_weight_only=10.25, per_quantized=100.125)
+    random = np.random.default_rng(seed)
+    picks = random.integers(0, [len(axis.choices) for axis in axes], (20, len(axes)))
+    found = many(structure, axes, overhead)(picks)
+    for row, size, operations in zip(picks, found["size_bytes"], found["macs"], strict=True):
+        recipe = space.recipe(structure, {axis.name: int(pick) for axis, pick in zip(axes, row, strict=True)})
+        assert size == size_bytes(structure, recipe, overhead)
+        assert operations == macs(structure, recipe)
