@@ -72,7 +72,7 @@ class ResNet(nn.Module):
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """uint8 images `[n, 3, 32, 32]`, normalised on the way out; `augment` crops (4 pixels of padding) and flips."""
+    """uint8 images `[n, 3, 32, 32]`, normalised on the way out; `augment` crops (4 reflected pixels around) and flips."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, augment: bool = False) -> None:
         self.images, self.labels, self.augment = torch.from_numpy(images), labels, augment
@@ -84,7 +84,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         image = self.images[index]
         if self.augment:
             left, top, flip = [*torch.randint(0, 9, (2,)).tolist(), int(torch.rand(()) < 0.5)]
-            image = F.pad(image, (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
+            image = F.pad(image.float(), (4, 4, 4, 4), mode="reflect")[:, top : top + 32, left : left + 32]
             image = image.flip(-1) if flip else image
         return (image.float() / 255 - MEAN) / STD, int(self.labels[index])
 
