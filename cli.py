@@ -217,6 +217,58 @@ def _show_layers(console: Console, found: Preflight) -> None:
             console.print(Text(f"  {name}: {reason}"))
 
 
+@app.command(short_help="Measure which layers mind which compression.")
+def sensitivity(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    images: Annotated[
+        int | None,
+        typer.Option("--images", min=16, help="Calibration images [default: measure.calibration_images]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write [default: the study's folder].")
+    ] = None,
+) -> None:
+    """Measure which layers mind which compression: every layer at every level of the space, alone, without training."""
+    import tempfile
+
+    from .configs.load import load
+    from .configs.plugins import load_task
+    from .console import Steps, Watcher
+    from .runners.local import LocalRunner
+    from .runners.sensitivity import levels, measure_sensitivity
+    from .runners.task import dataset
+    from .search.heatmap import FILES, explained, heat_tables, write_sensitivity
+    from .spaces.space import default_space
+
+    loaded = load(config, set_)
+    folder = output if output is not None else loaded.directory
+    console = _console()
+    watcher = Watcher(console)
+    with watcher.watching():
+        watcher.phase("loading the task, the network and the data, tracing")
+        task = load_task(loaded)
+        count = loaded.measure.calibration_images if images is None else images
+        runner = LocalRunner(task, folder, calibration_images=count, seed=loaded.search.seed)
+        space = loaded.to_space() or default_space(runner.structure, len(dataset(task, "train")))  # type: ignore[arg-type]
+        levels(space, runner.structure)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # better now than after all that is measured
+            pass
+        found = measure_sensitivity(runner, space, Steps(watcher))
+    console.print(explained(found), markup=False)
+    for table in heat_tables(found, min(80, console.width)):
+        console.print()
+        console.print(table)
+    write_sensitivity(found, folder, name=loaded.name)
+    short = os.path.relpath(folder)
+    shown = short if len(short) < len(str(folder)) else str(folder)
+    console.print(f"\nwrote {', '.join(FILES)} to {shown}", markup=False)
+    console.print("\nNext:")
+    console.print(f"  paretorch search {config}", markup=False)
+    console.print(f"  the picture: {shown}/sensitivity.png", markup=False)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""

@@ -122,6 +122,25 @@ class Watcher:
         return Group(*parts)
 
 
+class Steps:
+    """Progress of equal steps: the current one in a terminal, now and then a line anywhere else."""
+
+    def __init__(self, watcher: Watcher, every: float = 10.0) -> None:
+        self.watcher, self.every = watcher, every
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """`done` steps of `total` are behind, `what` comes next."""
+        now = time.monotonic()
+        if done == 0:
+            self.started = now
+        left = f", about {duration((now - self.started) * (total - done) / done)} left" if done else ""
+        self.watcher.phase(f"{done}/{total} {what}{left}")
+        if self.watcher.live is None and now - self.said >= self.every:
+            self.said = now
+            self.watcher.say(f"{done}/{total} {what}{left}")
+
+
 def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> str:
     """A measurement in one line, with spreads, and against the baseline where there is one."""
     from .objectives.objective import show

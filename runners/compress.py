@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 from ..errors import RecipeError
 from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 from ..spaces.structure import Structure, inside
+from .library import LayerLibrary, shaped
 from .operators.prune import prune_channels
 from .operators.quantize import FakeQuantize, codes
-from .operators.sparsify import magnitude_mask
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,41 @@ class FrozenWeight:
     scale: Tensor | None = None
 
 
-def drop_blocks(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+# What every act is given: the network, the recipe, its structure, an example input, and the library if there is one.
+_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None], None]
+
+
+def drop_blocks(
+    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+) -> None:
     for step in recipe.of(Student):
         for name in step.drop:
             model.set_submodule(name, nn.Identity())
 
 
-def remove_channels(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+def remove_channels(
+    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+) -> None:
     group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
     prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
 
 
-def shape_weights(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> None:
+def shape_weights(
+    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+) -> None:
     """Zeros first, then integers: one parametrization per layer, because the scale must not see what is zeroed."""
     ratios = {step.layer: step.ratio for step in recipe.of(Sparsify)}
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     for name in sorted({*ratios, *bits}):
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
-        mask = magnitude_mask(weight, ratios[name]) if name in ratios else None
-        parametrize.register_parametrization(
-            layer, "weight", FakeQuantize(weight, bits.get(name, 32), mask), unsafe=True
-        )
+        level = bits.get(name, 32), ratios.get(name, 0.0)
+        mask, scale = library.shaped(weight, *level) if library else shaped(weight, *level)
+        parametrize.register_parametrization(layer, "weight", FakeQuantize(weight, level[0], mask, scale), unsafe=True)
 
 
 # Sparsify and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
-ACTS: tuple[tuple[tuple[type, ...], Callable[[nn.Module, Recipe, Structure, Tensor], None]], ...] = (
+ACTS: tuple[tuple[tuple[type, ...], _Act], ...] = (
     ((Student,), drop_blocks),
     ((Prune,), remove_channels),
     ((Sparsify, Quantize), shape_weights),
@@ -83,13 +92,18 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
         raise RecipeError("the recipe does not fit this network:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def compress(model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor) -> nn.Module:
-    """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit."""
+def compress(
+    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None = None
+) -> nn.Module:
+    """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit.
+
+    With a library layers are compressed once and then looked up; the network is the same to the bit.
+    """
     check_fits(recipe, structure)
     model.eval()
     for kinds, act in ACTS:
         if any(recipe.of(kind) for kind in kinds):
-            act(model, recipe, structure, example)
+            act(model, recipe, structure, example, library)
     return model
 
 

@@ -28,6 +28,7 @@ from ..spaces.structure import Structure
 from . import packing
 from .compress import chunks, compress, freeze
 from .files import write_atomic
+from .library import LayerLibrary
 from .measure import latency, predictions, quality
 from .onnx_export import batch_of, quantized_graph, session
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
@@ -70,7 +71,8 @@ class LocalRunner:
     """Runs recipes of one task. Files go to `directory`, named by the recipe's key.
 
     threads, batch, seconds: how latency is measured (CPU threads, inputs per run, time box). calibration_images: how
-    many training inputs serve BatchNorm statistics and activation ranges. Raises `TaskError` when the task cannot be used.
+    many training inputs serve BatchNorm statistics and activation ranges. library: where compressed layers are kept; the
+    user's own when None. Raises `TaskError` when the task cannot be used.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class LocalRunner:
         seconds: float = 0.5,
         calibration_images: int = 512,
         seed: int = 0,
+        library: LayerLibrary | None = None,
     ) -> None:
         self.task, self.directory, self.seed = task, directory, seed
+        self.library = LayerLibrary() if library is None else library
         self.threads, self.batch, self.seconds = threads, batch, seconds
         try:
             model = task.model()
@@ -131,7 +135,7 @@ class LocalRunner:
         """The packed file of a recipe; without `recovery` a file of the same size and speed, sooner."""
         model = copy.deepcopy(self.model)
         report("compressing", {})
-        compress(model, recipe, self.structure, self.example)
+        compress(model, recipe, self.structure, self.example, self.library)
         steps = recipe.of(Recover) if recovery else []
         for step in steps:
             if step.method == "finetune":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +42,26 @@ def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[
     return factors
 
 
-def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+def batchnorms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """By name, the BatchNorms that have statistics of their own."""
     found = model.named_modules()
     return {n: m for n, m in found if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
 
 
 @torch.no_grad()
 def reestimate_batchnorms(
-    model: nn.Module, batches: Sequence[Tensor], bias: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    bias: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Replace the running statistics by the averages over the batches; all else stays in evaluation mode.
 
     It repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh 2022).
-    bias: from `calibration_bias`; with it the statistics move only by what compression changed.
+    bias: from `calibration_bias`; with it the statistics move only by what compression changed. only: the names of the
+    BatchNorms that are estimated; all when None.
     """
-    norms = _norms(model)
+    norms = {name: norm for name, norm in batchnorms(model).items() if only is None or name in only}
     if not norms:
         return
     model.eval()
@@ -90,7 +95,7 @@ def calibration_bias(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, t
     probe = copy.deepcopy(model)
     reestimate_batchnorms(probe, batches)
     found = {}
-    for (name, own), estimated in zip(_norms(model).items(), _norms(probe).values(), strict=True):
+    for (name, own), estimated in zip(batchnorms(model).items(), batchnorms(probe).values(), strict=True):
         assert own.running_mean is not None
         assert own.running_var is not None
         assert estimated.running_mean is not None

@@ -39,17 +39,22 @@ def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class FakeQuantize(nn.Module):
-    """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up)."""
+    """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
+
+    scale: of each output channel; `weight_scales` of the masked weight when None.
+    """
 
     mask: Tensor | None
 
-    def __init__(self, weight: Tensor, bits: int, mask: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bits: int, mask: Tensor | None, scale: Tensor | None = None) -> None:
         super().__init__()
         self.bits = bits
         self.register_buffer("mask", mask)
         self.scale: nn.Parameter | None = None
         if bits <= 8:
-            self.scale = nn.Parameter(weight_scales(weight if mask is None else weight * mask, bits))
+            if scale is None:
+                scale = weight_scales(weight if mask is None else weight * mask, bits)
+            self.scale = nn.Parameter(scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.mask is not None:

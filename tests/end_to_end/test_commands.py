@@ -253,3 +253,53 @@ def test_the_installed_command():
     assert wrong.returncode == 2
     assert "serch" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_sensitivity(paretorch, folder):
+    done = paretorch("sensitivity", "config.yaml", "--images", "48")
+    assert done.stdout.startswith("KL divergence of the softmax in nats, each layer alone, 48 images\n")
+    lines = done.stdout.splitlines()
+    assert lines[2].split() == ["bits", "8", "6", "4", "3", "32", "8", "6", "4", "3"]
+    assert [line.split()[0] for line in lines[4:6]] == ["0", "4"]
+    assert all(len(line.split()) == 10 for line in lines[4:6])
+    assert max(map(len, lines)) <= 80
+    assert "wrote sensitivity.json, sensitivity.csv, sensitivity.png to studies/blobs" in done.text
+    assert "Next: paretorch search config.yaml" in done.text
+    assert not done.stderr
+    study = folder / "studies" / "blobs"
+    assert {path.name for path in study.iterdir()} == {"sensitivity.json", "sensitivity.csv", "sensitivity.png"}
+    assert (study / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((study / "sensitivity.csv").open()))
+    assert len(rows) == 18
+
+    from paretorch.runners.sensitivity import Sensitivity
+
+    found = Sensitivity.from_json((study / "sensitivity.json").read_text())
+    assert [float(row["divergence"]) for row in rows] == [row.divergence for row in found.rows]
+    assert found.divergence("0", 3) > found.divergence("0", 8)
+    again = paretorch("sensitivity", "config.yaml", "--images", "48", "--output", "mine", "-s", "space.sparsity=[0.0]")
+    assert "to mine" in again.text
+    other = Sensitivity.from_json((folder / "mine" / "sensitivity.json").read_text())
+    assert [row for row in found.rows if not row.sparsity] == list(other.rows)
+    paretorch(
+        "search", "config.yaml", "--trials", "2", "-s", "budget=[]"
+    )  # what lies in the study's folder is not in its way
+    assert (study / "sensitivity.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["-s", "task=tusk.py:task"], "tusk.py does not exist; did you mean task.py?"),
+        (["-s", "space={width: [1.0, 0.5]}"], "no layer has a choice of weight_bits below 32 or of sparsity above 0"),
+        (["-s", "space.weight_bits=[{choices: [4], layers: 'conv9*'}]"], "pattern 'conv9*' selects no layer"),
+        (["--images", "3"], "Invalid value for '--images'"),
+        (["--output", "taken"], "choose another folder (--output"),
+    ],
+)
+def test_bad_sensitivity(paretorch, folder, options, told):
+    (folder / "taken").write_text("mine")
+    done = paretorch("sensitivity", "config.yaml", *options, code=2)
+    assert told in done.text
+    assert not (folder / "studies").exists()
+    assert (folder / "taken").read_text() == "mine"

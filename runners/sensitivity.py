@@ -1,0 +1,465 @@
+"""How much each layer minds each level of compression: alone in the otherwise untouched network.
+
+The score is the divergence of the outputs from the untouched network's, on calibration images, after BatchNorm
+re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL divergence of the softmax (temperature
+1), for any other the mean squared difference relative to the outputs' variance. It is never the error of the weights
+alone, nor the curvature of the loss: they rank the levels of a layer, but not the layers of a network.
+
+All that runs before the changed layer computes what it does in the untouched network, so it is run once and recorded.
+A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in which
+they begin; one that has ended before the changed layer is called returns what it returned before and runs nothing inside
+(`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer to layer. Recorded
+twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does not fit into memory
+is run again, and whatever a network does that this does not foresee is found out on two images, where the outputs with
+recorded calls must be the outputs without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError, ConfigError, RecipeError
+from ..objectives.cost import layer_bytes
+from ..spaces.recipe import Quantize, Recipe, Sparsify, Step
+from ..spaces.space import Space
+from ..spaces.structure import Layer, Structure
+from .compress import chunks, compress, freeze
+from .local import LocalRunner
+from .operators.fold import batchnorms, reestimate_batchnorms
+
+if TYPE_CHECKING:
+    import pandas
+
+KL, SQUARED = "KL divergence (nats)", "squared difference / variance"
+VERSION = 1
+Level = tuple[int, float]  # weight bits and the share of zeros
+UNTOUCHED: Level = (32, 0.0)
+# What hears of the progress: rows that are done, rows in all, and the layer at work.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer at one level: its divergence, and the packed bytes of the layer (weight, scales, bias)."""
+
+    layer: str
+    weight_bits: int
+    sparsity: float
+    divergence: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The divergence of every layer at every level, alone; infinite where outputs are not finite.
+
+    unit: what a divergence is, `KL` or `SQUARED`. images: on how many calibration images it was measured.
+
+        >>> found = Sensitivity((Row("fc", 4, 0.0, 0.02, 36),), KL, 512)
+        >>> found.divergence("fc", 4), found.divergence("fc")
+        (0.02, 0.0)
+    """
+
+    rows: tuple[Row, ...]
+    unit: str
+    images: int
+
+    def divergence(self, layer: str, weight_bits: int = 32, sparsity: float = 0.0) -> float:
+        """Of one layer at one level, 0 for the untouched one; raises `RecipeError` for what was not measured."""
+        if (weight_bits, sparsity) == UNTOUCHED:
+            return 0.0
+        if (layer, weight_bits, sparsity) not in self._found:
+            raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * sparsity:g}% zeros was not measured; "
+                              "measure it again with this network and space")  # fmt: skip
+        return self._found[layer, weight_bits, sparsity]
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, int, float], float]:
+        return {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in self.rows}
+
+    def by_axis(self, space: Space, structure: Structure) -> dict[str, tuple[float, ...]]:
+        """By axis of weight bits or sparsity, the divergence of each choice alone; of a shared axis the layers' sum.
+
+        Divergences of layers add up well while they are small. Raises `RecipeError` for a choice that was not measured.
+        """
+        found = {}
+        for axis in space.axes(structure):
+            if axis.kind == "weight_bits":
+                levels: list[Level] = [(bits, 0.0) for bits in axis.choices]
+            elif axis.kind == "sparsity":
+                levels = [(32, ratio) for ratio in axis.choices]
+            else:
+                continue
+            found[axis.name] = tuple(
+                math.fsum(self.divergence(target, *level) for target in axis.targets) for level in levels
+            )
+        return found
+
+    def table(self) -> pandas.DataFrame:
+        """A row per layer and level; `unit` is a column, so that a CSV file says what it holds."""
+        import pandas
+
+        columns = [field.name for field in fields(Row)]
+        table = pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
+        return table.assign(unit=self.unit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; JSON has no infinity, so that one is None."""
+        rows = [asdict(row) | {"divergence": row.divergence if math.isfinite(row.divergence) else None} for row in self.rows]  # fmt: skip
+        return {"version": VERSION, "unit": self.unit, "images": self.images, "rows": rows}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """What `to_dict` gave; raises `ArtifactError` for anything else."""
+        try:
+            if data["version"] > VERSION:
+                raise ArtifactError(f"a sensitivity of version {data['version']}; this paretorch reads up to {VERSION}")
+            rows = [Row(**row) for row in data["rows"]]
+            rows = [Row(**asdict(row) | {"divergence": math.inf if row.divergence is None else float(row.divergence)}) for row in rows]  # fmt: skip
+            return cls(tuple(rows), str(data["unit"]), int(data["images"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"not a sensitivity: {error!r}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """What `to_json` gave; raises `ArtifactError` for anything else."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except ValueError as error:
+            raise ArtifactError(f"not a sensitivity: {error}") from error
+
+
+def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
+    """By layer, in order: every combination of its choices, and each choice alone, without the untouched level.
+
+    Raises `ConfigError` when the space leaves nothing to measure.
+    """
+    axes = space.axes(structure)
+    found: dict[str, list[Level]] = {}
+    for layer in structure.layers:
+        bits, ratios = (
+            next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
+            for kind in ("weight_bits", "sparsity")
+        )
+        both = [(b, r) for r in ratios for b in bits]
+        alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
+        distinct = sorted({*both, *alone} - {UNTOUCHED}, key=lambda level: (level[1], -level[0]))
+        if distinct:
+            found[layer.name] = distinct
+    if not found:
+        raise ConfigError("space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
+                          "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out")  # fmt: skip
+    return found
+
+
+def divergence(dense: Tensor, outputs: Tensor) -> float:
+    """How far outputs lie from the untouched network's, a mean over the images; infinite when they are not finite.
+
+    dense, outputs: `[n, classes]` with at least two classes gives KL(softmax(dense) || softmax(outputs)) in nats, any
+    other shape the mean squared difference over the variance of `dense`.
+
+        >>> round(divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])), 4)
+        0.1201
+    """
+    if not bool(outputs.isfinite().all()):
+        return math.inf
+    dense, outputs = dense.double(), outputs.double()
+    if unit_of(dense) == KL:
+        p, q = dense.log_softmax(1), outputs.log_softmax(1)
+        return max(0.0, float((p.exp() * (p - q)).sum(1).mean()))
+    variance = (dense - dense.mean()).square().mean().clamp_min(1e-30)
+    return float((outputs - dense).square().mean() / variance)
+
+
+def unit_of(outputs: Tensor) -> str:
+    """What a divergence of such outputs is: `KL` of `[n, classes]`, else `SQUARED`."""
+    return KL if outputs.ndim == 2 and outputs.shape[1] > 1 else SQUARED
+
+
+def measure_sensitivity(
+    runner: LocalRunner,
+    space: Space,
+    progress: Progress | None = None,
+    *,
+    reuse: bool = True,
+    memory: int = 1 << 30,
+) -> Sensitivity:
+    """Every layer at every level of the space, alone in the runner's network, on all its calibration images.
+
+    reuse: record what runs before a layer instead of running it again; memory: bytes of records at most. Both change
+    the time it takes and nothing else. Raises `ConfigError` when the space leaves nothing to measure.
+    """
+    structure = runner.structure
+    wanted = levels(space, structure)
+    total, done = sum(map(len, wanted.values())), 0
+    bench = _Bench(runner, memory if reuse else 0)
+    rows = []
+    for layer in structure.layers:
+        if layer.name not in wanted:
+            continue
+        if reuse:
+            bench.advance(layer.name)
+        for level in wanted[layer.name]:
+            if progress:
+                progress(done, total, layer.name)
+            recipe = _recipe(layer.name, level)
+            size = layer_bytes(Structure((layer,)), recipe)
+            rows.append(Row(layer.name, *level, bench.divergence(layer, recipe), size))
+            done += 1
+    return Sensitivity(tuple(rows), unit_of(bench.dense), len(runner.calibration))
+
+
+def _recipe(layer: str, level: Level) -> Recipe:
+    bits, ratio = level
+    steps: list[Step] = [Quantize(layer, bits)] if bits < 32 else []
+    return Recipe((*steps, *([Sparsify(layer, ratio)] if ratio else [])))
+
+
+class _Bench:
+    """One network in which one layer after the other is compressed and restored."""
+
+    def __init__(self, runner: LocalRunner, memory: int) -> None:
+        self.runner = runner
+        self.parts = chunks(runner.calibration, 128)
+        self.bias = runner.calibration_bias
+        self.model = copy.deepcopy(runner.model).eval().requires_grad_(False)
+        self.norms = batchnorms(self.model)
+        self.statistics = {name: copy.deepcopy(norm.state_dict()) for name, norm in self.norms.items()}
+        with torch.no_grad():
+            self.dense = torch.cat([self.model(part) for part in self.parts])
+        self.prefix = Prefix(self.model, self.parts, memory, modes=2 if self.norms else 1)
+
+    def restore(self, layer: str | None = None) -> None:
+        """The untouched network again: the statistics, and the weight of a layer."""
+        for name, norm in self.norms.items():
+            norm.load_state_dict(self.statistics[name])
+        if layer:
+            self.model.get_submodule(layer).weight.copy_(self.runner.model.get_submodule(layer).weight)  # type: ignore[operator,union-attr,arg-type]
+
+    @torch.no_grad()
+    def advance(self, layer: str) -> None:
+        """Record all that runs before a layer, in both ways that BatchNorm works."""
+
+        def estimating(active: bool) -> None:
+            for norm in self.norms.values():
+                norm.train(active)
+
+        self.prefix.advance(layer, estimating)
+        self.restore()
+
+    @torch.no_grad()
+    def divergence(self, layer: Layer, recipe: Recipe) -> float:
+        runner = self.runner
+        compress(self.model, recipe, runner.structure, runner.example, runner.library)
+        freeze(self.model, recipe)
+        if self.norms:
+            live = [name for name in self.norms if name not in self.prefix.replayed]
+            reestimate_batchnorms(self.model, self.prefix.feed(1), self.bias, live)
+        outputs = torch.cat([self.model(part) for part in self.prefix.feed(0)])
+        self.restore(layer.name)
+        return divergence(self.dense, outputs)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module in a forward pass: `end` is the number of the next call that is not inside it.
+
+    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place later.
+    """
+
+    module: str
+    end: int
+    bytes: int
+    frail: bool
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer up to which it is recorded."""
+
+
+class _Astray(Exception):
+    """The forward pass takes another way than the one that was recorded."""
+
+
+class Prefix:
+    """The calls of a network's modules before one layer, recorded for some batches.
+
+    model: is given forward methods that record and replay; between `advance` calls it may change from the layer on, but
+    not before it. modes: in how many ways it is run, told apart by a number. memory: bytes of records at most.
+
+    After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. `replayed` are the names of the
+    modules that are not run then.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], memory: int, modes: int = 1) -> None:
+        self.model, self.batches, self.memory, self.modes = model, batches, memory, modes
+        self.replayed: frozenset[str] = frozenset()
+        self._names = {module: name for name, module in model.named_modules() if name}
+        self._records: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self._known: dict[int, Tensor] = {}  # by number, what calls return without running
+        self._wanted: frozenset[int] = frozenset()
+        self._taken: dict[int, Tensor] = {}
+        self._count, self._stop = 0, -1
+        self._calls: list[_Call] = []
+        if memory:
+            self._calls = self._look(batches[0][:2])
+            for module, name in self._names.items():
+                if not isinstance(module, torch.jit.ScriptModule):  # it has no forward method that could be replaced
+                    module.forward = partial(self._call, name, module.forward)
+
+    def feed(self, mode: int) -> Iterator[Tensor]:
+        """The batches, each to be run by the network at once."""
+        for number, batch in enumerate(self.batches):
+            self._begin(self._records.get((mode, number), {}))
+            yield batch
+        self._begin({})
+
+    def advance(self, layer: str, switch: Callable[[bool], None]) -> None:
+        """Record up to a layer that is called once; `switch(True)` begins mode 1, `switch(False)` ends it.
+
+        The network must be untouched. When the records would take more memory than they may, those of an earlier layer stay.
+        """
+        stop = next((number for number, call in enumerate(self._calls) if call.module == layer), None)
+        if stop is None:
+            return
+        frontier = self._frontier(stop)
+        size = sum(self._calls[number].bytes for number in frontier) * self.modes * sum(map(len, self.batches))
+        if size > self.memory or not self._agrees(stop, frontier):
+            return
+        records = {}
+        for mode in range(self.modes):
+            switch(mode == 1)
+            for number, batch in enumerate(self.batches):
+                try:
+                    records[mode, number] = self._record(self._records.pop((mode, number), {}), batch, stop, frontier)
+                except _Astray:  # this batch, unlike the two images, takes another way
+                    self._records, self.replayed, self._calls = {}, frozenset(), []
+                    switch(False)
+                    return
+        switch(False)
+        self._records = records
+        self.replayed = frozenset(self._calls[i].module for number in frontier for i in range(number, self._calls[number].end))  # fmt: skip
+
+    def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a module's forward method."""
+        number, self._count = self._count, self._count + 1
+        if number == self._stop:
+            raise _Reached
+        if number in self._known:
+            call = self._calls[number]
+            if call.module != name:
+                raise _Astray
+            self._count = call.end
+            output = self._known[number]
+            if number in self._wanted:
+                self._taken[number] = output
+            return output.clone() if call.frail else output
+        output = forward(*args, **kwargs)
+        if number in self._wanted:
+            call = self._calls[number]
+            if call.module != name or call.end != self._count or not isinstance(output, Tensor):
+                raise _Astray
+            self._taken[number] = output.clone() if call.frail else output
+        return output
+
+    def _begin(self, known: dict[int, Tensor], stop: int = -1, wanted: frozenset[int] = frozenset()) -> None:
+        self._count, self._stop, self._known, self._wanted, self._taken = 0, stop, known, wanted, {}
+
+    def _record(self, known: dict[int, Tensor], batch: Tensor, stop: int, wanted: frozenset[int]) -> dict[int, Tensor]:
+        """The outputs of the wanted calls on a batch, which is run up to the call `stop`."""
+        self._begin(known, stop, wanted)
+        with contextlib.suppress(_Reached):
+            self.model(batch)
+        taken = self._taken
+        self._begin({})
+        if set(taken) != wanted:
+            raise _Astray
+        return taken
+
+    def _look(self, images: Tensor) -> list[_Call]:
+        """All calls of a forward pass on a few images."""
+        calls: list[_Call | None] = []
+        outputs: dict[int, tuple[Tensor, int]] = {}
+
+        def watch(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            number = len(calls)
+            calls.append(None)
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            before = [_version(value) for value in given]
+            output = forward(*args, **kwargs)
+            size = 0
+            # One that changes its input in place must change it again.
+            if isinstance(output, Tensor) and before == [_version(value) for value in given]:
+                outputs[number] = output, _version(output)
+                size = output.nbytes // len(images)
+            calls[number] = _Call(name, len(calls), size, False)
+            return output
+
+        watched = [module for module in self._names if not isinstance(module, torch.jit.ScriptModule)]
+        for module in watched:
+            module.forward = partial(watch, self._names[module], module.forward)
+        try:
+            with torch.no_grad():
+                self.model(images)
+        finally:
+            for module in watched:
+                del module.forward
+        found = []
+        for number, call in enumerate(calls):
+            assert call is not None
+            frail = number in outputs and _version(outputs[number][0]) != outputs[number][1]
+            found.append(_Call(call.module, call.end, call.bytes, frail))
+        return found
+
+    def _frontier(self, stop: int) -> frozenset[int]:
+        """The outermost calls that have ended before the call `stop` and can be recorded.
+
+        A BatchNorm that is called on both sides gets other statistics from the changed layer, and so what follows its
+        first call is no longer what it was.
+        """
+        norms = batchnorms(self.model)
+        while shared := {call.module for call in self._calls[stop:] if call.module in norms} & {
+            call.module for call in self._calls[:stop]
+        }:
+            stop = next(number for number, call in enumerate(self._calls) if call.module in shared)
+        found, number = [], 0
+        while number < stop:
+            call = self._calls[number]
+            if call.end <= stop and call.bytes:
+                found.append(number)
+                number = call.end
+            else:
+                number += 1
+        return frozenset(found)
+
+    def _agrees(self, stop: int, frontier: frozenset[int]) -> bool:
+        """Whether the outputs with recorded calls are those without, on two images."""
+        images = self.batches[0][:2]
+        self._begin({})
+        expected = self.model(images)
+        try:
+            known = self._record({}, images, stop, frontier)
+            self._begin(known)
+            return torch.equal(self.model(images), expected)
+        except _Astray:
+            return False
+        finally:
+            self._begin({})
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return -1 if tensor.is_inference() else tensor._version

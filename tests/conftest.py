@@ -1,0 +1,16 @@
+"""What all tests share."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The layer library of the tests and of the processes that they start, apart from the user's."""
+    before = os.environ.get("PARETORCH_CACHE")
+    os.environ["PARETORCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("PARETORCH_CACHE")
+    if before is not None:
+        os.environ["PARETORCH_CACHE"] = before
