@@ -360,8 +360,8 @@ class BuiltinTask(Strict):
 class Search(Strict):
     """How the space is searched."""
 
-    sampler: Literal["tpe", "nsga2", "nsga3", "gp", "random", "qmc"] = "tpe"
-    """Optuna sampler: tpe, nsga2, nsga3, gp, random or qmc. Default: tpe."""
+    sampler: Literal["ehvi", "tpe", "nsga2", "nsga3", "gp", "random", "qmc"] = "ehvi"
+    """Sampler: ehvi (our own), or Optuna's tpe, nsga2, nsga3, gp, random, qmc. Default: ehvi."""
     trials: Count = 40
     """Number of candidates in total, also after a resume. Default: 40."""
     time: Seconds = None

@@ -51,7 +51,7 @@ class _Part(NamedTuple):
     levels: NDArray[np.integer]
 
 
-# So many sums at once stay in the cache, and below the size for which the allocator asks the system for fresh pages.
+# So many sums at once stay in the cache, and below the size for which fresh pages are asked for.
 _BLOCK = 1 << 13
 
 
@@ -63,7 +63,7 @@ def front(losses: Table, costs: Table, resolution: int | None = None) -> list[Ch
     item all): the best of so many buckets of cost, and so many corners of the convex hull of the exact front, or all
     where it has no more. What is exact then: the sums of each choice, the cheapest, that of the least loss, and the
     corners. For every choice of the exact front there is one here of no more loss whose cost is higher by at most
-    `3.5 * sqrt(items) / (resolution - 1)` of the difference between the largest and the smallest possible cost; most
+    `3.5 * sqrt(items) / resolution` of the difference between the largest and the smallest possible cost; most
     are far closer. Time and memory grow with its square; 60 items of 40 levels at 512 take some milliseconds.
 
     Raises `ValueError`, which names the item, for tables that do not fit together or hold other than finite numbers.
@@ -72,8 +72,8 @@ def front(losses: Table, costs: Table, resolution: int | None = None) -> list[Ch
     [((0, 0), 8.0, 2.0), ((0, 1), 5.0, 3.0), ((1, 0), 4.0, 5.0), ((1, 1), 1.0, 6.0)]
     """
     rows, (spent,) = _checked(losses, [costs])
-    if resolution is not None and resolution < 2:
-        raise ValueError(f"resolution = {resolution}: at least 2, or None for the exact front")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution = {resolution}: at least 1, or None for the exact front")
     small = np.min_scalar_type(max(map(len, rows)))
     parts = []
     for row, cost in zip(rows, spent, strict=True):
@@ -90,7 +90,7 @@ def _bucketed(parts: list[_Part], resolution: int) -> NDArray[np.integer]:
     """The levels of what buckets keep of the front, and of the corners of its convex hull."""
     corners = _corners(parts)
     for depth in reversed(range((len(parts) - 1).bit_length())):
-        buckets = 1 + math.ceil((resolution - 1) / 2 ** (depth / 2))
+        buckets = math.ceil(resolution / 2 ** (depth / 2))
         pairs = [_join(one, other, buckets) for one, other in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[2 * len(pairs) :]
     return np.vstack([parts[0].levels, corners[:: 1 + (len(corners) - 1) // resolution]])
@@ -131,16 +131,16 @@ def _join(one: _Part, other: _Part, buckets: int | None = None) -> _Part:
 
 
 def _best_in_buckets(one: _Part, other: _Part, buckets: int) -> NDArray[np.intp]:
-    """The pairs of sums of the least loss in each bucket; the first bucket holds nothing but the least cost."""
+    """The pairs of sums of the least loss in each bucket."""
     span = float(np.ptp(one.costs) + np.ptp(other.costs))
-    last = (buckets - 1) * (1 - 1e-12)  # a hair less, so that no rounding opens another bucket
-    mine, theirs = ((part.costs - part.costs[0]) / span * last for part in (one, other))
+    scale = buckets * (1 - 1e-12)  # a hair less, so that the highest sum falls into the last bucket
+    mine, theirs = ((part.costs - part.costs[0]) / span * scale for part in (one, other))
     least = np.full(buckets, np.inf)
     found = []
     rows = max(1, _BLOCK // len(theirs))
     for start in range(0, len(mine), rows):
         loss = (one.losses[start : start + rows, None] + other.losses).ravel()
-        bucket = np.ceil(mine[start : start + rows, None] + theirs).astype(np.intp).ravel()
+        bucket = (mine[start : start + rows, None] + theirs).astype(np.intp).ravel()
         np.minimum.at(least, bucket, loss)
         best = np.flatnonzero(loss == least.take(bucket))  # so far
         found.append((best + start * len(theirs), loss[best], bucket[best]))
@@ -159,6 +159,7 @@ def _unbeaten(loss: _Floats, cost: _Floats) -> NDArray[np.intp]:
 
 # The solver's tolerances are absolute (1e-6); differences of losses and of costs add up to this for it.
 _SCALE = 1e4
+_TRIES = 100
 
 
 def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) -> tuple[int, ...] | None:
@@ -188,7 +189,7 @@ def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) 
         above, scale = _above_least(table)
         room = limit - sum(float(row.min()) for row in table)
         constraints.append(LinearConstraint(above[None], -np.inf, room * scale))
-    while True:
+    for _ in range(_TRIES):
         found = milp(
             _above_least(rows)[0],
             integrality=np.ones(len(level)),
@@ -200,12 +201,16 @@ def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) 
             return None
         if found.status != 0:
             raise RuntimeError(f"the integer programme was not solved: {found.message} (status {found.status})")
-        levels = np.array([[part.argmax() for part in np.split(found.x, np.cumsum(sizes)[:-1])]])
-        if all(_sums(table, levels)[0] <= limit + 1e-12 * abs(limit) for table, limit in bounded):
-            return tuple(levels[0].tolist())
-        # Over a limit by less than the solver can see: all but this choice, then.
-        taken = np.concatenate([np.arange(len(row)) == at for row, at in zip(rows, levels[0], strict=True)])
-        constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(rows) - 1))
+        levels = tuple(int(part.argmax()) for part in np.split(found.x, np.cumsum(sizes)[:-1]))
+        over = [table for table, limit in bounded if _sums(table, np.array([levels]))[0] > limit + 1e-12 * abs(limit)]
+        if not over:
+            return levels
+        # By less than the solver can see. Then so is every choice that costs no less for any item.
+        dear = np.concatenate([row >= row[at] for row, at in zip(over[0], levels, strict=True)])
+        constraints.append(LinearConstraint(dear[None].astype(float), -np.inf, len(rows) - 1))
+    raise RuntimeError(
+        f"{_TRIES} choices are over the limits {list(limits)} by less than the solver can see: change them"
+    )
 
 
 def _above_least(table: list[_Floats]) -> tuple[_Floats, float]:

@@ -1,4 +1,4 @@
-"""Optuna's samplers by name, each made anew for every suggestion.
+"""Samplers by name: our own, and Optuna's, each made anew for every suggestion.
 
 A suggestion depends on the seed, the number of records so far and the records themselves, and on no state that lives
 only in memory: a study that was interrupted goes on with the suggestions it would have made without the interruption.
@@ -19,8 +19,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ..errors import ConfigError
+from .ehvi import EHVISampler
 
-SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+SAMPLERS = ("ehvi", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
 class _TPE(TPESampler):
@@ -90,6 +91,7 @@ def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistr
     """The sampler for the suggestion after `count` records, which are all of `space`; raises `ConfigError` for a name."""
     mixed = mixed_seed(seed, count)
     makers: dict[str, Callable[[], BaseSampler]] = {
+        "ehvi": lambda: EHVISampler(seed),
         "tpe": lambda: _TPE(seed=mixed, multivariate=True, n_startup_trials=10),
         # Optuna's default population of 50 is too large for studies of some hundred trials.
         "nsga2": lambda: _NSGAII(seed=mixed, population_size=20),
@@ -104,6 +106,10 @@ def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistr
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = makers[name]()
     if name != "random":  # which draws every decision by itself
-        # Optuna would find the decisions that all trials have in common, which takes it longer than the suggestion.
-        sampler.infer_relative_search_space = lambda study, trial: dict(space)  # type: ignore[method-assign]
+        in_space(sampler, space)
     return sampler
+
+
+def in_space(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
+    """Tell a sampler its decisions; Optuna would look for those that all trials share, which takes it longer than the rest."""
+    sampler.infer_relative_search_space = lambda study, trial: dict(space)  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
@@ -43,15 +44,17 @@ from ..runners.task import Task, dataset
 from ..spaces.recipe import Recipe
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, Candidate
+from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .front import Front
 from .journal import Journal, locked, undisturbed
 from .preflight import TOLERANCE, Preflight, check_metrics, preflight
-from .sampler import GENERATION, make_sampler
+from .sampler import GENERATION, in_space, make_sampler
 
 if TYPE_CHECKING:
     from .tracking import Tracker
 
 VERSION = 1
+KNOWN = ("size_bytes", "macs")  # metrics that arithmetic gives
 _SPENT = 300  # repeated suggestions in a row after which a space counts as searched through
 _PACKED = re.compile(r"[0-9a-f]{16}\.safetensors")  # the files in candidates/ that are the study's
 _PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
@@ -108,7 +111,7 @@ class Study:
         objectives: Sequence[str] | None = None,
         budget: Sequence[str] = (),
         directory: str | Path | None = None,
-        sampler: str = "tpe",
+        sampler: str = "ehvi",
         seed: int = 0,
         threads: int = 1,
         batch: int = 1,
@@ -251,6 +254,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions = [StudyDirection.MAXIMIZE if o.maximize else StudyDirection.MINIMIZE for o in self.objectives]
         self.optuna = optuna.create_study(directions=directions)
+        self.own: EHVISampler | None = None
         self.candidates, self.records = [], 0
         self.by_key: dict[str, Candidate] = {}
         self.keys: dict[int, str] = {}  # by candidate: a recipe of many steps takes a while to hash
@@ -262,7 +266,7 @@ class Study:
                 picks = candidate.picks
             else:
                 candidate, picks = self.candidates[record["same_as"]], record["picks"]
-            if picks is not None and candidate.state != FAILED:
+            if picks is not None:
                 self._add(candidate, picks, record.get("system", {}))
 
     def _know(self, candidate: Candidate) -> None:
@@ -271,30 +275,38 @@ class Study:
         self.by_key[key] = candidate
 
     def _add(self, candidate: Candidate, picks: Mapping[str, int], system: Mapping[str, Any]) -> None:
-        values, constraints = self._told(candidate)
+        values, constraints, unknown = self._told(candidate)
+        failed = candidate.state == FAILED
         self.optuna.add_trial(
             create_trial(
-                state=TrialState.COMPLETE,
-                values=values,
+                state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                values=None if failed else values,
                 params={name: picks[name] for name in self.distributions},
                 distributions=self.distributions,
                 constraints=constraints,
+                user_attrs={UNKNOWN: unknown} if unknown else {},
                 system_attrs=dict(system),
             )
         )
 
-    def _told(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
-        """What the sampler learns: the objectives, and for every limit its excess as a share of the limit.
+    def _told(self, candidate: Candidate) -> tuple[list[float], dict[str, float], list[int | str]]:
+        """What the sampler learns: the objectives, for every limit its excess as a share of it, and what is made up.
 
         Of a recipe that was refused, what is not known is told as the worst there is (a metric of zero, the baseline's
-        cost): among infeasible trials samplers rank by the excess, which is known.
+        cost): among infeasible trials Optuna's samplers rank by the excess, which is known. Ours leaves it out.
         """
         known = self._predicted(candidate.recipe)
         if candidate.measurement:
             known = {name: metric.value for name, metric in candidate.measurement.metrics.items()}
-        base = self._baseline_values()
-        values = [known.get(o.metric, 0.0 if o.maximize else base[o.metric]) for o in self.objectives]
-        return values, {limit.text: candidate.excess.get(limit.text, 0.0) for limit in self.budget.limits}
+        values = [known.get(o.metric, self._worst(o)) for o in self.objectives]
+        excess = {limit.text: candidate.excess.get(limit.text, 0.0) for limit in self.budget.limits}
+        unknown: list[int | str] = [i for i, o in enumerate(self.objectives) if o.metric not in known]
+        unknown += [text for text in excess if text not in candidate.excess]
+        return values, excess, unknown
+
+    def _worst(self, objective: Objective) -> float:
+        """Where the hypervolume is counted from: a metric of zero, the baseline's cost."""
+        return 0.0 if objective.maximize else self.baseline.value(objective.metric)
 
     def _baseline_values(self) -> dict[str, float]:
         return {name: metric.value for name, metric in self.baseline.metrics.items()}
@@ -404,8 +416,34 @@ class Study:
             self.listener.finished(candidate, front, len(self.candidates), trials, eta)
             begin = time.perf_counter()
 
+    def _own_sampler(self) -> EHVISampler:
+        """The default sampler, which is told what arithmetic knows."""
+        costs = cost.many(self.runner.structure, self.axes, self.overhead)
+        exact = {position: o.metric for position, o in enumerate(self.objectives) if o.metric in KNOWN}
+        limits = [limit for limit in self.budget.limits if limit.metric in KNOWN]
+        base = self._baseline_values()
+
+        def known(picks: Mapping[str, Ints]) -> tuple[dict[int, Floats], dict[str, Floats]]:
+            count = len(next(iter(picks.values())))
+            columns = [picks.get(axis.name, np.zeros(count, dtype=np.int64)) for axis in self.axes]
+            found = costs(np.stack(columns, axis=1))
+            excess = {}
+            for limit in limits:
+                bound = limit.resolve(base[limit.metric])
+                excess[limit.text] = (1 if limit.upper else -1) * (found[limit.metric] - bound) / (abs(bound) or 1.0)
+            return {position: found[metric] for position, metric in exact.items()}, excess
+
+        reference = [self._worst(objective) for objective in self.objectives]
+        sampler = EHVISampler(self.seed, known=known, reference=reference)
+        in_space(sampler, self.distributions)
+        return sampler
+
     def _ask(self) -> tuple[optuna.Trial, dict[str, int]]:
-        self.optuna.sampler = make_sampler(self.sampler_name, self.seed, self.records, self.distributions)
+        if self.sampler_name == "ehvi":
+            self.own = self.own or self._own_sampler()
+            self.optuna.sampler = self.own
+        else:
+            self.optuna.sampler = make_sampler(self.sampler_name, self.seed, self.records, self.distributions)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self.optuna.ask(self.distributions)
@@ -500,10 +538,12 @@ class Study:
         system: Mapping[str, Any],
     ) -> None:
         if trial is None:
-            if picks is not None and candidate.state != FAILED:
+            if picks is not None:
                 self._add(candidate, picks, system)
             return
-        values, constraints = self._told(candidate)
+        values, constraints, unknown = self._told(candidate)
+        if unknown:
+            trial.set_user_attr(UNKNOWN, unknown)
         for name, value in constraints.items():
             trial.set_constraint(name, value)
         if candidate.state == FAILED:

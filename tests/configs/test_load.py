@@ -162,7 +162,7 @@ output: 3
         "space.recovery.1.finetune.epochs = 0: must be greater than 0",
         "space.recovery.1.finetune.lr = 1: unknown key; keys here: epochs, learning_rate, distill, temperature",
         "space.recovery.2 = 3: must be none, batchnorm or {finetune: {epochs: 1}}",
-        "search.sampler = 'tpee': choose from tpe, nsga2, nsga3, gp, random, qmc; did you mean 'tpe'?",
+        "search.sampler = 'tpee': choose from ehvi, tpe, nsga2, nsga3, gp, random, qmc; did you mean 'tpe'?",
         "search.trials = 0: must be greater than or equal to 1",
         "search.time: duration '90'; the unit is missing",
         "search.seed = 1.5: must be a whole number",

@@ -47,7 +47,7 @@ def task_file(folder, body, name="bad.py"):
         (["-s", "task=task.py:tusk"], "has no function 'tusk'; did you mean 'task'? functions there: blobs, network, make, task"),
         (["--time", "soon"], "search.time: duration 'soon'; write numbers with the units d, h, m, s"),
         (["-s", "objectives=[speed]"], "objectives: unknown metric 'speed'; choose from accuracy, size_bytes, latency_ms, macs"),
-        (["-s", "search.sampler=tpa"], "search.sampler = 'tpa': choose from tpe, nsga2"),
+        (["-s", "search.sampler=tpa"], "search.sampler = 'tpa': choose from ehvi, tpe, nsga2"),
         (["-s", "mlflow.uri=./mlruns"], "MLflow 3 has no file store any more"),
     ],
 )  # fmt: skip

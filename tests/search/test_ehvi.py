@@ -1,0 +1,265 @@
+"""The sampler of our own: it finds known fronts, keeps limits, and depends on nothing but what it was told."""
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from paretorch.objectives.pareto import hypervolume
+from paretorch.search.ehvi import UNKNOWN, Curves, EHVISampler, Model, Warp, choices, improvement
+
+LAYERS, LEVELS = 5, 4
+SPACE = {f"layer{i}": IntDistribution(0, LEVELS - 1) for i in range(LAYERS)}
+WEIGHTS = np.array([1.0, 2.0, 4.0, 4.0, 8.0])
+OWN = np.array([0.9, 0.2, 0.5, 0.1, 0.3])
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def truth(picks):
+    """An error that does not add up (the second and the third layer break together) and a cost that does."""
+    picks = np.asarray(picks)
+    share = 1 - picks / (LEVELS - 1)
+    damage = (OWN * share**2).sum(-1) + 1.5 * share[..., 1] * share[..., 2]
+    return 0.05 + 0.85 / (1 + np.exp(5 - 6 * damage)), ((picks + 1) * WEIGHTS).sum(-1) / (LEVELS * WEIGHTS.sum())
+
+
+def known(picks):
+    columns = np.stack([picks[name] for name in SPACE], axis=1)
+    return {1: truth(columns)[1]}, {}
+
+
+def search(sampler, trials, limits=None):
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    points = []
+    while len(points) < trials:
+        trial = study.ask(SPACE)
+        picks = list(trial.params.values())
+        error, cost = truth(picks)
+        for name, value in (limits(picks) if limits else {}).items():
+            trial.set_constraint(name, value)
+        study.tell(trial, [error, cost])
+        points.append((error, cost))
+    return study, points
+
+
+def test_it_finds_a_front_that_is_known_exactly():
+    everything = np.array(list(itertools.product(range(LEVELS), repeat=LAYERS)))
+    reference = (0.9, 1.0)
+    total = hypervolume(np.stack(truth(everything), axis=1), reference)
+    for seed in range(3):
+        _, points = search(EHVISampler(seed, known=known, reference=reference), 40)
+        assert hypervolume(points, reference) / total > 0.99
+        assert len(set(points)) == 40, "no recipe is evaluated twice"
+        _, points = search(optuna.samplers.RandomSampler(seed), 40)
+        assert hypervolume(points, reference) / total < 0.98, "a front that chance finds would prove nothing"
+
+
+def test_it_needs_no_arithmetic():
+    everything = np.array(list(itertools.product(range(LEVELS), repeat=LAYERS)))
+    total = hypervolume(np.stack(truth(everything), axis=1), (0.9, 1.0))
+    _, points = search(EHVISampler(0, reference=(0.9, 1.0)), 50)
+    assert hypervolume(points, (0.9, 1.0)) / total > 0.98
+
+
+def rebuilt(trials, sampler):
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    for trial in trials:
+        study.add_trial(trial)
+    return study
+
+
+def told(amount, seed=0, **more):
+    random = np.random.default_rng(seed)
+    found = []
+    for row in random.integers(0, LEVELS, (amount, LAYERS)).tolist():
+        params = dict(zip(SPACE, row, strict=True))
+        found.append(create_trial(params=params, distributions=SPACE, values=[float(v) for v in truth(row)], **more))
+    return found
+
+
+@pytest.mark.parametrize("amount", [3, 8, 30])
+def test_a_suggestion_depends_on_the_trials_alone(amount):
+    trials = told(amount)
+    used = EHVISampler(4, known=known)
+    study = rebuilt(trials[: amount // 2], used)
+    study.tell(study.ask(SPACE), state=TrialState.FAIL)  # something that it could remember
+    first = rebuilt(trials, used).ask(SPACE).params
+    assert first == rebuilt(trials, EHVISampler(4, known=known)).ask(SPACE).params
+
+
+def test_a_limit_that_arithmetic_knows_is_kept():
+    def limited(picks):
+        objectives, _ = known(picks)
+        return objectives, {"cost": (objectives[1] - 0.5) / 0.5}
+
+    sampler = EHVISampler(0, known=limited, reference=(0.9, 1.0))
+    _, points = search(sampler, 30, lambda picks: {"cost": (truth(picks)[1] - 0.5) / 0.5})
+    assert all(cost <= 0.5 for _, cost in points[6:]), "after the first six, which lie along the diagonal"
+
+
+def test_a_limit_that_has_to_be_learned_is_learned():
+    """Only recipes with an error below 0.1 count: the search must find many of them, and chance finds few."""
+    everything = np.array(list(itertools.product(range(LEVELS), repeat=LAYERS)))
+    common = (truth(everything)[0] <= 0.1).mean()
+    sampler = EHVISampler(0, known=known, reference=(0.9, 1.0))
+    _, points = search(sampler, 40, lambda picks: {"error": truth(picks)[0] - 0.1})
+    kept = np.mean([error <= 0.1 for error, _ in points[10:]])
+    assert kept > 0.5 > 2 * common
+
+
+def test_what_is_infeasible_is_not_on_the_front():
+    """The best recipe is forbidden: one that is worse than it must still look like an improvement."""
+    trials = told(20)
+    best = create_trial(
+        params=dict.fromkeys(SPACE, 0), distributions=SPACE, values=[0.0, 0.0], constraints={"x": 1.0}
+    )  # fmt: skip
+    fair = [
+        create_trial(params=t.params, distributions=SPACE, values=t.values, constraints={"x": -1.0}) for t in trials
+    ]
+    study = rebuilt([*fair, best], EHVISampler(0, known=known, reference=(0.9, 1.0)))
+    trial = study.ask(SPACE)
+    assert trial.params != best.params
+    assert hypervolume([t.values for t in fair] + [list(truth(list(trial.params.values())))], (0.9, 1.0)) > hypervolume(
+        [t.values for t in fair], (0.9, 1.0)
+    )
+
+
+def test_what_was_never_measured_teaches_nothing():
+    """A refused recipe is told with a made-up error and marked: whatever was made up, the suggestion is the same."""
+    asked = []
+    for made_up in (0.0, 0.9):
+        refused = create_trial(
+            params=dict.fromkeys(SPACE, 3), distributions=SPACE, values=[made_up, 1.0],
+            constraints={"cost": 0.3, "speed": 0.0}, user_attrs={UNKNOWN: [0, "speed"]},
+        )  # fmt: skip
+        others = told(15, constraints={"cost": -0.1, "speed": -0.1})
+        asked.append(rebuilt([*others, refused], EHVISampler(0, known=known)).ask(SPACE).params)
+    assert asked[0] == asked[1]
+
+
+def test_parallel_suggestions_differ():
+    study = rebuilt(told(20), EHVISampler(0, known=known, reference=(0.9, 1.0)))
+    rows = [tuple(study.ask(SPACE).params.values()) for _ in range(6)]
+    assert len(set(rows)) == 6
+
+
+def test_failures_are_avoided():
+    """Every recipe whose first layer has its lowest level fails; after six of them few more are suggested."""
+    study = rebuilt([t for t in told(30) if t.params["layer0"]], EHVISampler(0, known=known, reference=(0.9, 1.0)))
+    asked = 0
+    for _ in range(30):
+        trial = study.ask(SPACE)
+        picks = list(trial.params.values())
+        if picks[0] == 0:
+            asked += 1
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, [float(v) for v in truth(picks)])
+    assert asked <= 8
+
+
+def test_any_space_of_steps_and_three_objectives():
+    space = {
+        "bits": IntDistribution(2, 8, step=2),
+        "kind": CategoricalDistribution(["none", "some", "much"]),
+        "share": FloatDistribution(0.0, 1.0, step=0.25),
+        "rate": FloatDistribution(1e-4, 1e-1, log=True),
+    }
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=EHVISampler(0))
+    for _ in range(14):
+        trial = study.ask(space)
+        p = trial.params
+        kind = ["none", "some", "much"].index(p["kind"])
+        study.tell(trial, [p["bits"] + kind - p["share"], p["bits"] * (1 - p["share"]), float(kind)])
+    assert all(
+        p["bits"] in (2, 4, 6, 8) and p["share"] in (0, 0.25, 0.5, 0.75, 1) for p in (t.params for t in study.trials)
+    )
+    assert len({t.params["rate"] for t in study.trials}) == 14, "what has no steps is drawn"
+
+
+def test_choices_of_an_axis():
+    assert choices(IntDistribution(1, 7, step=3)) == (1, 4, 7)
+    assert choices(FloatDistribution(0.0, 0.5, step=0.25)) == (0.0, 0.25, 0.5)
+    assert choices(CategoricalDistribution(["b", "a"])) == ("b", "a")
+    assert choices(IntDistribution(0, 1000)) is None
+    assert choices(FloatDistribution(0.0, 1.0)) is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12))
+def test_an_improvement_is_what_the_hypervolume_grows_by(seed, members):
+    random = np.random.default_rng(seed)
+    points = random.uniform(0, 1.2, (members, 2))
+    front = np.array([p for p in points if not any((q <= p).all() and (q < p).any() for q in points)]).reshape(-1, 2)
+    new = random.uniform(-0.2, 1.2, (5, 2))
+    found = improvement([new[:, :1], new[:, 1:]], front, np.ones(2))[:, 0]
+    before = hypervolume(front, (1, 1)) if members else 0.0
+    for point, gain in zip(new, found, strict=True):
+        grown = hypervolume([*front, point], (1, 1)) - before
+        assert gain == pytest.approx(grown, abs=1e-9)
+
+
+def test_with_three_objectives_it_ranks_like_the_hypervolume():
+    random = np.random.default_rng(0)
+    front = random.uniform(0.2, 1, (6, 3))
+    front = np.array([p for p in front if not any((q <= p).all() and (q < p).any() for q in front)])
+    new = random.uniform(0, 0.6, (40, 3))
+    found = improvement([new[:, [i]] for i in range(3)], front, np.ones(3))[:, 0]
+    grown = [hypervolume([*front, point], (1, 1, 1)) - hypervolume(front, (1, 1, 1)) for point in new]
+    assert np.corrcoef(found, grown)[0, 1] > 0.99
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
+def test_the_warp_keeps_order_and_comes_back(values):
+    column = np.array(values)
+    warp = Warp(column)
+    there = warp.forward(column)
+    assert np.isfinite(there).all()
+    assert (np.diff(there[np.argsort(column, kind="stable")]) >= 0).all()
+    assert warp.backward(there) == pytest.approx(column, rel=1e-6, abs=1e-6)
+
+
+def test_the_model_learns_an_additive_function():
+    random = np.random.default_rng(0)
+    counts = np.full(8, 5)
+    picks = random.integers(0, 5, (120, 8))
+    own = random.gamma(1.0, 1.0, 8)
+
+    def loss(rows):
+        return ((1 - rows / 4) ** 3 * own).sum(1)
+
+    curves = Curves.make(counts, [None] * 8)
+    model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
+    fresh = random.integers(0, 5, (200, 8))
+    mean, deviation = model.predict(fresh)
+    assert np.corrcoef(mean, loss(fresh))[0, 1] > 0.999
+    assert (np.abs(mean - loss(fresh)) < 4 * deviation).mean() > 0.9
+    table = model.additive(None)
+    spans = np.array([row[0] - row[-1] for row in table])
+    assert np.corrcoef(spans, own)[0, 1] > 0.99, "the layers that matter are the ones that it names"
+
+
+def test_a_prior_is_worth_what_it_turns_out_to_be():
+    """Sensitivities in the wrong unit and of irregular shape still tell the model where the losses are."""
+    random = np.random.default_rng(1)
+    counts, own = np.full(6, 6), random.gamma(0.5, 1.0, (6, 6))
+    picks, fresh = random.integers(0, 6, (25, 6)), random.integers(0, 6, (200, 6))
+
+    def loss(rows):
+        return sum(own[axis][rows[:, axis]] for axis in range(6))
+
+    errors = []
+    for prior in ([None] * 6, [tuple(100 * row) for row in own]):
+        curves = Curves.make(counts, prior)
+        model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
+        errors.append(np.abs(model.predict(fresh)[0] - loss(fresh)).mean())
+    assert errors[1] < 0.5 * errors[0]
