@@ -22,9 +22,10 @@ if there had been none. What is cached between suggestions only saves time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ UNKNOWN = (
     "paretorch:unknown"  # user attribute of a trial: objectives (positions) and limits (names) that were not measured
 )
 MOST = 256  # trials that the model is fitted to: the nearest to the front, and some others
-START = 6  # recipes along the diagonal from the cheapest to the most costly before the model is asked
+START = 4  # recipes along the diagonal from the cheapest to the most costly before the model is asked
 _DIRECTIONS = 256  # of scalarisation, with three objectives and more
 _LEVELS = 64  # choices at most that one axis may have
 _CONSTANT = 4.0  # prior variance of the mean, in units of the observations' own
@@ -63,7 +64,8 @@ class EHVISampler(BaseSampler):
 
     seed: of all random choices. known: what arithmetic knows of a recipe, for many at once. reference: the point, in
     the objectives' own units, that the hypervolume is counted from (the worst values seen when None). prior: by axis a
-    number per choice, its predicted loss in any unit (sensitivities); other axes have none.
+    number per choice, its predicted loss in any unit (sensitivities); other axes have none. noisy: positions of objectives
+    that come out otherwise the next time (times), so that a lucky one is nothing to hope for.
 
     Axes are `IntDistribution`, `CategoricalDistribution` (in their order) and `FloatDistribution` with a step; anything
     else is drawn at random. Infeasible trials (Optuna's constraints) teach the model and stay out of the front, failed
@@ -87,11 +89,15 @@ class EHVISampler(BaseSampler):
         known: Known | None = None,
         reference: Sequence[float] | None = None,
         prior: Mapping[str, Sequence[float]] | None = None,
+        noisy: Collection[int] = (),
     ) -> None:
         self.seed, self.known, self.reference, self.prior = seed, known, reference, dict(prior or {})
+        self.noisy = frozenset(f"objective {position}" for position in noisy)
         self._random = RandomSampler(seed=seed)
         self._space = IntersectionSearchSpace()
         self._fits: dict[tuple[str, int], Floats] = {}
+        self._of: object = None  # the study and the space that these belong to
+        self._rows: dict[int, _Row | None] = {}
 
     def reseed_rng(self) -> None:
         self._random.reseed_rng()
@@ -110,13 +116,34 @@ class EHVISampler(BaseSampler):
             return {}
         values = {name: choices(d) or () for name, d in search_space.items()}
         states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING)
-        trials = [
-            t for t in study.get_trials(deepcopy=False, states=states)
-            if t.number != trial.number and all(name in t.params for name in search_space)
-        ]  # fmt: skip
+        trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.number != trial.number]
         counts = np.array([len(found) for found in values.values()])
-        picks = _Suggestion(self, _observed(trials, search_space, study.directions), list(values), counts).make()
+        seen = self._observed(study, trials, search_space)
+        picks = _Suggestion(self, seen, list(values), counts).make()
         return {name: found[int(pick)] for (name, found), pick in zip(values.items(), picks, strict=True)}
+
+    def _observed(self, study: Study, trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution]) -> Observed:
+        """The trials as arrays; a finished one is read once."""
+        about = (study.study_name, tuple(space))
+        if about != self._of:
+            self._of, self._rows, self._fits = about, {}, {}
+        signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions])
+        rows = []
+        for trial in trials:
+            row = self._rows[trial.number] if trial.number in self._rows else _row(trial, space, signs)
+            if trial.state.is_finished():
+                self._rows[trial.number] = row
+            if row is not None:
+                rows.append(row)
+        names = dict.fromkeys(name for row in rows for name in row.excess)
+        return Observed(
+            np.array([row.picks for row in rows], dtype=np.int64).reshape(-1, len(space)),
+            np.array([row.losses for row in rows], dtype=float).reshape(-1, len(signs)),
+            signs,
+            {name: np.array([row.excess.get(name, math.nan) for row in rows]) for name in names},
+            np.array([row.state == TrialState.FAIL for row in rows], dtype=bool),
+            np.array([row.state == TrialState.RUNNING for row in rows], dtype=bool),
+        )
 
     def fitted(self, name: str, picks: Ints, column: Floats, curves: Curves, warped: bool) -> Model:
         """A model of one column; its parameters are fitted anew whenever there is a sixth more to fit them to."""
@@ -143,7 +170,7 @@ class _Suggestion:
     def make(self) -> Ints:
         seen, counts = self.seen, self.counts
         if (~seen.running).sum() < START or not _spread(seen):
-            return self._fresh(_diagonal(counts, self._rising(), self.random))
+            return self._fresh(_diagonal(counts, self._rising(), np.random.default_rng(self.sampler.seed)))
         curves = Curves.make(counts, [self.sampler.prior.get(name) for name in self.names])
         models = self._models(curves)
         pool = self._pool(models)
@@ -215,14 +242,14 @@ class _Suggestion:
 
     def _pool(self, models: Mapping[str, Model]) -> Ints:
         seen, counts, random = self.seen, self.counts, self.random
-        good = seen.picks[seen.front()]
+        good = seen.picks[seen.front]
         if not len(good):
             good = seen.picks[np.argsort(seen.violation(), kind="stable")[:5]]
         parts = [_mutated(good, counts, random, 300), _crossed(good, random, 100), _scattered(counts, random, 50)]
         model = next((models[name] for name in sorted(models) if name.startswith("objective")), None)
         if model is not None:
             base = good[random.integers(len(good))]
-            parts += [self._decoded(table, base) for table in (model.additive(None), model.additive(random))]
+            parts.append(self._decoded(model.additive(random if len(seen.picks) % 2 else None), base))
         return np.unique(np.concatenate(parts), axis=0)
 
     def _decoded(self, table: list[Floats], base: Ints) -> Ints:
@@ -255,7 +282,7 @@ class _Suggestion:
                 over += np.maximum(expected, 0)
         if "failure" in models:
             chance *= 1 - np.clip(models["failure"].predict(pool)[0], 0, 0.99)
-        front = seen.losses[seen.front()]
+        front = seen.losses[seen.front]
         if not len(front) and over.any():  # nothing keeps the limits yet: that comes first
             return chance - over
         uncertain = [name for name in sorted(models) if name.startswith("objective")]
@@ -266,7 +293,8 @@ class _Suggestion:
             if position in objectives:
                 samples.append(np.repeat(objectives[position][:, None], len(weights), axis=1))
             elif name in models:
-                samples.append(models[name].quantiles(pool, nodes[uncertain.index(name)]))
+                found = models[name].quantiles(pool, nodes[uncertain.index(name)], name not in self.sampler.noisy)
+                samples.append(found)
             else:  # not measured yet, and so nothing to choose by
                 samples.append(np.full((len(pool), len(weights)), reference[position] - 1.0))
         return np.asarray(improvement(samples, front, reference) @ weights * chance - 1e-12 * over)
@@ -292,14 +320,18 @@ class Observed:
             total = total + np.maximum(np.nan_to_num(column, nan=np.inf), 0)
         return total
 
+    @cached_property
     def front(self) -> Ints:
         """The rows of feasible trials that no other beats, of equal ones the first, by the last objective."""
         rows = np.flatnonzero((self.violation() <= 0) & np.isfinite(self.losses).all(1))
         if not len(rows):
             return rows
         rows = rows[np.lexsort(self.losses[rows].T)]
-        kept: list[int] = []
         points = self.losses[rows]
+        if points.shape[1] == 2:
+            best = np.minimum.accumulate(points[:, 0])
+            return np.asarray(rows[np.concatenate([[True], points[1:, 0] < best[:-1]])])
+        kept: list[int] = []
         front = np.empty((0, points.shape[1]))
         for row, point in zip(rows, points, strict=True):  # sorted by the last: a later one cannot beat an earlier
             if not (front <= point).all(1).any():
@@ -326,33 +358,33 @@ def choices(distribution: BaseDistribution) -> tuple[Any, ...] | None:
     return tuple(found) if len(found) <= _LEVELS else None
 
 
-def _observed(
-    trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution], directions: Sequence[StudyDirection]
-) -> Observed:
-    signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions])
-    columns = []
+class _Row(NamedTuple):
+    """One trial: the positions of its choices, its losses and excesses."""
+
+    picks: tuple[int, ...]
+    losses: tuple[float, ...]
+    excess: Mapping[str, float]
+    state: TrialState
+
+
+def _row(trial: FrozenTrial, space: Mapping[str, BaseDistribution], signs: Floats) -> _Row | None:
+    """What a trial has to say, or None when it does not lie in the space."""
+    params = trial.params
+    if any(name not in params for name in space):
+        return None
+    picks = []
     for name, distribution in space.items():
-        values = [trial.params[name] for trial in trials]
-        if isinstance(distribution, IntDistribution):
-            columns.append((np.array(values, dtype=float) - distribution.low) / distribution.step)
-        elif isinstance(distribution, FloatDistribution):
-            columns.append((np.array(values, dtype=float) - distribution.low) / (distribution.step or 1.0))
+        if isinstance(distribution, IntDistribution | FloatDistribution):
+            picks.append(round((params[name] - distribution.low) / (distribution.step or 1)))
         else:
-            columns.append(np.array([distribution.to_internal_repr(value) for value in values], dtype=float))
-    picks = np.rint(np.array(columns).T.reshape(len(trials), len(space))).astype(np.int64)
-    losses = np.full((len(trials), len(signs)), np.nan)
-    excess: dict[str, Floats] = {}
-    for row, trial in enumerate(trials):
-        if trial.state == TrialState.COMPLETE and trial.values is not None:
-            losses[row] = np.asarray(trial.values) * signs
-            unknown = trial.user_attrs.get(UNKNOWN, ())
-            losses[row, [entry for entry in unknown if isinstance(entry, int)]] = np.nan
-            for name, value in trial.constraints.items():
-                column = excess.setdefault(name, np.full(len(trials), np.nan))
-                column[row] = np.nan if name in unknown else value
-    failed = np.array([trial.state == TrialState.FAIL for trial in trials], dtype=bool)
-    running = np.array([trial.state == TrialState.RUNNING for trial in trials], dtype=bool)
-    return Observed(picks, losses, signs, excess, failed, running)
+            picks.append(int(distribution.to_internal_repr(params[name])))
+    losses, excess = [math.nan] * len(signs), {}
+    if trial.state == TrialState.COMPLETE and trial.values is not None:
+        unknown = trial.user_attrs.get(UNKNOWN, ())
+        told = enumerate(zip(trial.values, signs, strict=True))
+        losses = [math.nan if position in unknown else value * float(sign) for position, (value, sign) in told]
+        excess = {name: value for name, value in trial.constraints.items() if name not in unknown}
+    return _Row(tuple(picks), tuple(losses), excess, trial.state)
 
 
 def _spread(seen: Observed) -> bool:
@@ -406,8 +438,7 @@ class Curves:
 class Model:
     """A Gaussian process over recipes: a constant, the axes' curves, interactions, noise.
 
-    The noise counts as part of what is to be found: in a network that is evaluated without chance, a lucky recipe stays
-    lucky.
+    The noise counts as something that may be found: a network that is evaluated without chance and was lucky stays so.
     """
 
     def __init__(self, curves: Curves, picks: Ints, column: Floats, warped: bool, parameters: Floats) -> None:
@@ -444,12 +475,12 @@ class Model:
         found = minimize(surprise, _PRIOR, method="L-BFGS-B", bounds=_BOUNDS, options={"maxiter": 15})
         return np.asarray(found.x)
 
-    def predict(self, picks: Ints) -> tuple[Floats, Floats]:
-        """Mean and deviation of an observation of each row, on the warped scale."""
+    def predict(self, picks: Ints, lucky: bool = True) -> tuple[Floats, Floats]:
+        """Mean and deviation of each row on the warped scale: of an observation, or without its noise."""
         features, positions = self.curves.features(picks), self.curves.positions(picks)
         cross = _covariance(self.features, self.positions, features, positions, self.parameters)
         curve, joint, _, noise = np.exp(2 * self.parameters)
-        own = _CONSTANT + 10 * curve * (features**2).sum(1) + joint + noise
+        own = _CONSTANT + 10 * curve * (features**2).sum(1) + joint + noise * lucky
         explained = solve_triangular(self.factor, cross, lower=True)
         variance = np.maximum(own - (explained**2).sum(0), 1e-9)
         return self.mean + self.scale * (cross.T @ self.alpha), self.scale * np.sqrt(variance)
@@ -473,9 +504,9 @@ class Model:
             self.parameters,
         )
 
-    def quantiles(self, picks: Ints, nodes: Floats) -> Floats:
+    def quantiles(self, picks: Ints, nodes: Floats, lucky: bool = True) -> Floats:
         """`[rows, nodes]`: the value that lies so many deviations from the mean, in the observations' unit."""
-        mean, deviation = self.predict(picks)
+        mean, deviation = self.predict(picks, lucky)
         return self.warp.backward(mean[:, None] + deviation[:, None] * nodes)
 
     def additive(self, random: np.random.Generator | None) -> list[Floats]:
@@ -580,7 +611,7 @@ def improvement(samples: Sequence[Floats], front: Floats, reference: Floats) -> 
 
 def _diagonal(counts: Ints, rising: Ints, random: np.random.Generator) -> Ints:
     """From the most costly recipe to the cheapest and between; axes without a cost are drawn."""
-    order = np.array([1.0, 0.0, 0.6, 0.2, 0.8, 0.4])
+    order = np.array([1.0, 0.0, 0.6, 0.2])
     share = np.where(rising[None] < 0, 1 - order[:, None], order[:, None])
     rows = np.rint(share * (counts - 1)).astype(np.int64)
     return np.where(rising[None] == 0, random.integers(0, counts, rows.shape), rows)
@@ -607,14 +638,13 @@ def _crossed(rows: Ints, random: np.random.Generator, amount: int) -> Ints:
 
 def _neighbours(rows: Ints, counts: Ints, random: np.random.Generator, most: int) -> Ints:
     """The rows, and all that differ from one of them in one axis; of too many, some."""
-    found = [rows]
-    for axis, count in enumerate(counts):
-        for value in range(count):
-            changed = rows.copy()
-            changed[:, axis] = value
-            found.append(changed)
-    everything = np.concatenate(found)
-    if len(everything) > most + len(rows):
-        extra = len(rows) + random.choice(len(everything) - len(rows), most, replace=False)
-        everything = np.concatenate([rows, everything[extra]])
-    return everything
+    total = int(counts.sum())
+    which = np.arange(len(rows) * total)
+    if len(which) > most:
+        which = random.choice(len(which), most, replace=False)
+    row, place = np.divmod(which, total)
+    ends = np.cumsum(counts)
+    axis = np.searchsorted(ends, place, side="right")
+    changed = rows[row]
+    changed[np.arange(len(which)), axis] = place - (ends - counts)[axis]
+    return np.concatenate([rows, changed])

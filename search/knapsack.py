@@ -157,17 +157,19 @@ def _unbeaten(loss: _Floats, cost: _Floats) -> NDArray[np.intp]:
     return np.asarray(order[keep])
 
 
-# The solver's tolerances are absolute (1e-6); differences of losses and of costs add up to this for it.
+# The solver's tolerances are absolute, 1e-6 for sums and for whole numbers; all differences in a table add up to this.
 _SCALE = 1e4
-_TRIES = 100
+_CUTS = 10
 
 
 def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) -> tuple[int, ...] | None:
     """The levels of least loss whose costs keep every limit, or None where no choice does.
 
-    `limits` holds one upper limit for each table of `costs`, in its unit; None is no limit. A sum that exceeds its limit
+    `limits` holds one upper limit for each table of `costs`, in its unit; None is no limit. A sum that is over its limit
     by a rounding (1e-12 of it) keeps it. Optimal to 1e-10 of the difference between the largest and the smallest
-    possible loss; of several such choices any one.
+    possible loss; of several such choices any one. The solver cannot see an excess below 1e-6 of what the costs can
+    differ by, so what it returns is added up again: the first ten choices with such an excess are excluded one by one,
+    and after that also those that keep the limit by as little.
 
     Raises `ValueError`, which names the item, as `front` does, and `RuntimeError` where the solver gives up.
 
@@ -185,11 +187,9 @@ def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) 
     sizes = [len(row) for row in rows]
     item, level = np.repeat(np.arange(len(rows)), sizes), np.arange(sum(sizes))
     constraints = [LinearConstraint(csr_array((np.ones(len(level)), (item, level))), 1, 1)]
-    for table, limit in bounded:
-        above, scale = _above_least(table)
-        room = limit - sum(float(row.min()) for row in table)
-        constraints.append(LinearConstraint(above[None], -np.inf, room * scale))
-    for _ in range(_TRIES):
+    constraints += [_at_most(table, limit) for table, limit in bounded]
+    tries = 0
+    while True:
         found = milp(
             _above_least(rows)[0],
             integrality=np.ones(len(level)),
@@ -197,20 +197,29 @@ def best(losses: Table, costs: Sequence[Table], limits: Sequence[float | None]) 
             constraints=constraints,
             options={"mip_rel_gap": 0},  # its default, 1e-4, is not an optimum
         )
-        if found.status == 2:
+        if found.status == 2 and tries <= _CUTS:
             return None
         if found.status != 0:
             raise RuntimeError(f"the integer programme was not solved: {found.message} (status {found.status})")
         levels = tuple(int(part.argmax()) for part in np.split(found.x, np.cumsum(sizes)[:-1]))
-        over = [table for table, limit in bounded if _sums(table, np.array([levels]))[0] > limit + 1e-12 * abs(limit)]
+        sums = [float(_sums(table, np.array([levels]))[0]) for table, _ in bounded]
+        over = [pair for pair, total in zip(bounded, sums, strict=True) if total > pair[1] + 1e-12 * abs(pair[1])]
         if not over:
             return levels
-        # By less than the solver can see. Then so is every choice that costs no less for any item.
-        dear = np.concatenate([row >= row[at] for row, at in zip(over[0], levels, strict=True)])
-        constraints.append(LinearConstraint(dear[None].astype(float), -np.inf, len(rows) - 1))
-    raise RuntimeError(
-        f"{_TRIES} choices are over the limits {list(limits)} by less than the solver can see: change them"
-    )
+        tries += 1
+        table, limit = over[0]
+        if tries <= _CUTS:  # what costs no less for any item is over the limit, too
+            dear = np.concatenate([row >= row[at] for row, at in zip(table, levels, strict=True)])
+            constraints.append(LinearConstraint(dear[None].astype(float), -np.inf, len(rows) - 1))
+        else:
+            constraints.append(_at_most(table, limit, margin=1e-6 * (tries - _CUTS)))
+
+
+def _at_most(table: list[_Floats], limit: float, margin: float = 0.0) -> LinearConstraint:
+    """The limit of the sum of a table, lowered by a share of what its sums can differ by."""
+    above, scale = _above_least(table)
+    room = limit - sum(float(row.min()) for row in table)
+    return LinearConstraint(above[None], -np.inf, room * scale - margin * _SCALE)
 
 
 def _above_least(table: list[_Floats]) -> tuple[_Floats, float]:

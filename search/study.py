@@ -434,7 +434,8 @@ class Study:
             return {position: found[metric] for position, metric in exact.items()}, excess
 
         reference = [self._worst(objective) for objective in self.objectives]
-        sampler = EHVISampler(self.seed, known=known, reference=reference)
+        noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms"]
+        sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy)
         in_space(sampler, self.distributions)
         return sampler
 

@@ -56,9 +56,9 @@ def test_it_finds_a_front_that_is_known_exactly():
     reference = (0.9, 1.0)
     total = hypervolume(np.stack(truth(everything), axis=1), reference)
     for seed in range(3):
-        _, points = search(EHVISampler(seed, known=known, reference=reference), 40)
+        study, points = search(EHVISampler(seed, known=known, reference=reference), 40)
         assert hypervolume(points, reference) / total > 0.99
-        assert len(set(points)) == 40, "no recipe is evaluated twice"
+        assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no recipe is evaluated twice"
         _, points = search(optuna.samplers.RandomSampler(seed), 40)
         assert hypervolume(points, reference) / total < 0.98, "a front that chance finds would prove nothing"
 
@@ -103,7 +103,7 @@ def test_a_limit_that_arithmetic_knows_is_kept():
 
     sampler = EHVISampler(0, known=limited, reference=(0.9, 1.0))
     _, points = search(sampler, 30, lambda picks: {"cost": (truth(picks)[1] - 0.5) / 0.5})
-    assert all(cost <= 0.5 for _, cost in points[6:]), "after the first six, which lie along the diagonal"
+    assert all(cost <= 0.5 for _, cost in points[4:]), "after the first four, which lie along the diagonal"
 
 
 def test_a_limit_that_has_to_be_learned_is_learned():

@@ -406,6 +406,8 @@ def test_other_weights_are_refused(tmp_path, fake):
 
 
 def _search_elsewhere(folder, ready, go_on):
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent computes with
+
     class Wait(Quiet):
         def finished(self, *_):
             ready.set()
