@@ -593,6 +593,10 @@ def improvement(samples: Sequence[Floats], front: Floats, reference: Floats) -> 
             width = np.maximum(high - np.maximum(samples[1], low), 0.0)
             total += width * np.maximum(height - samples[0], 0.0)
         return total
+    # Directions in units of what the front spans: bytes and shares have nothing in common.
+    ideal = np.min([*front, [sample.min() for sample in samples]], axis=0)
+    unit = np.where(reference > ideal, reference - ideal, 1.0)
+    front, reference, samples = front / unit, reference / unit, [s / u for s, u in zip(samples, unit, strict=True)]
     directions = np.abs(np.random.default_rng(0).standard_normal((_DIRECTIONS, len(reference)))) + 1e-3
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     power = len(reference)

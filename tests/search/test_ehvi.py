@@ -208,12 +208,13 @@ def test_an_improvement_is_what_the_hypervolume_grows_by(seed, members):
         assert gain == pytest.approx(grown, abs=1e-9)
 
 
-def test_with_three_objectives_it_ranks_like_the_hypervolume():
-    random = np.random.default_rng(0)
+@pytest.mark.parametrize("unit", [(1.0, 1.0, 1.0), (1.0, 1e6, 1e-3)], ids=["one unit", "shares, bytes, seconds"])
+def test_with_three_objectives_it_ranks_like_the_hypervolume(unit):
+    random, unit = np.random.default_rng(0), np.array(unit)
     front = random.uniform(0.2, 1, (6, 3))
     front = np.array([p for p in front if not any((q <= p).all() and (q < p).any() for q in front)])
     new = random.uniform(0, 0.6, (40, 3))
-    found = improvement([new[:, [i]] for i in range(3)], front, np.ones(3))[:, 0]
+    found = improvement([unit[i] * new[:, [i]] for i in range(3)], unit * front, unit)[:, 0]
     grown = [hypervolume([*front, point], (1, 1, 1)) - hypervolume(front, (1, 1, 1)) for point in new]
     assert np.corrcoef(found, grown)[0, 1] > 0.99
 

@@ -164,7 +164,7 @@ def test_buckets_lose_little_of_many_items(resolution):
     found = check_bucketed(losses, costs, resolution, zip(optimal, limits, strict=True))
     kept = [min(choice.loss for choice in found if choice.cost <= limit) for limit in limits]
     assert (np.array(kept) >= np.array(optimal) - 1e-9).all()
-    assert np.mean(np.array(kept) / optimal) < {16: 1.3, 128: 1.1}[resolution], "it is closer than its bound"
+    assert np.mean(np.array(kept) / optimal) < {16: 1.2, 128: 1.05}[resolution], "it is closer than its bound"
 
 
 def test_buckets_are_the_same_in_blocks(monkeypatch):
@@ -193,6 +193,8 @@ def test_every_sum_stays_that_nothing_beats():
     losses = [[0, -(2**bit)] for bit in range(10)]
     for resolution in (None, 2000):
         assert [choice.cost for choice in front(losses, costs, resolution)] == list(range(1024))
+    few = [choice.cost for choice in front(losses, costs, 64)]
+    assert max(np.diff(few)) < 2 * 1024 / 64, "a bucket is empty"
 
 
 @settings(deadline=None, max_examples=100)
@@ -243,6 +245,13 @@ def test_a_limit_is_kept_more_sharply_than_the_solver_sees(below):
     levels = best(losses, [costs], [3.0])
     assert sorted(levels) == [0, 1, 1]
     assert sorted(best(losses, [costs], [3 - 2 * below])) == [1, 1, 1]
+
+
+def test_a_limit_just_below_a_sum_of_many_choices():
+    """Six dear layers of twelve alike are over the limit, in 924 ways that the solver cannot tell from keeping it."""
+    losses = [[0, 10 + item] for item in range(12)]
+    levels = best(losses, [[[3.7, 1.3]] * 12], [6 * 3.7 + 6 * 1.3 - 1e-9])
+    assert levels == (1,) * 7 + (0,) * 5
 
 
 def test_a_limit_is_not_missed_by_a_rounding():
