@@ -151,7 +151,9 @@ def test_buckets_lose_no_more_than_they_say(given_tables, resolution):
     if 1 + sum(len(row) - 1 for row in losses) <= resolution:
         for weights in [(10, 1), (2, 1), (1, 1), (1, 2), (1, 10)]:
             least = min(np.dot(weights, point) for point in exact)
-            assert least in [np.dot(weights, (choice.loss, choice.cost)) for choice in found], "a corner of the hull"
+            assert least in [np.dot(weights, (choice.loss, choice.cost)) for choice in found], (
+                "a corner of the hull is missing"
+            )
 
 
 @pytest.mark.parametrize("resolution", [16, 128])
@@ -187,14 +189,26 @@ def test_many_items_of_whole_costs():
         assert total(losses, levels) == [choice.loss for choice in exact if choice.cost <= limit][-1]
 
 
-def test_every_sum_stays_that_nothing_beats():
-    """Costs 0, 1, 2, 4 ... 2^9: the sums are all whole numbers below 1024, of which each has its only choice."""
-    costs = [[0, 2**bit] for bit in range(10)]
-    losses = [[0, -(2**bit)] for bit in range(10)]
-    for resolution in (None, 2000):
-        assert [choice.cost for choice in front(losses, costs, resolution)] == list(range(1024))
-    few = [choice.cost for choice in front(losses, costs, 64)]
-    assert max(np.diff(few)) < 2 * 1024 / 64, "a bucket is empty"
+def powers(bits):
+    """Costs 0 or 1, 0 or 2, 0 or 4 ...: the sums are all whole numbers, each of one choice, and a loss is minus a cost."""
+    return [[0, -(2**bit)] for bit in range(bits)], [[0, 2**bit] for bit in range(bits)]
+
+
+@pytest.mark.parametrize("resolution", [None, 2000])
+def test_every_sum_stays_that_nothing_beats(resolution):
+    assert [choice.cost for choice in front(*powers(10), resolution)] == list(range(1024))
+
+
+def test_costs_that_hardly_differ():
+    """The slopes between them are infinite."""
+    losses, costs = [[3, 2, 0], [2, 0, 1]], [[0, 5e-324, 1e-323], [0, 5e-324, 1]]
+    assert front(losses, costs, 10) == front(losses, costs)
+    assert front(losses, costs, 2)[-1].loss == 0
+
+
+def test_no_bucket_is_empty():
+    found = [choice.cost for choice in front(*powers(16), 64)]
+    assert max(np.diff(found)) < 2 * 2**16 / 64
 
 
 @settings(deadline=None, max_examples=100)
