@@ -7,8 +7,6 @@ A truth is a table: `accuracy[levels of layer 1, levels of layer 2, ...]` and th
 - `digits-<width>-<seed>`: a convolutional network with six layers on scikit-learn's digits, every layer with 2, 3, 4,
   5, 6 or 8 bits per weight: 46,656 recipes.
 - `joint-<seed>`: four layers, each with {2, 3, 4, 6} bits x {0, 50, 75}% zeros: 20,736 recipes.
-- `cifar`: ResNet-20 on CIFAR-10, its layers in six groups with 2, 3, 4, 6 or 8 bits: 15,625 recipes on 1,000 fixed
-  validation images. It takes hours to build and is kept beside this file (`truth_cifar.npz`).
 - `interacting-<seed>`: made up, six layers of six levels whose losses do not add up: every pair of layers has a random
   interaction as large as the layers' own effects.
 
@@ -36,8 +34,7 @@ from paretorch.objectives.pareto import hypervolume
 from paretorch.runners.operators.quantize import codes, weight_scales
 from paretorch.runners.operators.sparsify import magnitude_mask
 
-HERE = Path(__file__).resolve().parent
-CACHE = HERE / ".cache"
+CACHE = Path(__file__).resolve().parent / ".cache"
 BITS = (2, 3, 4, 5, 6, 8)
 JOINT = tuple((bits, sparsity) for sparsity in (0.75, 0.5, 0.0) for bits in (2, 3, 4, 6))
 DIGITS = ((3, 0), (4, 1), (6, 2), (4, 3))  # width and seed of the six-layer networks
@@ -217,8 +214,6 @@ def _load(name: str, path: Path) -> Truth:
 def everything() -> list[Truth]:
     """All truths that can be had here, built when they are missing."""
     found = [digits(width, seed) for width, seed in DIGITS] + [joint(seed) for seed in (0, 1)]
-    if (HERE / "truth_cifar.npz").exists():
-        found.append(_load("cifar", HERE / "truth_cifar.npz"))
     return found + [interacting(seed) for seed in (0, 1)]
 
 
