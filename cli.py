@@ -332,7 +332,7 @@ def export(
         typer.echo(f"note: it is over the budget: {candidate.reason}", err=True)
 
 
-@app.command()
+@app.command(short_help="Open a study in the MLflow UI.")
 def ui(
     study: StudyFolder,
     port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1.")] = 5000,

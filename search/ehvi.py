@@ -487,8 +487,8 @@ class Model:
         return self.mean + self.scale * (cross.T @ self.alpha), self.scale * np.sqrt(variance)
 
     def below(self, picks: Ints, bound: float) -> tuple[Floats, Floats]:
-        """The probability that an observation of each row is at most `bound`, and its median."""
-        mean, deviation = self.predict(picks)
+        """The probability that each row is at most `bound`, and its median: a limit is not to be kept by luck."""
+        mean, deviation = self.predict(picks, lucky=False)
         median = self.warp.backward(mean)
         if not self.warp.reaches(bound):
             return np.zeros(len(picks)), median

@@ -416,6 +416,17 @@ class Study:
             self.listener.finished(candidate, front, len(self.candidates), trials, eta)
             begin = time.perf_counter()
 
+    def _outermost(self, objective: Objective) -> float:
+        """The worst value that the budget allows: our sampler counts from there, so that what lies inside weighs.
+
+        Counted from a metric of zero, two points of accuracy are nothing beside two per cent of the bytes, and a search
+        spends its trials at the very edge of what the limits allow.
+        """
+        worst, sign = self._worst(objective), 1 if objective.maximize else -1
+        limits = [limit for limit in self.budget.limits if limit.metric == objective.metric]
+        bounds = [limit.resolve(self.baseline.value(objective.metric)) for limit in limits if limit.upper != objective.maximize]  # fmt: skip
+        return sign * max([sign * worst, *(sign * bound for bound in bounds)])
+
     def _own_sampler(self) -> EHVISampler:
         """The default sampler, which is told what arithmetic knows."""
         costs = cost.many(self.runner.structure, self.axes, self.overhead)
@@ -433,7 +444,7 @@ class Study:
                 excess[limit.text] = (1 if limit.upper else -1) * (found[limit.metric] - bound) / (abs(bound) or 1.0)
             return {position: found[metric] for position, metric in exact.items()}, excess
 
-        reference = [self._worst(objective) for objective in self.objectives]
+        reference = [self._outermost(objective) for objective in self.objectives]
         noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms"]
         sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy)
         in_space(sampler, self.distributions)
