@@ -286,6 +286,17 @@ def test_a_space_without_any_decision(tmp_path, fake, monkeypatch):
 # --- what the sampler is told -----------------------------------------------------------------------------------------
 
 
+def test_our_sampler_counts_from_the_limits_and_knows_the_costs(tmp_path, fake):
+    found = study(tmp_path, budget=("size_bytes <= 40%", "accuracy >= -10%"))
+    front = found.run(40)
+    base = {name: found.baseline.value(name) for name in ("accuracy", "size_bytes")}
+    outermost = {"accuracy": base["accuracy"] - 0.1, "size_bytes": 0.4 * base["size_bytes"]}
+    assert found.own is not None
+    assert found.own.reference == pytest.approx([outermost[o.metric] for o in found.objectives])
+    refused = [c for c in front.candidates if c.state == "over_budget" and c.measurement is None]
+    assert len(refused) <= 4, "only the recipes that it begins with may be too large"
+
+
 def test_what_arithmetic_refuses_is_told_and_never_run(tmp_path, fake):
     budget = ("size_bytes <= 40%", "accuracy >= -10%", "latency_ms <= 0.0117")
     fake.fails = lambda recipe: ExportFailed("made up") if int(recipe.key[:4], 16) % 4 == 0 else None
