@@ -127,6 +127,9 @@ def _prepare() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+_CREATING = "creating"  # in the lock file while a new store gets its tables
+
+
 @contextlib.contextmanager
 def _sole(lock: Path, seconds: float = 180.0) -> Iterator[None]:
     """Hold a lock file, which goes with the process however that ends."""
@@ -244,8 +247,15 @@ class Tracker:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             database.parent.mkdir(parents=True, exist_ok=True)
-            with _sole(database.with_name(database.name + ".lock")):
-                ours = self._own or not database.exists()
+            lock = database.with_name(database.name + ".lock")
+            with _sole(lock):
+                if lock.read_text() == _CREATING:  # and was killed: half a schema is of no use to anybody
+                    for suffix in ("", "-wal", "-shm"):
+                        database.with_name(database.name + suffix).unlink(missing_ok=True)
+                fresh = not database.exists()
+                ours = self._own or fresh
+                if fresh:
+                    lock.write_text(_CREATING)
                 # MLflow retries a bad file for minutes; SQLite says at once what is wrong with it.
                 with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
                     connection.execute("BEGIN IMMEDIATE")
@@ -254,6 +264,8 @@ class Tracker:
                         connection.execute("PRAGMA journal_mode=WAL")
                     ahead = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
                 self._open((database.parent / "mlartifacts").as_uri())
+                if fresh:
+                    lock.write_text("")
                 if ahead:
                     self._hurry()
         except (OSError, sqlite3.Error) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -381,3 +382,15 @@ def test_the_ui_opens_on_the_study_and_ends_with_ctrl_c(directory: Path) -> None
         assert process.wait(30) == 0
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(link.partition("#")[0], timeout=5)
+
+
+def test_a_store_whose_making_was_killed_is_made_anew(tmp_path):
+    """Killed between two of MLflow's migrations, a database has tables that the next attempt cannot create again."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        connection.execute("CREATE TABLE jobs (id TEXT)")
+        connection.commit()
+    (tmp_path / "mlflow.db.lock").write_text("creating")
+    tracker = Tracker("study", tmp_path)
+    assert tracker.experiment_id
+    assert (tmp_path / "mlflow.db.lock").read_text() == ""
+    Tracker("study", tmp_path)  # a finished one stays
