@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ConfigError
 
+_Value = TypeVar("_Value", float, NDArray[np.float64])
 COSTS = ("size_bytes", "latency_ms", "macs")
 _UNITS = {
     "size_bytes": {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
@@ -108,12 +113,12 @@ class Limit:
             return self.value * baseline
         return baseline * (1 + self.value) if self.metric in COSTS else baseline + self.value
 
-    def excess(self, value: float, baseline: float) -> float:
-        """By what share of the limit it is exceeded; <= 0 is inside."""
+    def excess(self, value: _Value, baseline: float) -> _Value:
+        """By what share of the limit it is exceeded, by one value or by each of many; <= 0 is inside."""
         limit = self.resolve(baseline)
         excess = (value - limit if self.upper else limit - value) / (abs(limit) or 1.0)
-        # 0.905 is 1 point less than 0.915, but not in binary: a value at its limit keeps it.
-        return 0.0 if abs(excess) < 1e-12 else excess
+        # 0.905 is 1 point less than 0.915, but not in binary: a value at its limit keeps it. (The last 0 makes -0 a 0.)
+        return excess * (abs(excess) >= 1e-12) + 0.0
 
 
 @dataclass(frozen=True)

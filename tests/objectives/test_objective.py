@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +143,15 @@ def test_limit_refused(text, complaint):
 )
 def test_excess_is_a_share_of_the_limit(text, value, baseline, excess):
     assert Limit.parse(text).excess(value, baseline) == pytest.approx(excess)
+
+
+def test_an_excess_of_many_values_is_that_of_each():
+    for text in ("accuracy >= -1%", "size_bytes <= 25%"):
+        limit = Limit.parse(text)
+        values = np.array([0.905, 0.9, 0.25 * 0.915, 1.0, math.inf, math.nan])
+        expected = [limit.excess(float(value), 0.915) for value in values]
+        assert np.array_equal(limit.excess(values, 0.915), expected, equal_nan=True)
+        assert 0.0 in expected, "where 0.905 is 1 point less than 0.915"
 
 
 @pytest.mark.parametrize("images", [200, 1000, 5000])
