@@ -7,17 +7,31 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Which rows no other row beats (`<=` everywhere and `<` somewhere); of equal rows all stay.
+    """Which rows no other row beats (`<=` everywhere and `<` somewhere); of equal rows all stay, and rows with NaN.
 
     >>> nondominated([[1, 3], [2, 2], [3, 3]]).tolist()
     [True, True, False]
     """
     p = np.asarray(points, dtype=float)
+    kept = np.ones(len(p), dtype=bool)
     if not len(p):
-        return np.zeros(0, dtype=bool)
-    no_worse = (p[:, None, :] <= p[None, :, :]).all(-1)
-    better = (p[:, None, :] < p[None, :, :]).any(-1)
-    return np.asarray(~(no_worse & better).any(0))
+        return kept
+    order = np.lexsort(p.T)  # by the last column, of equal ones by the one before: what beats a row comes before it
+    if p.shape[1] == 2:
+        first, second = p[order].T
+        start = np.searchsorted(second, second)  # where the rows of the same second begin, with the best of them
+        least = np.fmin.accumulate(first)
+        beaten = (first > first[start]) | ((start > 0) & (first >= least[start - 1]))
+        kept[order] = ~beaten | np.isnan(second)
+        return kept
+    front, count = np.empty_like(p), 0
+    for row in order:
+        known = front[:count]
+        kept[row] = not ((known <= p[row]).all(1) & (known < p[row]).any(1)).any()
+        if kept[row]:
+            front[count] = p[row]
+            count += 1
+    return kept
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:

@@ -1,5 +1,6 @@
 """Dominance, hypervolume and knee against slower or other ways to the same answer."""
 
+import math
 import time
 from itertools import combinations
 
@@ -36,6 +37,23 @@ def union(found, reference):
 def test_nondominated_is_what_no_other_beats(found):
     expected = [not any(beats(other, point) for other in found) for point in found]
     assert nondominated(found).tolist() == expected
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(2, 3).flatmap(lambda d: st.lists(st.lists(
+    st.sampled_from([-math.inf, 0.0, 1.0, math.inf, math.nan]), min_size=d, max_size=d), min_size=1, max_size=6)))  # fmt: skip
+def test_what_is_not_a_number_beats_nothing_and_is_not_beaten(found):
+    expected = [not any(beats(other, point) for other in found) for point in found]
+    assert nondominated(found).tolist() == expected
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_nondominated_of_many_points_is_quick(dimension):
+    """The sampler asks for the front of all trials at each suggestion."""
+    found = np.random.default_rng(0).random((5000, dimension))
+    started = time.process_time()
+    nondominated(found)
+    assert time.process_time() - started < 0.5
 
 
 def test_nondominated_of_nothing():
