@@ -56,7 +56,8 @@ class Quantize:
 class Recover:
     """Win accuracy back: `batchnorm` re-estimates statistics, `finetune` trains for `epochs`, taught by the original.
 
-    `distill` is the weight of the teacher's soft targets against the labels, at `temperature`.
+    `distill` is the weight of the teacher's soft targets against the labels, at `temperature`. A recipe may hold several
+    of `finetune`, each of which goes on from the one before; statistics are re-estimated after the last one.
     """
 
     method: str
@@ -158,10 +159,13 @@ class Recipe:
         steps = [_canonical(step) for step in self.steps]
         for step in steps:
             _check(step)
-        targets = Counter((type(step).__name__.lower(), _target(step)) for step in steps)
+        trained = [step for step in steps if isinstance(step, Recover) and step.method == "finetune"]
+        targets = Counter((type(step).__name__.lower(), _target(step)) for step in steps if step not in trained)
         twice = [f"{kind} {target}".rstrip() for (kind, target), count in targets.items() if count > 1]
         if twice:
             raise RecipeError(f"two steps for the same target: {', '.join(twice)}")
+        if trained and targets["recover", ""]:
+            raise RecipeError("recover: batchnorm beside finetune; statistics are re-estimated after training anyway")
         steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -223,10 +227,11 @@ class Recipe:
             int8 = sum(step.activation_bits == 8 for step in quantized)
             if int8:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
-        for step in self.of(Recover):
-            parts.append(
-                "BatchNorm re-estimated" if step.method == "batchnorm" else f"{step.epochs:g} epochs of recovery"
-            )
+        recovery = self.of(Recover)
+        if any(step.epochs for step in recovery):
+            parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery")
+        elif recovery:
+            parts.append("BatchNorm re-estimated")
         return ", ".join(parts) or "untouched"
 
     def diff(self, other: Recipe) -> str:

@@ -62,7 +62,8 @@ class Space:
 
     weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
     sparsity: shares of zeros. channels: shares of a dependency group's channels that are removed. width: shares of all
-    channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None.
+    channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
+    `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate.
     """
 
     weight_bits: tuple[Rule, ...] = ()
@@ -72,6 +73,7 @@ class Space:
     width: tuple[float, ...] = (1.0,)
     depth: tuple[int, ...] = (0,)
     recovery: tuple[Recover | None, ...] = field(default=(None,))
+    ladder: bool = False
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
         """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
@@ -140,16 +142,27 @@ class Space:
             activations = value.get(("activation_bits", layer.name), 32)
             if bits < 32:
                 steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
-        if steps and single["recovery"] is not None:
-            steps.append(single["recovery"])
-        return Recipe(tuple(steps))
+        return Recipe((*steps, *self.recoveries(single["recovery"]))) if steps else Recipe()
+
+    def recoveries(self, choice: Recover | None) -> tuple[Recover, ...]:
+        """The steps of a choice of recovery: itself, and on a ladder all that train before it.
+
+        >>> Space(recovery=(Recover("finetune", 1), Recover("finetune", 2)), ladder=True).recoveries(Recover("finetune", 2))[0]
+        Recover(method='finetune', epochs=1, learning_rate=0.01, distill=0.9, temperature=2.0)
+        """
+        if choice is None:
+            return ()
+        if not self.ladder or not choice.epochs:
+            return (choice,)
+        return tuple(step for step in self.recovery[: self.recovery.index(choice) + 1] if step and step.epochs)
 
     def encode(self, structure: Structure, recipe: Recipe) -> dict[str, int] | None:
         """Picks that give this recipe, or None when the space does not hold it."""
         quantized = {step.layer: step for step in recipe.of(Quantize)}
         sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
-        recovery = next(iter(recipe.of(Recover)), None)
+        steps = tuple(recipe.of(Recover))
+        recovery = next((choice for choice in self.recovery if self.recoveries(choice) == steps), "another")
         axes = self.axes(structure)
         keep = {step.group: step.keep for step in recipe.of(Prune)}
         for width in self.width if structure.groups else (1.0,):
@@ -264,7 +277,7 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=batchnorm)
 
     def recipe(*steps: Step, recovery: Recover | None = batchnorm) -> Recipe:
-        return Recipe((*steps, recovery) if recovery and steps else steps)
+        return Recipe((*steps, *space.recoveries(recovery)) if steps else steps)
 
     def narrow(share: float) -> list[Step]:
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)

@@ -127,13 +127,25 @@ def test_impossible_numbers_are_refused(step, complaint):
     [
         ((Quantize("fc", 8), Quantize("fc", 4)), "quantize fc"),
         ((Prune("stem", 8), Prune("stem", 8)), "prune stem"),
-        ((Recover("batchnorm"), Recover("finetune", 1)), "recover"),
+        ((Recover("batchnorm"), Recover("batchnorm")), "recover"),
         ((Student(("a",)), Student(("b",))), "student"),
     ],
 )
 def test_two_steps_for_one_target_are_refused(twice, named):
     with pytest.raises(RecipeError, match=f"same target: {named}$"):
         Recipe(twice)
+
+
+def test_training_goes_on_in_the_order_that_it_is_written_in():
+    short, long = Recover("finetune", 2), Recover("finetune", 1)
+    recipe = Recipe((short, Quantize("fc", 4), long))
+    assert recipe.of(Recover) == [short, long]
+    assert recipe != Recipe((long, Quantize("fc", 4), short))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.describe() == "weights 4 bit, 2 + 1 epochs of recovery"
+    assert len(Recipe((short, short)).steps) == 2
+    with pytest.raises(RecipeError, match="batchnorm beside finetune"):
+        Recipe((Recover("batchnorm"), short))
 
 
 def test_two_kinds_for_one_target_are_not():
