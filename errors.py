@@ -9,6 +9,7 @@
     |- TargetError    the runtime is missing or cannot run the file
     `- TrialError     a result, not a bug: the study records it and goes on
        |- OverBudget    known before or after measuring; carries the excess of each limit
+       |- Stopped       beyond doubt worse than what is there already, and given up before its evaluation was over
        |- Diverged      recovery or the metric ended in NaN or infinity
        `- ExportFailed  the compressed network cannot be exported or run
 
@@ -74,6 +75,10 @@ class OverBudget(TrialError):
 
     def __reduce__(self) -> tuple[type, tuple[str, dict[str, float]]]:  # by default it is rebuilt from its text
         return type(self), (str(self), self.excess)
+
+
+class Stopped(TrialError):
+    """Beyond doubt worse than another candidate, or below a limit; given up before its evaluation was over."""
 
 
 class Diverged(TrialError):
