@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Z95 = 1.959963984540054
 
 
@@ -36,6 +39,17 @@ class Metric:
         half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
         # At 0 and 1 an end of the interval is the value itself but for a rounding error.
         return cls(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
+
+    @classmethod
+    def of(cls, scores: NDArray[np.float64]) -> Metric:
+        """The mean of one score per sample: with Wilson's interval where all are 0 or 1, else with a normal one.
+
+        >>> Metric.of(np.array([1.0, 0.0, 1.0, 1.0])) == Metric.rate(3, 4)
+        True
+        """
+        if ((scores == 0) | (scores == 1)).all():
+            return cls.rate(float(scores.sum()), len(scores))
+        return cls.mean(float(scores.sum()), float((scores * scores).sum()), len(scores))
 
     @classmethod
     def mean(cls, total: float, total_of_squares: float, n: int) -> Metric:

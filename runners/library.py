@@ -200,7 +200,7 @@ def _raw(tensor: Tensor) -> bytes:
 def _key(weight: Tensor, bits: int, ratio: float) -> str:
     about = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
     digest = hashlib.sha256(repr(about).encode() + b"\0")
-    digest.update(weight.view(torch.uint8).numpy().data if weight.numel() else b"")
+    digest.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
     return digest.hexdigest()
 
 

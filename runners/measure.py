@@ -1,40 +1,18 @@
-"""Numbers of the file that ships, in the runtime that runs it."""
+"""How long a file that ships takes, in the runtime that runs it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..errors import ExportFailed
 from ..objectives.measurement import Metric
-from .task import Task, score
 
 _SHORTEST = 5e-4  # seconds that one timing lasts at least
-
-
-def predictions(
-    session: ort.InferenceSession, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(outputs, targets)` of an ONNX Runtime session, batch by batch; raises `ExportFailed` when it does not run."""
-    name = session.get_inputs()[0].name
-    for x, y in batches:
-        try:
-            yield torch.from_numpy(session.run(None, {name: x.contiguous().numpy()})[0]), y
-        except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-            raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
-
-
-def quality(session: ort.InferenceSession, task: Task, batches: Iterable[tuple[Tensor, Tensor]]) -> Metric:
-    """The task's metric of an exported network, with its 95% interval."""
-    return score(task, predictions(session, batches))
 
 
 def latency(

@@ -33,7 +33,7 @@ from ..objectives.cost import layer_bytes
 from ..spaces.recipe import Quantize, Recipe, Sparsify, Step
 from ..spaces.space import Space
 from ..spaces.structure import Layer, Structure
-from .compress import chunks, compress, freeze
+from .compress import compress, freeze
 from .local import LocalRunner
 from .operators.fold import batchnorms, reestimate_batchnorms
 
@@ -233,9 +233,9 @@ class _Bench:
 
     def __init__(self, runner: LocalRunner, memory: int) -> None:
         self.runner = runner
-        self.parts = chunks(runner.calibration, 128)
+        self.parts = runner.calibration_parts
         self.bias = runner.calibration_bias
-        self.model = copy.deepcopy(runner.model).eval().requires_grad_(False)
+        self.model = runner.comparable().eval().requires_grad_(False)
         self.norms = batchnorms(self.model)
         self.statistics = {name: copy.deepcopy(norm.state_dict()) for name, norm in self.norms.items()}
         with torch.no_grad():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import (
@@ -160,28 +162,26 @@ def loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     return task.loss(outputs, targets) if task.loss else F.cross_entropy(outputs, targets)
 
 
-def score(task: Task, pairs: Iterator[tuple[Tensor, Tensor]]) -> Metric:
-    """The task's metric over `(outputs, targets)` pairs, with its 95% interval: Wilson's where all scores are 0 or 1.
+def scores(task: Task, outputs: Tensor, targets: Tensor) -> NDArray[np.float64]:
+    """The task's metric of each sample of a batch.
 
     Raises `Diverged` for outputs of NaN or a metric that is not finite, `TaskError` for one that does not give a score
     per sample.
     """
-    total = squares = 0.0
-    n = 0
-    binary = True
-    for outputs, targets in pairs:
-        if bool(outputs.isnan().any()):  # argmax would make a class of it
-            raise Diverged("the network's outputs hold NaN")
-        scores = torch.as_tensor(task.metric(outputs, targets)).double()
-        if scores.shape != (len(outputs),):
-            raise TaskError(f"metric {task.metric_name!r} returned the shape {tuple(scores.shape)} for {len(outputs)} samples; "
-                            "it must return one score per sample, as paretorch.accuracy does")  # fmt: skip
-        if not bool(scores.isfinite().all()):
-            raise Diverged(f"metric {task.metric_name!r} returned {float(scores[~scores.isfinite()][0])}")
-        total, squares, n = total + float(scores.sum()), squares + float((scores * scores).sum()), n + len(scores)
-        binary = binary and bool(((scores == 0) | (scores == 1)).all())
-    if not n:
+    if bool(outputs.isnan().any()):  # argmax would make a class of it
+        raise Diverged("the network's outputs hold NaN")
+    found = torch.as_tensor(task.metric(outputs, targets)).double()
+    if found.shape != (len(outputs),):
+        raise TaskError(f"metric {task.metric_name!r} returned the shape {tuple(found.shape)} for {len(outputs)} samples; "
+                        "it must return one score per sample, as paretorch.accuracy does")  # fmt: skip
+    if not bool(found.isfinite().all()):
+        raise Diverged(f"metric {task.metric_name!r} returned {float(found[~found.isfinite()][0])}")
+    return found.numpy()
+
+
+def score(task: Task, pairs: Iterable[tuple[Tensor, Tensor]]) -> Metric:
+    """The task's metric over `(outputs, targets)` pairs; raises as `scores` does."""
+    found = [scores(task, outputs, targets) for outputs, targets in pairs]
+    if not found:
         raise TaskError(f"task {task.name!r}: there are no samples to score")
-    if binary:
-        return Metric.rate(total, n)
-    return Metric.mean(total, squares, n)
+    return Metric.of(np.concatenate(found))

@@ -104,15 +104,13 @@ def test_bytes_are_those_of_the_packed_layer(network, task_of, tmp_path):
 
 def plainly(runner, recipe):
     """The divergence of a recipe the way `LocalRunner.build` makes it, on a copy of the network."""
-    import copy
-
-    model = copy.deepcopy(runner.model)
+    dense, model = runner.comparable(), runner.comparable()
     compress(model, recipe, runner.structure, runner.example)
     freeze(model, recipe)
-    parts = chunks(runner.calibration, 128)
+    parts = runner.calibration_parts
     reestimate_batchnorms(model, parts, runner.calibration_bias)
     with torch.no_grad():
-        return divergence(torch.cat([runner.model(p) for p in parts]), torch.cat([model(p) for p in parts]))
+        return divergence(torch.cat([dense(p) for p in parts]), torch.cat([model(p) for p in parts]))
 
 
 def test_it_is_the_layer_alone_after_batchnorm(network, task_of, tmp_path):
