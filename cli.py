@@ -62,6 +62,7 @@ def _study(config: Config, listener: Any) -> Study:
         budget=config.budget,
         directory=config.directory,
         sampler=config.search.sampler,
+        rungs=config.search.rungs,
         seed=config.search.seed,
         threads=config.measure.threads,
         batch=config.measure.batch,
@@ -80,7 +81,7 @@ def search(
     config: ConfigFile,
     set_: Overrides = [],  # noqa: B006  (typer reads the default and never changes it)
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all, resumed ones included.")] = None,
-    time: Annotated[str | None, typer.Option("--time", help="Stop asking after this time, such as 30m or 2h.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="How long it may take in all, such as 30m or 2h.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The study's folder [default: studies/NAME].")
     ] = None,
@@ -104,9 +105,7 @@ def search(
         done = len(study.candidates) if study else 0
         if study and done:
             _show_front(console, study.front, study.directory)
-        console.print(
-            f"\nInterrupted after {done} of {loaded.search.trials} trials; nothing is lost. The same command goes on."
-        )
+        console.print(f"\nInterrupted after {done} trials; nothing is lost. The same command goes on.")
         raise typer.Exit(INTERRUPTED) from None
     _show_front(console, front, study.directory)
     if not front.members:
@@ -147,10 +146,11 @@ def _summary(console: Console, front: Front) -> None:
     refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
     over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
     failed = [c for c in front.candidates if c.state == "failed"]
+    stopped = sum(c.state == "stopped" for c in front.candidates)
     limits = Counter(limit for c in front.candidates for limit, value in c.excess.items() if value > 0)
     by_limit = ", ".join(f"{count} by {limit}" for limit, count in limits.most_common())
     console.print(Text(f"\n{len(front.candidates)} trials: {len(front.members)} on the front, {over} measured over the budget, "
-                       f"{refused} refused by arithmetic, {len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
+                       f"{refused} refused by arithmetic, {f'{stopped} given up early, ' if stopped else ''}{len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
     for candidate in failed[:5]:
         console.print(Text(f"  #{candidate.number} failed: {candidate.reason.splitlines()[0]}", style="red"))
     if front.test_baseline and front.members:

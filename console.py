@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .objectives.objective import duration
+
 if TYPE_CHECKING:
     from .objectives.measurement import Measurement, Metric
     from .search.candidate import Candidate
@@ -20,20 +22,8 @@ if TYPE_CHECKING:
     from .search.preflight import Preflight
     from .search.study import Study
 
-_STYLES = {"ok": "green", "over_budget": "yellow", "failed": "red"}
+_STYLES = {"ok": "green", "over_budget": "yellow", "stopped": "dim", "failed": "red"}
 _RECENT = 8  # trials in the live table
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> duration(45.2), duration(125), duration(7260)
-    ('45s', '2m05s', '2h01m')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 class Watcher:
@@ -160,7 +150,11 @@ def _half(name: str, metric: Metric) -> str:
 def _cells(candidate: Candidate, front: Front, member: bool) -> list[Any]:
     from .objectives.objective import show
 
-    state = Text({"ok": "front" if member else "ok", "over_budget": "over", "failed": "failed"}[candidate.state])
+    state = Text(
+        {"ok": "front" if member else "ok", "over_budget": "over", "stopped": "stop", "failed": "failed"}[
+            candidate.state
+        ]
+    )
     state.stylize("bold green" if member else _STYLES[candidate.state])
     what = (f"{candidate.label}: " if candidate.label else "") + candidate.recipe.describe()
     if candidate.measurement is None:

@@ -19,6 +19,7 @@ Anything that is not a `TrialError` stops a study, and the study can be resumed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class ParetorchError(Exception):
@@ -78,7 +79,17 @@ class OverBudget(TrialError):
 
 
 class Stopped(TrialError):
-    """Beyond doubt worse than another candidate, or below a limit; given up before its evaluation was over."""
+    """Beyond doubt worse than another candidate, or below a limit; given up before its evaluation was over.
+
+    `estimate` is the metric as far as it is known (a `Metric`, or None).
+    """
+
+    def __init__(self, message: str, estimate: Any = None) -> None:
+        super().__init__(message)
+        self.estimate = estimate
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:  # by default it is rebuilt from its text
+        return type(self), (str(self), self.estimate)
 
 
 class Diverged(TrialError):

@@ -362,10 +362,13 @@ class Search(Strict):
 
     sampler: Literal["ehvi", "tpe", "nsga2", "nsga3", "gp", "random", "qmc"] = "ehvi"
     """Sampler: ehvi (our own), or Optuna's tpe, nsga2, nsga3, gp, random, qmc. Default: ehvi."""
-    trials: Count = 40
-    """Number of candidates in total, also after a resume. Default: 40."""
+    trials: Count | None = None
+    """Number of candidates in total, also after a resume. Default: 40, or as many as fit into `time` where that is given."""
     time: Seconds = None
-    """Longest duration of the search, such as 90s, 30m or 1h30m; no new candidate starts after it. Default: no end."""
+    """How long the search may take in all, such as 90s, 30m or 1h30m, with the finalists' evaluation. Default: no end."""
+    rungs: bool | None = None
+    """Whether candidates begin untrained and only the best are trained, from one choice of `recovery` to the next.
+    Only the sampler ehvi knows how. Default: true where training takes far longer than the rest of a trial."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
     """Seed of every random choice. Default: 0."""
 
@@ -378,7 +381,8 @@ class Measure(Strict):
     batch: Count = 1
     """Inputs per call while latency is measured. Default: 1."""
     seconds: Positive = 0.5
-    """Time spent on one latency measurement, in seconds. Default: 0.5."""
+    """Time spent on one latency measurement, in seconds; a fifth where latency is neither an objective nor limited, and
+    four times as much for the finalists. Default: 0.5."""
     calibration_images: Annotated[int, Field(ge=16), _NUMBER] = 512
     """Training inputs that set activation ranges and BatchNorm statistics. Default: 512."""
 

@@ -180,3 +180,17 @@ def show(metric: str, value: float) -> str:
             value, step = value / 1000, step + 1
         return f"{value:.3g} {units[step]}".rstrip()
     return f"{value:.4g}"
+
+
+def duration(seconds: float, exact: bool = False) -> str:
+    """Seconds for people, with `exact` to a tenth where they are few.
+
+    >>> duration(45.2), duration(125), duration(7260), duration(2.34, exact=True)
+    ('45s', '2m05s', '2h01m', '2.3s')
+    """
+    if exact and seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -7,6 +7,7 @@ runs in ONNX Runtime is what was read. Equal recipes give equal bytes: everythin
 from __future__ import annotations
 
 import copy
+import io
 import os
 import platform
 import time
@@ -37,7 +38,7 @@ from .measure import latency
 from .onnx_export import batch_of, quantized_graph, session
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .recover import finetune
-from .task import Task, batches, example_input, inputs
+from .task import Task, batches, dataset, example_input, inputs
 from .trace import trace
 
 # The callback of a study: the phase in words and what is known so far; it may raise OverBudget.
@@ -158,6 +159,37 @@ class LocalRunner:
         """Where the weights of a trained candidate are, before they became integers: others go on from them."""
         return self.directory / f"{recipe.key}.trained"
 
+    def scores_path(self, recipe: Recipe) -> Path:
+        """Where the metric of a candidate on every validation sample is."""
+        return self.directory / f"{recipe.key}.npy"
+
+    def stored_scores(self, recipe: Recipe) -> NDArray[np.floating] | None:
+        """What was scored on every validation sample, if that is still there and readable."""
+        try:
+            found = np.load(self.scores_path(recipe), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return found if found.ndim == 1 else None
+
+    def _keep_scores(self, recipe: Recipe, scores: NDArray[np.float64]) -> Metric:
+        buffer = io.BytesIO()
+        binary = bool(((scores == 0) | (scores == 1)).all())
+        np.save(buffer, scores.astype(np.uint8 if binary else np.float32), allow_pickle=False)
+        write_atomic(self.scores_path(recipe), buffer.getvalue())
+        return Metric.of(scores)
+
+    def seconds_per_epoch(self, steps: int = 4) -> float:
+        """About how long a pass over the training images takes, from a few steps of fine-tuning."""
+        count = len(dataset(self.task, "train"))  # type: ignore[arg-type]
+        share = steps * self.task.batch_size / count
+        model = copy.deepcopy(self.model)
+        took = []
+        for part in (share / steps, share):  # a first step is slower than those after it
+            begin = time.perf_counter()
+            finetune(model, self.model, Recover("finetune", epochs=part), self.task, self.seed)
+            took.append(time.perf_counter() - begin)
+        return max(took[1] - took[0], took[1] / 2 / steps) / max(1, steps - 1) * count / self.task.batch_size
+
     def choose_way(self, files: Sequence[bytes]) -> float:
         """Evaluate from now on in the way that is fastest for such files; gives the gain over the obvious way."""
         self.way, gain = fastest(files, self.task, self.validation())
@@ -226,7 +258,7 @@ class LocalRunner:
         spread = Metric(self.baseline_ms, min(first.low, second.low), max(first.high, second.high), first.n + second.n)
         metrics = self._sizes(Recipe(), data) | {
             "latency_ms": spread,
-            self.task.metric_name: Metric.of(self.scores(data)),
+            self.task.metric_name: self._keep_scores(Recipe(), self.scores(data)),
         }
         return Measurement(metrics, {"total": time.perf_counter() - started}, environment()), data
 
@@ -308,7 +340,7 @@ class LocalRunner:
         metrics["latency_ms"] = self._latency(data, seconds)
         lap("latency")
         report("evaluating", metrics)
-        metrics[self.task.metric_name] = Metric.of(self.scores(data, watch=watch))
+        metrics[self.task.metric_name] = self._keep_scores(recipe, self.scores(data, watch=watch))
         lap("evaluate")
         write_atomic(self.path(recipe), data)
         lap("store")

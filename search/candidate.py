@@ -9,15 +9,15 @@ from typing import Any
 from ..objectives.measurement import Measurement, Metric
 from ..spaces.recipe import Recipe
 
-OK, OVER_BUDGET, FAILED = "ok", "over_budget", "failed"
+OK, OVER_BUDGET, STOPPED, FAILED = "ok", "over_budget", "stopped", "failed"
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One finished trial.
 
-    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit) or `failed`. reason: why, for
-    people. excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that
+    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit), `stopped` (worse than another
+    beyond doubt, and evaluated in part: its metric is an estimate) or `failed`. reason: why, for people. excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that
     the space does not hold. label: the name of a trivial baseline. test: the finalists' numbers on the test split.
     """
 

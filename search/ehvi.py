@@ -66,7 +66,9 @@ class EHVISampler(BaseSampler):
     seed: of all random choices. known: what arithmetic knows of a recipe, for many at once. reference: the point, in
     the objectives' own units, that the hypervolume is counted from (the worst values seen when None). prior: by axis a
     number per choice, its predicted loss in any unit (sensitivities); other axes have none. noisy: positions of objectives
-    that come out otherwise the next time (times), so that a lucky one is nothing to hope for.
+    that come out otherwise the next time (times), so that a lucky one is nothing to hope for. ladder: the name of an axis
+    of effort, such as training, that others than the sampler climb: recipes are judged by what is expected of them at
+    its last choice, and suggested at its first.
 
     Axes are `IntDistribution`, `CategoricalDistribution` (in their order) and `FloatDistribution` with a step; anything
     else is drawn at random. Infeasible trials (Optuna's constraints) teach the model and stay out of the front, failed
@@ -91,9 +93,11 @@ class EHVISampler(BaseSampler):
         reference: Sequence[float] | None = None,
         prior: Mapping[str, Sequence[float]] | None = None,
         noisy: Collection[int] = (),
+        ladder: str | None = None,
     ) -> None:
         self.seed, self.known, self.reference, self.prior = seed, known, reference, dict(prior or {})
         self.noisy = frozenset(f"objective {position}" for position in noisy)
+        self.ladder = ladder
         self._random = RandomSampler(seed=seed)
         self._space = IntersectionSearchSpace()
         self._fits: dict[tuple[str, int], Floats] = {}
@@ -121,7 +125,8 @@ class EHVISampler(BaseSampler):
         counts = np.array([len(found) for found in values.values()])
         seen = self._observed(study, trials, search_space)
         picks = _Suggestion(self, seen, list(values), counts).make()
-        return {name: found[int(pick)] for (name, found), pick in zip(values.items(), picks, strict=True)}
+        suggested = {name: found[int(pick)] for (name, found), pick in zip(values.items(), picks, strict=True)}
+        return suggested | ({self.ladder: values[self.ladder][0]} if self.ladder in values else {})
 
     def _observed(self, study: Study, trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution]) -> Observed:
         """The trials as arrays; a finished one is read once."""
@@ -166,7 +171,8 @@ class _Suggestion:
     def __init__(self, sampler: EHVISampler, seen: Observed, names: list[str], counts: Ints) -> None:
         self.sampler, self.seen, self.names, self.counts = sampler, seen, names, counts
         self.random = np.random.default_rng([sampler.seed, int((~seen.running).sum()), int(seen.running.sum())])
-        self.taken = {row.tobytes() for row in seen.picks}
+        self.ladder = names.index(sampler.ladder) if sampler.ladder in names else None
+        self.taken = {row.tobytes() for row in self._raised(seen.picks)}
 
     def make(self) -> Ints:
         seen, counts = self.seen, self.counts
@@ -177,7 +183,7 @@ class _Suggestion:
         pool = self._pool(models)
         best: Ints | None = None
         for attempt in range(3):
-            distinct = {row.tobytes(): row for row in pool}  # np.unique takes five times as long
+            distinct = {row.tobytes(): row for row in self._raised(pool)}  # np.unique takes five times as long
             pool = np.array([row for key, row in distinct.items() if key not in self.taken], dtype=np.int64)
             if not len(pool):
                 break
@@ -196,10 +202,18 @@ class _Suggestion:
 
     def _fresh(self, rows: Ints) -> Ints:
         """The first row that was not tried; a random one when all were."""
-        for row in (*rows, *_scattered(self.counts, self.random, 100)):
+        for row in self._raised(np.concatenate([rows, _scattered(self.counts, self.random, 100)])):
             if row.tobytes() not in self.taken:
                 return np.asarray(row)
         return np.asarray(_scattered(self.counts, self.random, 1)[0])
+
+    def _raised(self, rows: Ints) -> Ints:
+        """The rows at the last choice of the ladder, where recipes are compared."""
+        if self.ladder is None:
+            return rows
+        rows = rows.copy()
+        rows[:, self.ladder] = self.counts[self.ladder] - 1
+        return rows
 
     def _rising(self) -> Ints:
         """By axis 1 when its last choice costs more than its first, -1 when less, 0 when arithmetic sees no difference."""

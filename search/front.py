@@ -13,7 +13,7 @@ from ..errors import ConfigError, StudyError
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import Budget, Objective
 from ..objectives.pareto import hypervolume, knee, nondominated
-from .candidate import FAILED, OK, Candidate
+from .candidate import OK, OVER_BUDGET, STOPPED, Candidate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ class Front:
     @cached_property
     def members(self) -> tuple[Candidate, ...]:
         """The candidates inside the budget that nothing beats; of equal ones the first."""
-        ok = [c for c in self.candidates if c.state == OK and c.measurement is not None]
+        ok = self._inside()
         points = [tuple(self.losses(c)) for c in ok]
         first: dict[tuple[float, ...], Candidate] = {}
         for candidate, point, kept in zip(ok, points, nondominated(points), strict=True):
@@ -50,6 +50,9 @@ class Front:
                 first.setdefault(point, candidate)
         best = first.values()
         return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
+
+    def _inside(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.state == OK and c.measurement is not None]
 
     def knee(self) -> Candidate:
         """The member farthest below the plane through the front's extremes."""
@@ -74,7 +77,7 @@ class Front:
             return self.knee()
         if text.isdecimal():
             found = next((c for c in self.candidates if c.number == int(text)), None)
-            if found is None or found.measurement is None:
+            if found is None or found.measurement is None or found.state == STOPPED:
                 why = f"candidate {text} has no file ({found.reason})" if found else f"there is no candidate {text}"
                 raise ConfigError(f"--pick {pick}: {why}; the front has {_numbers(self.members)}")
             return found
@@ -111,7 +114,7 @@ class Front:
 
     def least_violating(self, count: int = 3) -> list[Candidate]:
         """The measured candidates over the budget that miss it by the least."""
-        over = [c for c in self.candidates if c.measurement is not None and c.state not in (OK, FAILED)]
+        over = [c for c in self.candidates if c.measurement is not None and c.state == OVER_BUDGET]
         return sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
     def hypervolume(self, upto: int | None = None) -> float:
@@ -123,7 +126,7 @@ class Front:
         if upto is None:  # what is beaten adds nothing, and the members are known already
             counted: Sequence[Candidate] = self.members
         else:
-            counted = [c for c in self.candidates if c.state == OK and c.measurement is not None and c.number < upto]
+            counted = [c for c in self._inside() if c.number < upto]
         return hypervolume([self.losses(c) for c in counted], [1.0] * len(self.objectives)) if counted else 0.0
 
     def table(self) -> pd.DataFrame:

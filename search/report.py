@@ -25,7 +25,7 @@ from ..objectives.measurement import Metric
 from ..objectives.objective import COSTS, Limit, show
 from ..objectives.pareto import hypervolume, nondominated
 from ..spaces.recipe import Recipe
-from .candidate import FAILED, OK, OVER_BUDGET, Candidate
+from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .front import Front
 
 if TYPE_CHECKING:
@@ -387,6 +387,8 @@ def _summary(front: Front) -> str:
     """One sentence: the knee against the baseline, or that there is none."""
     count = Counter(c.state for c in front.candidates)
     tried = f"{len(front.candidates)} candidates: {count[OK]} inside the budget, {count[OVER_BUDGET]} over it, {count[FAILED]} failed."
+    if count[STOPPED]:
+        tried = f"{tried[:-1]}, {count[STOPPED]} given up early as beyond doubt worse."
     if not front.members:
         return f"{tried} **No candidate kept the budget.**"
     knee, quality = front.knee(), quality_metric(front)

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import statistics
 import time
@@ -30,24 +31,29 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from ..errors import Diverged, OverBudget, StudyError, TaskError, TrialError
+from ..errors import ConfigError, Diverged, OverBudget, Stopped, StudyError, TaskError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
-from ..objectives.objective import Budget, Objective, show
+from ..objectives.objective import Budget, Objective, duration, show
+from ..objectives.pareto import nondominated
+from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.task import Task, dataset
-from ..spaces.recipe import Recipe
+from ..spaces.recipe import Recipe, Recover
 from ..spaces.space import Axis, Space, anchors, default_space
-from .candidate import FAILED, OK, OVER_BUDGET, Candidate
+from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .front import Front
 from .journal import Journal, locked, undisturbed
 from .preflight import TOLERANCE, Preflight, check_metrics, preflight
+from .racing import Rival, race
+from .rungs import PILOT, Ladder, Standing, ranked
 from .sampler import GENERATION, in_space, make_sampler
 
 if TYPE_CHECKING:
@@ -56,7 +62,12 @@ if TYPE_CHECKING:
 VERSION = 1
 KNOWN = ("size_bytes", "macs")  # metrics that arithmetic gives
 _SPENT = 300  # repeated suggestions in a row after which a space counts as searched through
-_PACKED = re.compile(r"[0-9a-f]{16}\.safetensors")  # the files in candidates/ that are the study's
+TRIALS = 40  # candidates of a study of which neither a number nor a time was said
+_OURS = re.compile(r"[0-9a-f]{16}\.(safetensors|trained|npy)")  # the files in candidates/ that are the study's
+_UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
+_REPORT = 5.0  # seconds that the report and the end of the MLflow run take
+_PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
+_FINALISTS = 12  # guessed before there is a front
 _PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
 
 
@@ -94,7 +105,8 @@ class Study:
     task: what is compressed. space: what may be done (derived from the network when None). objectives: metrics such as
     `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None. budget: limits such as
     `["size_bytes <= 25%", "accuracy >= -1%"]`. directory: the study's folder (`studies/<task name>` when None); a study
-    that is there already goes on. mlflow: tracking URI, None for a store in the folder, False for no MLflow. config,
+    that is there already goes on. rungs: whether every candidate begins untrained and only the best are trained, step by
+    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. mlflow: tracking URI, None for a store in the folder, False for no MLflow. config,
     config_text: what was asked, with every default filled in and as it was written, kept with the results.
 
         >>> from paretorch import Study                                     # doctest: +SKIP
@@ -112,6 +124,7 @@ class Study:
         budget: Sequence[str] = (),
         directory: str | Path | None = None,
         sampler: str = "ehvi",
+        rungs: bool | None = None,
         seed: int = 0,
         threads: int = 1,
         batch: int = 1,
@@ -128,6 +141,9 @@ class Study:
         self.budget = Budget.parse(budget)
         check_metrics(self.objectives, self.budget, task.metric_name)
         make_sampler(sampler, 0, 0, {})
+        if rungs and sampler != "ehvi":
+            raise ConfigError(f"search.rungs = true with search.sampler = {sampler!r}: only ehvi knows rungs; leave one of the two out")  # fmt: skip
+        self.rungs = rungs
         self.directory = Path(directory or Path("studies") / task.name).absolute()
         self.measure = {
             "threads": threads,
@@ -143,7 +159,6 @@ class Study:
         self.tracker: Tracker | None = None
         self.opened = False  # whether all that a report is made of is known
         self.behind = False  # whether MLflow has missed a candidate
-        self.seconds: list[float] = []  # what each measured trial of this session took
         self.overhead_seconds: list[float] = []  # of each trial, what was neither compressing, training nor measuring
 
     # ---------------------------------------------------------------------------------------------- opening
@@ -163,7 +178,10 @@ class Study:
         self.listener.phase("loading the network and the data, tracing")
         self.runner = LocalRunner(self.task, folder, seed=self.seed, **self.measure)  # type: ignore[arg-type]
         train_images = len(dataset(self.task, "train"))  # type: ignore[arg-type]
-        self.space = self.given_space or default_space(self.runner.structure, train_images)
+        self._use(self.given_space or default_space(self.runner.structure, train_images))
+
+    def _use(self, space: Space) -> None:
+        self.space = space
         self.axes = self.space.axes(self.runner.structure)
         self.distributions: dict[str, BaseDistribution] = {
             axis.name: IntDistribution(0, len(axis.choices) - 1) for axis in self.axes if len(axis.choices) > 1
@@ -189,6 +207,7 @@ class Study:
             "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
             "budget": [limit.text for limit in self.budget.limits],
             "sampler": self.sampler_name,
+            "rungs": self.rungs,
             "seed": self.seed,
             "measure": self.measure,
         }
@@ -216,17 +235,24 @@ class Study:
             self.baseline = Measurement.from_dict(stored["baseline"])
             self.overhead = cost.FileOverhead(**stored["overhead"])
             self.runner.use_baseline(self._packed_baseline(), self.baseline.value("latency_ms"))
+            self.runner.way = Way(**stored["way"])
+            self.guessed = stored["seconds"]
+            self._use(self.space.as_ladder() if stored["rungs"] else self.space)
         else:
             self.baseline, packed = self._measure_baseline()
             found = preflight(self.runner, self.space, self.budget, self.baseline, self.listener.phase)
             self.overhead = found.overhead
             self.listener.checked(found, self)
+            self._prepare(found, packed)
             write_atomic(self.directory / "baseline.safetensors", packed)
             record = {
                 "version": VERSION,
                 "snapshot": snapshot,
                 "baseline": self.baseline.to_dict(),
                 "overhead": asdict(found.overhead),
+                "way": asdict(self.runner.way),
+                "seconds": self.guessed,
+                "rungs": self.space.ladder,
                 "environment": environment(),
                 "objectives": [asdict(o) for o in self.objectives],
                 "config": self.config,
@@ -238,6 +264,24 @@ class Study:
         self.opened = True
         if self.candidates:
             self.listener.say(f"going on with the study in {self.directory}: {_count(len(self.candidates))} finished")
+
+    def _prepare(self, found: Preflight, packed: bytes) -> None:
+        """What makes the trials fast and their time foreseeable: the way to evaluate, and how long trials take."""
+        self.listener.phase("finding the fastest way to evaluate")
+        smallest = self.runner.path(found.smallest)
+        works = found.smallest.steps and self.task.metric_name in found.smallest_measured.metrics
+        gain = self.runner.choose_way([packed, *([smallest.read_bytes()] if works else [])])
+        told = f", {gain:.1f} times as fast as one batch on all threads, with the same predictions" if gain > 1 else ""
+        self.listener.say(f"evaluates {self.runner.way.describe()}{told}")
+        laps = found.smallest_measured.seconds
+        self.guessed = {"trial": math.fsum(laps.values()), "evaluate": laps.get("evaluate", 0.0), "epoch": 0.0}
+        longest = max(choice.epochs if choice else 0.0 for choice in self.space.recovery)
+        if longest:
+            self.listener.phase("timing a few steps of training")
+            self.guessed["epoch"] = self.runner.seconds_per_epoch()
+        pays = longest * self.guessed["epoch"] > _PAYS * self.guessed["trial"]
+        if self.rungs or (self.rungs is None and self.sampler_name == "ehvi" and pays):
+            self._use(self.space.as_ladder())
 
     def _packed_baseline(self) -> bytes:
         path = self.directory / "baseline.safetensors"
@@ -255,6 +299,10 @@ class Study:
         directions = [StudyDirection.MAXIMIZE if o.maximize else StudyDirection.MINIMIZE for o in self.objectives]
         self.optuna = optuna.create_study(directions=directions)
         self.own: EHVISampler | None = None
+        choices = self.space.recovery if self.space.ladder else (None,)
+        self.ladder = Ladder(tuple(_rung_name(self.space.recoveries(choice)) for choice in choices))
+        self.placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
+        self.scores: dict[int, NDArray[np.floating] | None] = {}  # of rivals, by number
         self.candidates, self.records = [], 0
         self.by_key: dict[str, Candidate] = {}
         self.keys: dict[int, str] = {}  # by candidate: a recipe of many steps takes a while to hash
@@ -273,6 +321,95 @@ class Study:
         self.candidates.append(candidate)
         self.keys[candidate.number] = key = candidate.recipe.key
         self.by_key[key] = candidate
+        if candidate.picks is not None and (candidate.measurement or candidate.state == FAILED):
+            self._place(candidate, candidate.picks)
+
+    # ------------------------------------------------------------------------------------------------- rungs
+
+    def _rung(self, picks: Mapping[str, int] | None) -> int:
+        return picks.get("recovery", 0) if picks and self.space.ladder else 0
+
+    def _place(self, candidate: Candidate, picks: Mapping[str, int]) -> None:
+        """Put a candidate on its rung, and link it to what it was on the one below."""
+        rung, number = self._rung(picks), candidate.number
+        same = tuple(
+            (name, pick) for name, pick in sorted(picks.items()) if name != "recovery" or not self.space.ladder
+        )
+        self.placed[same, rung] = number
+        for origin, upper in ((self.placed.get((same, rung - 1)), number), (number, self.placed.get((same, rung + 1)))):
+            if origin is not None and upper is not None:
+                self.ladder.above[origin] = upper
+        if candidate.measurement is None:
+            if rung:
+                self.ladder.rungs[rung].append(Standing(number, math.nan, eligible=False))
+            return
+        lasting = {limit.text for limit in self.budget.limits if limit.metric != self.task.metric_name}
+        eligible = (
+            bool(candidate.recipe.steps)
+            and candidate.state in (OK, OVER_BUDGET)
+            and all(candidate.excess.get(text, 0.0) <= 0 for text in lasting)
+        )
+        losses = tuple(
+            o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives
+        )
+        metric = candidate.measurement.value(self.task.metric_name)
+        self.ladder.rungs[rung].append(Standing(number, metric, losses, eligible))
+
+    def _climber(self, left: float, may: Callable[[int], bool]) -> dict[str, int] | None:
+        """The choices of the candidate to train further, None when a new one should be begun.
+
+        The last trials of a study belong to the members of the front: more training can only do them good.
+        """
+        if not self.space.ladder:
+            return None
+        top = len(self.ladder.names) - 1
+        standing = {s.number: rung for rung, rungs in enumerate(self.ladder.rungs) for s in rungs if s.eligible}
+        waiting = [(c.number, standing[c.number]) for c in self.front.members
+                   if standing.get(c.number, top) < top and c.number not in self.ladder.above]  # fmt: skip
+        while True:
+            last = [found for found in waiting if found[0] not in self.ladder.above and may(found[1] + 1)]
+            found = last[0] if last and left <= len(waiting) else self.ladder.climber(may)
+            if found is None:
+                return None
+            number, rung = found
+            picks = {**(self.candidates[number].picks or {}), "recovery": rung + 1}
+            twin = self.by_key.get(self.space.recipe(self.runner.structure, picks).key)
+            if twin is None:
+                return picks
+            self.ladder.above[number] = twin.number  # other choices gave the same recipe, which has been carried out
+
+    def _rivals(self, rung: int, known: Mapping[str, Metric]) -> list[Rival]:
+        """Whom a candidate with these costs must not be worse than, beyond doubt, to be evaluated to its end."""
+        metric, base = self.task.metric_name, self.baseline.value(self.task.metric_name)
+        found = []
+        last = rung == len(self.ladder.names) - 1
+        untouched = self.runner.stored_scores(Recipe())
+        for limit in self.budget.limits:
+            if last and untouched is not None and limit.metric == metric and not limit.upper:
+                found.append(Rival("the untouched network", untouched, base - limit.resolve(base)))
+        # Below the top the order may still change, unless it is known to change little.
+        tau = None if last else self.ladder.tau(rung)
+        objective = next((o for o in self.objectives if o.metric == metric and o.maximize), None)
+        if objective is None or not (last or (tau is not None and tau >= 0.5)):
+            return found
+        place = self.objectives.index(objective)
+        mine = [o.loss(known[o.metric].value, self.baseline.value(o.metric)) for o in self.objectives if o is not objective]  # fmt: skip
+        for number in self._best(rung):
+            losses = next(s.losses for s in self.ladder.rungs[rung] if s.number == number)
+            if all(a <= b for a, b in zip(losses[:place] + losses[place + 1 :], mine, strict=True)):
+                if number not in self.scores:
+                    self.scores[number] = self.runner.stored_scores(self.candidates[number].recipe)
+                scores = self.scores[number]
+                if scores is not None:
+                    found.append(Rival(f"#{number}", scores))
+        return found
+
+    def _best(self, rung: int) -> list[int]:
+        """The candidates on a rung that nothing there beats."""
+        eligible = [s for s in self.ladder.rungs[rung] if s.eligible]
+        return [s.number for s, kept in zip(eligible, nondominated([s.losses for s in eligible]), strict=True) if kept]
+
+    # ------------------------------------------------------------------------------------------------- told
 
     def _add(self, candidate: Candidate, picks: Mapping[str, int], system: Mapping[str, Any]) -> None:
         values, constraints, unknown = self._told(candidate)
@@ -320,15 +457,16 @@ class Study:
 
     # ----------------------------------------------------------------------------------------------- trials
 
-    def run(self, trials: int = 40, time_limit: float | None = None) -> Front:
-        """Search until the study has `trials` finished trials in all, or `time_limit` seconds are over.
+    def run(self, trials: int | None = None, time_limit: float | None = None) -> Front:
+        """Search until the study has `trials` finished trials in all, or `time_limit` seconds are over, all included.
 
-        A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C
+        trials: 40 when neither is given, any number in a given time. A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C
         the report of the front so far is written before `KeyboardInterrupt` goes on. Raises `StudyError` when the
         folder cannot be used or belongs to another configuration.
         """
         started = time.perf_counter()
-        self.opened, self.tracker, self.test_baseline, self.seconds = False, None, None, []
+        self.opened, self.tracker, self.test_baseline = False, None, None
+        trials = TRIALS if trials is None and time_limit is None else trials
         with self._held():
             try:
                 self._open()
@@ -374,25 +512,40 @@ class Study:
         everything = tuple(self.candidates)
         return Front(everything, self.objectives, self.budget, self.baseline, self.directory, self.test_baseline)
 
-    def _search(self, trials: int, started: float, time_limit: float | None) -> None:
+    def _search(self, trials: int | None, started: float, time_limit: float | None) -> None:
         pending = [
             (label, recipe)
             for label, recipe in anchors(self.space, self.runner.structure)
             if recipe.key not in self.by_key
         ]
-        repeats, begin = 0, time.perf_counter()
-        while len(self.candidates) < trials:
+        repeats, begin, fresh = 0, time.perf_counter(), not self.candidates
+
+        def time_left() -> float:
             elapsed = time.perf_counter() - started
-            typical = statistics.median(self.seconds) if self.seconds else 0.0
-            if time_limit is not None and elapsed + typical > time_limit:
-                self.listener.say(f"the time of {time_limit:g} s is over after {len(self.candidates)} of {_count(trials)}; the same command goes on")  # fmt: skip
+            return math.inf if time_limit is None else time_limit - elapsed - min(self._reserve(), time_limit / 4)
+
+        def may(rung: int) -> bool:
+            return self._typical(rung) <= time_left()
+
+        if trials is None or len(self.candidates) < trials:
+            self._plan(trials, time_left())
+        while trials is None or len(self.candidates) < trials:
+            if not may(0) and not (fresh and not self.candidates):  # one at least, however short the time
+                total = f" of {_count(trials)}" if trials else ""
+                self.listener.say(f"the time of {duration(time_limit or 0)} is used up after {len(self.candidates)}{total or ' trials'}; "
+                                  "the same command with more time goes on")  # fmt: skip
                 return
+            trial: optuna.Trial | None = None
+            picks: Mapping[str, int] | None
             if pending:
                 label, recipe = pending.pop(0)
-                trial, picks = None, self.space.encode(self.runner.structure, recipe)
+                picks = self.space.encode(self.runner.structure, recipe)
             else:
-                trial, picks = self._ask()
-                label, recipe = "", self.space.recipe(self.runner.structure, picks)
+                label = ""
+                picks = self._climber(self._left(trials, time_left()), may)
+                if picks is None:
+                    trial, picks = self._ask()
+                recipe = self.space.recipe(self.runner.structure, picks)
             twin = self.by_key.get(recipe.key)
             if trial is not None and twin is not None:
                 self._repeat(trial, twin, picks or {})
@@ -405,16 +558,62 @@ class Study:
             repeats = 0
             candidate, working = self._evaluate(recipe, picks, label)
             front = self._remember(trial, candidate)
-            if candidate.measurement:
-                self.seconds.append(time.perf_counter() - begin)
-            left = trials - len(self.candidates)
-            measured = sum(c.measurement is not None for c in self.candidates) / len(self.candidates)
-            eta = left * measured * (statistics.mean(self.seconds) if self.seconds else 0.0)
-            if time_limit is not None:
-                eta = min(eta, max(0.0, time_limit - (time.perf_counter() - started)))
             self.overhead_seconds.append(time.perf_counter() - begin - working)
-            self.listener.finished(candidate, front, len(self.candidates), trials, eta)
+            left = self._left(trials, time_left())
+            eta = min(left * self._per_trial(), time_left())
+            done = len(self.candidates)
+            self.listener.finished(candidate, front, done, trials or done + round(left), eta)
             begin = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------- time
+
+    def _typical(self, rung: int) -> float:
+        """Seconds that a trial on a rung takes: the median of those that were carried out, else what is guessed."""
+        numbers = [s.number for s in self.ladder.rungs[rung]]
+        measured = [
+            m.seconds["total"] for n in numbers if (m := self.candidates[n].measurement) and "total" in m.seconds
+        ]
+        if measured:
+            return statistics.median(measured)
+        if self.space.ladder:
+            last = self.space.recovery[rung]
+            return float(self.guessed["trial"] + self.guessed["epoch"] * (last.epochs if last else 0.0))
+        epochs = [choice.epochs if choice else 0.0 for choice in self.space.recovery]
+        return float(self.guessed["trial"] + self.guessed["epoch"] * statistics.mean(epochs))
+
+    def _per_trial(self) -> float:
+        """Seconds per trial to come, over all rungs; what arithmetic refuses takes none."""
+        carried = sum(c.measurement is not None for c in self.candidates) / max(1, len(self.candidates))
+        shares = self.ladder.shares()
+        mean = math.fsum(share * self._typical(rung) for rung, share in enumerate(shares))
+        return max(carried, 0.05) * mean if self.candidates else mean
+
+    def _left(self, trials: int | None, seconds: float) -> float:
+        """How many trials are to come."""
+        by_time = seconds / max(self._per_trial(), 1e-3)
+        return max(0.0, min(by_time, math.inf if trials is None else trials - len(self.candidates)))
+
+    def _reserve(self) -> float:
+        """Seconds to keep for the finalists and the report."""
+        images = len(dataset(self.task, "test")) / len(dataset(self.task, "validation")) if self.task.test else 0.0  # type: ignore[arg-type]
+        evaluations = [
+            m.seconds["evaluate"] for c in self.candidates if (m := c.measurement) and "evaluate" in m.seconds
+        ]
+        one = (statistics.median(evaluations) if evaluations else self.guessed["evaluate"]) * images
+        one += 4 * float(self.measure["seconds"]) if self.task.test else 0.0
+        members = 1 + (len(self.front.members) if self.candidates else _FINALISTS)
+        return 1.1 * one * members + _REPORT
+
+    def _plan(self, trials: int | None, seconds: float) -> None:
+        """Say before the start what will be carried out and how long it will take."""
+        left = self._left(trials, seconds)
+        shares = self.ladder.shares()
+        parts = [
+            f"{max(1, round(left * share))} {name} ({duration(self._typical(rung), exact=True)} each)"
+            for rung, (share, name) in enumerate(zip(shares, self.ladder.names, strict=True))
+        ]
+        total = left * self._per_trial()
+        self.listener.say(f"plan      about {', '.join(parts)}: {duration(total)}, and {duration(self._reserve())} for the finalists")  # fmt: skip
 
     def _outermost(self, objective: Objective) -> float:
         """The worst value that the budget allows: our sampler counts from there, so that what lies inside weighs.
@@ -440,13 +639,13 @@ class Study:
             found = costs(np.stack(columns, axis=1))
             excess = {}
             for limit in limits:
-                bound = limit.resolve(base[limit.metric])
-                excess[limit.text] = (1 if limit.upper else -1) * (found[limit.metric] - bound) / (abs(bound) or 1.0)
+                excess[limit.text] = limit.excess(found[limit.metric], base[limit.metric])
             return {position: found[metric] for position, metric in exact.items()}, excess
 
         reference = [self._outermost(objective) for objective in self.objectives]
         noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms"]
-        sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy)
+        ladder = "recovery" if self.space.ladder else None
+        sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder)
         in_space(sampler, self.distributions)
         return sampler
 
@@ -465,6 +664,7 @@ class Study:
         """What became of a recipe, and the seconds that the runner took for it."""
         number = len(self.candidates)
         base = self._baseline_values()
+        known: dict[str, Metric] = {}
 
         def judge(values: Mapping[str, float], tolerance: float) -> None:
             excess = self.budget.excess(values, base)
@@ -477,22 +677,37 @@ class Study:
                 raise OverBudget(_over(values, over, self.budget, base), excess)
 
         def report(phase: str, metrics: Mapping[str, Metric]) -> None:
+            known.update(metrics)
             self.listener.phase(f"trial {number}: {phase}")
             if phase == "measured before training" and not label:
                 judge({name: metric.value for name, metric in metrics.items() if name != self.task.metric_name}, 0.0)
 
         gate = any(limit.metric == "latency_ms" for limit in self.budget.limits)
-        begin = None
+        timed = gate or any(o.metric == "latency_ms" for o in self.objectives)
+        rung, begin = self._rung(picks), None
         try:
             if not label:  # the trivial baselines are measured whatever they weigh: the front is compared with them
                 judge(self._predicted(recipe), TOLERANCE)
             begin = time.perf_counter()
-            measurement = self.runner.run(recipe, report, gate_latency=gate)
+            measurement = self.runner.run(
+                recipe,
+                report,
+                watch=None if label else race(lambda: self._rivals(rung, known), self.task.metric_name),
+                gate_latency=gate and not rung,  # further up it was timed below
+                keep_trained=0 < rung < len(self.ladder.names) - 1,
+                seconds=None if timed else _UNTIMED * float(self.measure["seconds"]),
+            )
         except OverBudget as refusal:
             seconds = time.perf_counter() - begin if begin else 0.0
             return Candidate(
                 number, recipe, OVER_BUDGET, f"refused: {refusal}", None, refusal.excess, picks, label
             ), seconds
+        except Stopped as stop:
+            seconds = time.perf_counter() - begin if begin else 0.0
+            metrics = known | {self.task.metric_name: stop.estimate}
+            excess = self.budget.excess({name: metric.value for name, metric in metrics.items()}, base)
+            part = Measurement(metrics, {"total": seconds}, environment(), f"{stop.estimate.n} images")
+            return Candidate(number, recipe, STOPPED, str(stop), part, excess, picks, label), seconds
         except TrialError as failure:
             seconds = time.perf_counter() - begin if begin else 0.0
             reason = f"{type(failure).__name__}: {failure}"
@@ -564,11 +779,21 @@ class Study:
             self.optuna.tell(trial, values)
 
     def _keep_files(self, front: Front) -> None:
-        """Only files that can still be wanted stay: the front's, the nearest misses', the trivial baselines'."""
-        kept = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
-        wanted = {self.keys[c.number] for c in kept}
+        """Only files that can still be wanted stay.
+
+        Packed files: the front's, the nearest misses', the trivial baselines'. Scores: of each rung's best, which are the
+        rivals of those to come. Trained weights: of those that may climb.
+        """
+        packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
+        wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
+        for rung, standings in enumerate(self.ladder.rungs):
+            wanted |= {self.runner.scores_path(self.candidates[n].recipe).name for n in self._best(rung)}
+            eligible = [s for s in standings if s.eligible]
+            likely = {eligible[i].number for i in ranked([s.losses for s in eligible], max(PILOT, len(eligible) // 2))}
+            climbing = [n for n in likely if n not in self.ladder.above] if rung else []
+            wanted |= {self.runner.trained_path(self.candidates[n].recipe).name for n in climbing}
         for path in self.runner.directory.iterdir():
-            if _PACKED.fullmatch(path.name) and path.stem not in wanted:
+            if _OURS.fullmatch(path.name) and path.name not in wanted:
                 path.unlink(missing_ok=True)
 
     def _readable(self, candidate: Candidate) -> dict[str, object]:
@@ -686,6 +911,12 @@ class Study:
         self.opened = False  # nothing is left to be written
 
 
+def _rung_name(steps: Sequence[Recover]) -> str:
+    """A rung for people: `untrained`, `0.2 epochs`, `0.2 + 0.4 epochs`."""
+    epochs = [f"{step.epochs:g}" for step in steps if step.epochs]
+    return f"{' + '.join(epochs)} epoch{'s' * (epochs != ['1'])}" if epochs else "untrained"
+
+
 def _count(trials: int) -> str:
     return f"{trials} trial{'s' * (trials != 1)}"
 
@@ -695,7 +926,7 @@ def _take_away(directory: Path) -> None:
     with contextlib.suppress(OSError):  # what cannot be removed does no harm: the next study begins over it
         files = [directory / "baseline.safetensors", directory / ".lock"]
         for path in directory.glob("candidates/*"):
-            if _PACKED.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
+            if _OURS.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
                 path.unlink()
         for path in files:
             path.unlink(missing_ok=True)

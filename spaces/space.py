@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -143,6 +143,13 @@ class Space:
             if bits < 32:
                 steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
         return Recipe((*steps, *self.recoveries(single["recovery"]))) if steps else Recipe()
+
+    def as_ladder(self) -> Space:
+        """The space with its choices of recovery as a ladder, untrained at its foot; as it is when nothing is trained."""
+        trained = tuple(choice for choice in self.recovery if choice and choice.epochs)
+        untrained = sorted((c for c in self.recovery if c not in trained), key=lambda choice: choice is None)
+        rungs = (*untrained[:1], *trained)
+        return replace(self, recovery=rungs, ladder=True) if trained and len(rungs) > 1 else self
 
     def recoveries(self, choice: Recover | None) -> tuple[Recover, ...]:
         """The steps of a choice of recovery: itself, and on a ladder all that train before it.
