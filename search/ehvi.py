@@ -41,6 +41,7 @@ from scipy.special import ndtr, ndtri
 
 from ..objectives.pareto import nondominated
 from .knapsack import front as knapsack_front
+from .knapsack import hull
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -52,7 +53,9 @@ UNKNOWN = "paretorch:unknown"
 MOST = 192  # trials that the model is fitted to: the nearest to the front, and some others
 START = 4  # recipes along the diagonal from the cheapest to the most costly before the model is asked
 _DIRECTIONS = 256  # of scalarisation, with three objectives and more
+_MANY = 1000  # choices of all axes from which on the additive front's hull will do: it is dense, and quickly found
 _LEVELS = 64  # choices at most that one axis may have
+_BLOCK = 96  # rows predicted at once: larger arrays leave the cache, and fresh pages are asked for each
 _CONSTANT = 4.0  # prior variance of the mean, in units of the observations' own
 # Logarithms of: the curves' size, the interactions' size and length, the noise. Means and deviations of their priors.
 _PRIOR = np.array([0.0, -1.0, -1.0, -2.0])
@@ -143,7 +146,7 @@ class EHVISampler(BaseSampler):
                 rows.append(row)
         names = dict.fromkeys(name for row in rows for name in row.excess)
         return Observed(
-            np.array([row.picks for row in rows], dtype=np.int64).reshape(-1, len(space)),
+            np.frombuffer(b"".join([row.picks for row in rows]), dtype=np.int64).reshape(-1, len(space)),
             np.array([row.losses for row in rows], dtype=float).reshape(-1, len(signs)),
             signs,
             {name: np.array([row.excess.get(name, math.nan) for row in rows]) for name in names},
@@ -172,7 +175,7 @@ class _Suggestion:
         self.sampler, self.seen, self.names, self.counts = sampler, seen, names, counts
         self.random = np.random.default_rng([sampler.seed, int((~seen.running).sum()), int(seen.running.sum())])
         self.ladder = names.index(sampler.ladder) if sampler.ladder in names else None
-        self.taken = {row.tobytes() for row in self._raised(seen.picks)}
+        self.taken = set(_keys(self._raised(seen.picks)))
 
     def make(self) -> Ints:
         seen, counts = self.seen, self.counts
@@ -183,8 +186,9 @@ class _Suggestion:
         pool = self._pool(models)
         best: Ints | None = None
         for attempt in range(3):
-            distinct = {row.tobytes(): row for row in self._raised(pool)}  # np.unique takes five times as long
-            pool = np.array([row for key, row in distinct.items() if key not in self.taken], dtype=np.int64)
+            pool = self._raised(pool)
+            new = {key: place for place, key in enumerate(_keys(pool)) if key not in self.taken}
+            pool = pool[list(new.values())]
             if not len(pool):
                 break
             order = np.argsort(-self._worth(pool, models), kind="stable")
@@ -280,7 +284,7 @@ class _Suggestion:
             return np.zeros((0, len(counts)), dtype=np.int64)
         cost = next(iter(objectives.values()))
         costs = [cost[s : s + c] - cost[s : s + c].min() for s, c in zip(starts, counts, strict=True)]
-        found = knapsack_front(table, costs, resolution=64)
+        found = hull(table, costs, 128) if counts.sum() >= _MANY else knapsack_front(table, costs, resolution=64)
         return np.array([choice.levels for choice in found], dtype=np.int64).reshape(-1, len(counts))
 
     def _worth(self, pool: Ints, models: Mapping[str, Model]) -> Floats:
@@ -367,9 +371,9 @@ def choices(distribution: BaseDistribution) -> tuple[Any, ...] | None:
 
 
 class _Row(NamedTuple):
-    """One trial: the positions of its choices, its losses and excesses."""
+    """One trial: the positions of its choices (an array's bytes, quick to gather), its losses and excesses."""
 
-    picks: tuple[int, ...]
+    picks: bytes
     losses: tuple[float, ...]
     excess: Mapping[str, float]
     state: TrialState
@@ -392,7 +396,7 @@ def _row(trial: FrozenTrial, space: Mapping[str, BaseDistribution], signs: Float
         told = enumerate(zip(trial.values, signs, strict=True))
         losses = [math.nan if position in unknown else value * float(sign) for position, (value, sign) in told]
         excess = {name: value for name, value in trial.constraints.items() if name not in unknown}
-    return _Row(tuple(picks), tuple(losses), excess, trial.state)
+    return _Row(np.array(picks, dtype=np.int64).tobytes(), tuple(losses), excess, trial.state)
 
 
 def _spread(seen: Observed) -> bool:
@@ -415,32 +419,36 @@ def _near(column: Floats, most: int) -> Ints:
 
 @dataclass(frozen=True)
 class Curves:
-    """Functions of one axis each, tabulated: `tables[axis]` is `[choices, functions]`; `places` are choices in [0, 1]."""
+    """Functions of one axis each, tabulated for the choices of all axes one after another.
 
-    tables: tuple[Floats, ...]
-    places: tuple[Floats, ...]
+    table: `[functions, choices]`, the first function rises evenly. starts: where the choices of each axis begin.
+    """
+
+    table: Floats
+    starts: Ints
 
     @classmethod
     def make(cls, counts: Ints, priors: Sequence[Sequence[float] | None]) -> Curves:
-        tables, places = [], []
-        scale = 1 / math.sqrt(len(counts))
-        largest = max((max(map(abs, prior), default=0.0) for prior in priors if prior is not None), default=0.0) or 1.0
-        for count, prior in zip(counts, priors, strict=True):
-            place = np.linspace(0, 1, count)
-            down = 1 - place
-            columns = [place - 0.5, down**2 - 1 / 3, down**4 - 1 / 5]
-            if prior is not None:
-                columns.append(3 * np.asarray(prior, dtype=float) / largest)
-            tables.append(scale * np.stack(columns, axis=1))
-            places.append(place)
-        return cls(tuple(tables), tuple(places))
+        starts = np.cumsum(counts) - counts
+        place = (np.arange(counts.sum()) - starts.repeat(counts)) / np.maximum(counts - 1, 1).repeat(counts)
+        down = 1 - place
+        rows = [place - 0.5, down**2 - 1 / 3, down**4 - 1 / 5]
+        if any(prior is not None for prior in priors):
+            told = np.zeros(len(place))
+            for start, count, prior in zip(starts, counts, priors, strict=True):
+                if prior is not None:
+                    told[start : start + count] = prior
+            rows.append(3 * told / (float(np.abs(told).max()) or 1.0))
+        return cls(np.stack(rows) / math.sqrt(len(counts)), starts)
 
     def features(self, picks: Ints) -> Floats:
-        return np.concatenate([table[picks[:, axis]] for axis, table in enumerate(self.tables)], axis=1)
+        """`[functions, rows, axes]`."""
+        return self.table.take(picks + self.starts, axis=1)
 
-    def positions(self, picks: Ints) -> Floats:
-        found = np.stack([place[picks[:, axis]] for axis, place in enumerate(self.places)], axis=1)
-        return np.asarray(found / math.sqrt(len(self.places)))
+    def sums(self, weights: Floats) -> list[Floats]:
+        """By axis, what each choice adds to the sum of the features times their weights, `[functions, axes]`."""
+        counts = np.diff(self.starts, append=self.table.shape[1])
+        return np.split((self.table * weights.repeat(counts, axis=1)).sum(0), self.starts[1:])
 
 
 class Model:
@@ -452,10 +460,10 @@ class Model:
     def __init__(self, curves: Curves, picks: Ints, column: Floats, warped: bool, parameters: Floats) -> None:
         self.curves, self.parameters, self.warped = curves, parameters, warped
         self.picks, self.column = picks, column
-        self.features, self.positions = curves.features(picks), curves.positions(picks)
+        self.features = curves.features(picks)
         self.warp = Warp(column) if warped else Warp(None)
         self.target, self.mean, self.scale = _standardised(self.warp.forward(column))
-        covariance = _covariance(*_products(self.features, self.positions, self.features, self.positions), parameters)
+        covariance = _covariance(*_products(self.features, self.features), parameters)
         covariance[np.diag_indices(len(picks))] += math.exp(2 * parameters[3])
         self.factor = np.linalg.cholesky(covariance)
         self.alpha = cho_solve((self.factor, True), self.target)
@@ -464,8 +472,8 @@ class Model:
     def tune(curves: Curves, picks: Ints, column: Floats, warped: bool) -> Floats:
         """The parameters that make the observations likeliest, times a prior (a few dozen evaluations)."""
         target, _, _ = _standardised(Warp(column if warped else None).forward(column))
-        features, positions = curves.features(picks), curves.positions(picks)
-        linear, squares = _products(features, positions, features, positions)
+        features = curves.features(picks)
+        linear, squares = _products(features, features)
         diagonal = np.diag_indices(len(picks))
 
         def surprise(parameters: Floats) -> float:
@@ -481,13 +489,20 @@ class Model:
 
     def predict(self, picks: Ints, lucky: bool = True) -> tuple[Floats, Floats]:
         """Mean and deviation of each row on the warped scale: of an observation, or without its noise."""
-        features, positions = self.curves.features(picks), self.curves.positions(picks)
-        cross = _covariance(*_products(self.features, self.positions, features, positions), self.parameters)
+        blocks = [self._predict(picks[start : start + _BLOCK], lucky) for start in range(0, len(picks), _BLOCK)]
+        mean, deviation = np.concatenate(blocks, axis=1)
+        return mean, deviation
+
+    def _predict(self, picks: Ints, lucky: bool) -> tuple[Floats, Floats]:
+        """`predict` for one block."""
+        features = self.curves.features(picks)
+        cross = _covariance(*_products(features, self.features), self.parameters)
         curve, joint, _, noise = np.exp(2 * self.parameters)
-        own = _CONSTANT + 10 * curve * (features**2).sum(1) + joint + noise * lucky
-        explained = solve_triangular(self.factor, cross, lower=True)
-        variance = np.maximum(own - (explained**2).sum(0), 1e-9)
-        return self.mean + self.scale * (cross.T @ self.alpha), self.scale * np.sqrt(variance)
+        own = _CONSTANT + 10 * curve * np.einsum("fra,fra->r", features, features) + joint + noise * lucky
+        mean = self.mean + self.scale * (cross @ self.alpha)
+        explained = solve_triangular(self.factor, cross.T, lower=True, overwrite_b=True, check_finite=False)
+        variance = np.maximum(own - np.einsum("ij,ij->j", explained, explained), 1e-9)
+        return mean, self.scale * np.sqrt(variance)
 
     def below(self, picks: Ints, bound: float) -> tuple[Floats, Floats]:
         """The probability that each row is at most `bound`, and its median: a limit is not to be kept by luck."""
@@ -511,19 +526,15 @@ class Model:
     def additive(self, random: np.random.Generator | None) -> list[Floats]:
         """By axis, what each choice adds to the warped loss: the mean, or a sample of it (Matheron's rule)."""
         size = math.sqrt(10) * math.exp(self.parameters[0])
-        weights = np.zeros(self.features.shape[1])
+        weights = np.zeros((len(self.features), self.picks.shape[1]))
         alpha = self.alpha
         if random is not None:
-            weights = size * random.standard_normal(len(weights))
+            weights = size * random.standard_normal(weights.T.shape).T
             rest = math.sqrt(math.exp(2 * self.parameters[1]) + math.exp(2 * self.parameters[3]))
             noise = rest * random.standard_normal(len(self.target)) + math.sqrt(_CONSTANT) * random.standard_normal()
-            alpha = cho_solve((self.factor, True), self.target - self.features @ weights - noise)
-        weights = weights + size**2 * (self.features.T @ alpha)
-        found, start = [], 0
-        for table in self.curves.tables:
-            found.append(table @ weights[start : start + table.shape[1]])
-            start += table.shape[1]
-        return found
+            alpha = cho_solve((self.factor, True), self.target - np.einsum("fra,fa->r", self.features, weights) - noise)
+        weights = weights + size**2 * (alpha @ self.features)
+        return self.curves.sums(weights)
 
 
 class Warp:
@@ -563,16 +574,29 @@ def _standardised(raw: Floats) -> tuple[Floats, float, float]:
     return (raw - mean) / scale, mean, scale
 
 
-def _products(features: Floats, positions: Floats, others: Floats, theirs: Floats) -> tuple[Floats, Floats]:
-    """Of the rows of one side with those of the other: scalar products of features, squared distances of positions."""
-    squares = (positions**2).sum(1)[:, None] + (theirs**2).sum(1)[None] - 2 * positions @ theirs.T
-    return np.asarray(features @ others.T), np.asarray(np.maximum(squares, 0.0))
+def _products(features: Floats, others: Floats) -> tuple[Floats, Floats]:
+    """Of the rows of one side with those of the other: scalar products of features, squared distances of places."""
+    squares = features[0] @ others[0].T
+    linear = squares.copy()
+    for one, other in zip(features[1:], others[1:], strict=True):
+        linear += one @ other.T
+    squares *= -2
+    squares += (features[0] ** 2).sum(1)[:, None]
+    squares += (others[0] ** 2).sum(1)
+    return linear, squares
 
 
 def _covariance(linear: Floats, squares: Floats, parameters: Floats) -> Floats:
     """Of the rows' true values, from the rows' products."""
     curve, joint, length, _ = np.exp(2 * parameters)
-    return np.asarray(_CONSTANT + 10 * curve * linear + joint * np.exp(-squares / (2 * length)))
+    found = squares * (
+        -0.5 / length
+    )  # from here on in place: a fresh large array costs more than what it is filled with
+    np.exp(found, out=found)
+    found *= joint
+    found += 10 * curve * linear
+    found += _CONSTANT
+    return np.asarray(found)
 
 
 # ------------------------------------------------------------------------------------------------- improvement
@@ -631,6 +655,12 @@ def _directions(dimensions: int) -> Floats:
 
 
 # -------------------------------------------------------------------------------------------------- candidates
+
+
+def _keys(rows: Ints) -> list[bytes]:
+    """The bytes of each row, by which equal ones are found (np.unique takes far longer)."""
+    whole = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+    return list(np.ascontiguousarray(rows).view(whole)[:, 0].tolist())
 
 
 def _diagonal(counts: Ints, rising: Ints, random: np.random.Generator) -> Ints:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import paretorch
 from paretorch.search import knapsack
-from paretorch.search.knapsack import best, expand, fit_latency, front, tie
+from paretorch.search.knapsack import best, expand, fit_latency, front, hull, tie
 
 DATA = Path(os.environ.get("PARETORCH_DATA") or Path(paretorch.__file__).parents[1] / "shared" / "data")
 PUBLISHED = [f"{cost}_{fraction}" for cost in ("modelsize", "bops", "latency") for fraction in (0.75, 0.5, 0.25)]
@@ -70,7 +70,7 @@ def random_tables(items, levels, seed=0):
 
 
 def test_the_examples_in_docstrings_hold():
-    assert doctest.testmod(knapsack) == (0, 6)
+    assert doctest.testmod(knapsack) == (0, 7)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -154,6 +154,24 @@ def test_buckets_lose_no_more_than_they_say(given_tables, resolution):
             assert least in [np.dot(weights, (choice.loss, choice.cost)) for choice in found], (
                 "a corner of the hull is missing"
             )
+
+
+@settings(deadline=None, max_examples=100)
+@given(tables(most_items=5, costs=st.integers(0, 40)), st.integers(1, 40))
+def test_the_hull_is_what_is_least_for_some_price(given_tables, most):
+    losses, costs = given_tables
+    exact = {(choice.loss, choice.cost) for choice in front(losses, costs)}
+    prices = [(10, 1), (2, 1), (1, 1), (1, 2), (1, 10)]
+    every_corner = [(choice.loss, choice.cost) for choice in hull(losses, costs, 100)]
+    assert set(every_corner) <= exact
+    assert all(min(np.dot(p, point) for point in exact) in [np.dot(p, c) for c in every_corner] for p in prices)
+    steeps = [(c[0] - b[0]) / (c[1] - b[1]) for b, c in pairwise(every_corner)]
+    assert all(a <= b + 1e-12 for a, b in pairwise(steeps)), "the hull is convex"
+    some = hull(losses, costs, most)
+    assert len(some) <= most
+    for choice in some:
+        assert (choice.loss, choice.cost) in every_corner
+        assert (choice.loss, choice.cost) == (total(losses, choice.levels), total(costs, choice.levels))
 
 
 @pytest.mark.parametrize("resolution", [16, 128])
