@@ -235,10 +235,12 @@ def sensitivity(
     from .configs.load import load
     from .configs.plugins import load_task
     from .console import Steps, Watcher
+    from .errors import StudyError
     from .runners.local import LocalRunner
     from .runners.sensitivity import levels, measure_sensitivity
     from .runners.task import dataset
     from .search.heatmap import FILES, explained, heat_tables, write_sensitivity
+    from .search.tracking import add_sensitivity
     from .spaces.space import default_space
 
     loaded = load(config, set_)
@@ -264,6 +266,11 @@ def sensitivity(
     short = os.path.relpath(folder)
     shown = short if len(short) < len(str(folder)) else str(folder)
     console.print(f"\nwrote {', '.join(FILES)} to {shown}", markup=False)
+    try:
+        if add_sensitivity(folder, loaded.mlflow.uri):
+            console.print(f"the study's MLflow run shows them, too: paretorch ui {shown}", markup=False)
+    except StudyError as error:  # the files are on disk, and a mirror must not fail what it mirrors
+        console.print(f"warning: {error}. The study's MLflow run gets the files when the search runs again", markup=False)  # fmt: skip
     console.print("\nNext:")
     console.print(f"  paretorch search {config}", markup=False)
     console.print(f"  the picture: {shown}/sensitivity.png", markup=False)

@@ -78,6 +78,26 @@ def heat_tables(found: Sensitivity, width: int = 80) -> list[Table]:
     return tables
 
 
+def heat_rows(found: Sensitivity) -> list[dict[str, str | float]]:
+    """The heat map as plain data: a row per layer, a column per level, a dash where a layer lacks it.
+
+    >>> from paretorch.runners.sensitivity import Row
+    >>> heat_rows(Sensitivity((Row("fc", 8, 0.0, 0.01, 36), Row("fc", 32, 0.5, 0.02, 80)), KL, 512))
+    [{'layer': 'fc', '8 bits': 0.01, '50% zeros': 0.02}]
+    """
+    value: dict[tuple[str, int, float], str | float]
+    value = {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in found.rows}
+    names = {_name(*level): level for level in _levels(found)}
+    layers = dict.fromkeys(row.layer for row in found.rows)
+    return [{"layer": layer, **{n: value.get((layer, *level), "-") for n, level in names.items()}} for layer in layers]
+
+
+def _name(bits: int, ratio: float) -> str:
+    if not ratio:
+        return f"{bits} bits"
+    return f"{_share(ratio)} zeros" if bits == 32 else f"{bits} bits, {_share(ratio)} zeros"
+
+
 def write_sensitivity(found: Sensitivity, directory: Path, *, name: str) -> None:
     """Write `sensitivity.json`, `.csv` and `.png` into a folder, each whole or not at all; raises `OSError`."""
     directory.mkdir(parents=True, exist_ok=True)

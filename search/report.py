@@ -7,6 +7,7 @@ Every number stands with its 95% interval, and a difference inside the intervals
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import json
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -66,6 +68,7 @@ def write_report(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     budget = list(budget_lines) or front.budget.describe(_values(front))
+    notes = [*_sensitivity(front, folder), *notes]
     text = _markdown(front, name, config_text, budget, _optimism(front) if optimism is None else optimism, notes)
     write_whole(folder / "front.csv", _csv(front).encode())
     write_whole(folder / "front.json", json.dumps(_json(front, name, budget), indent=1).encode())
@@ -543,6 +546,23 @@ def _lost(front: Front) -> list[str]:
     return parts
 
 
+_SENSITIVITY = "How far the outputs move when one layer alone is compressed, without training."
+
+
+def _sensitivity_picture(front: Front) -> Path | None:
+    """Of the layers' sensitivity, when it was measured into the study's folder."""
+    path = front.directory / "sensitivity.png" if front.directory else None
+    return path if path and path.is_file() else None
+
+
+def _sensitivity(front: Front, folder: Path) -> list[str]:
+    """The section with the picture, seen from the folder of the report."""
+    if (picture := _sensitivity_picture(front)) is None:
+        return []
+    address = quote(os.path.relpath(picture, folder))
+    return ["## Which layers are sensitive", f"{_SENSITIVITY} The numbers: `sensitivity.csv`.", f"![the sensitivity of each layer]({address})"]  # fmt: skip
+
+
 def _few(numbers: Sequence[str], count: int = 8) -> str:
     more = len(numbers) - count
     return ", ".join(numbers[:count]) + (f" and {more} more" if more > 0 else "")
@@ -841,6 +861,11 @@ def _html(front: Front, name: str, budget: Sequence[str]) -> str:
     failed = [[f"#{c.number}", _line(c.reason)] for c in front.candidates if c.state == FAILED]
     if failed:
         body += ["<h2>Failed</h2>", _html_table(["#", "why"], failed)]
+    if picture := _sensitivity_picture(front):
+        # Inside the page, which needs no other file.
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body.append(f"<h2>Which layers are sensitive</h2><p>{_SENSITIVITY}</p>"
+                    f"<img alt='the sensitivity of each layer' src='data:image/png;base64,{data}'>")  # fmt: skip
     if front.members:
         body.append(
             f"<h2>Using it</h2><pre>paretorch export {html.escape(_study(front))} --pick knee --to deploy</pre>"
@@ -861,7 +886,7 @@ code{padding:1px 6px;margin-right:6px}pre{padding:10px 14px;overflow-x:auto;whit
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13.5px}
 th{text-align:left;color:#52606d;font-weight:600;border-bottom:2px solid #e4e7eb;padding:6px 12px 6px 0;white-space:nowrap}
 td{border-bottom:1px solid #e4e7eb;padding:7px 12px 7px 0;vertical-align:top}td:first-child{font-weight:600;color:#0b6e99;white-space:nowrap}
-td small{display:block;color:#7b8794;font-size:12px;white-space:nowrap}summary{cursor:pointer}details pre{margin:6px 0 0;max-height:260px;overflow:auto;font-size:12px}
+td small{display:block;color:#7b8794;font-size:12px;white-space:nowrap}summary{cursor:pointer}img{max-width:100%}details pre{margin:6px 0 0;max-height:260px;overflow:auto;font-size:12px}
 """
 
 

@@ -26,6 +26,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import posixpath
 import re
@@ -44,7 +45,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import StudyError
+from ..errors import ArtifactError, StudyError
 from .candidate import FAILED, Candidate
 from .report import FILES, quality_metric, rows, write_whole
 
@@ -123,8 +124,9 @@ def _prepare() -> None:
     ):
         os.environ.setdefault(name, value)
     # By name, for a process that has imported MLflow before and so has its level set already.
-    for chatty in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints tracebacks of what it raises as well, and what is raised is explained to the user.
+    logging.getLogger("mlflow.store.db.utils").disabled = True
 
 
 _CREATING = "creating"  # in the lock file while a new store gets its tables
@@ -217,7 +219,96 @@ class _Child:
         self.run_id, self.front, self.metrics = run_id, front, dict(metrics)
 
 
-class Tracker:
+class _Store:
+    """An MLflow store and how runs in it are written: busy is tried again, anything else is explained."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def _connect(self) -> None:
+        _prepare()
+        from mlflow import MlflowClient
+
+        self._client: MlflowClient = self._call(lambda: MlflowClient(self.uri))
+
+    def _call(self, action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Do something with the store: busy is tried again, anything else is explained."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        for wait in (*_LOCKED_WAITS, None):
+            try:
+                return action(*args, **kwargs)
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                if "database is locked" in str(error) and wait is not None:
+                    time.sleep(wait)
+                    continue
+                _explain(error, self.uri)
+        raise AssertionError("unreachable")
+
+    def _batch(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        step: int = 0,
+        now: int | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        stamp = now or int(time.time() * 1000)
+        self._call(
+            self._client.log_batch,
+            run_id,
+            metrics=[Metric(name, value, stamp, step) for name, value in (metrics or {}).items()],
+            params=[Param(name, value) for name, value in (params or {}).items()],
+            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
+        )
+
+    def _put(self, run_id: str, artifacts: str, name: str, content: str | bytes) -> None:
+        """Write one artifact; its name may lead through a folder."""
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            if artifacts.startswith("file:"):
+                write_whole(Path(urllib.request.url2pathname(urlsplit(artifacts).path)) / name, data)
+                return
+            with tempfile.TemporaryDirectory() as folder:
+                home, _, file = name.rpartition("/")
+                (Path(folder) / file).write_bytes(data)
+                self._call(self._client.log_artifact, run_id, str(Path(folder) / file), home or None)
+        except OSError as error:
+            _explain(error, self.uri)
+
+    def _put_sensitivity(self, run_id: str, artifacts: str, directory: Path) -> None:
+        """Write the sensitivity files of a study's folder, when it has them, and the heat map as a table."""
+        source = directory / "sensitivity.json"
+        if not source.is_file():
+            return
+        from ..runners.sensitivity import Sensitivity
+        from .heatmap import FILES, heat_rows
+
+        for name in FILES:
+            if (path := directory / name).is_file():
+                self._put(run_id, artifacts, f"sensitivity/{name}", path.read_bytes())
+        try:
+            found = Sensitivity.from_json(source.read_text(errors="replace"))
+        except ArtifactError:  # of a newer version, or edited by hand: the files are shown as they are
+            return
+        self._put_table(run_id, artifacts, "sensitivity/sensitivity_table.json", heat_rows(found), digits=3)
+
+    def _put_table(
+        self, run_id: str, artifacts: str, name: str, data: Sequence[Mapping[str, object]], digits: int = 6
+    ) -> None:
+        """Write rows as one of MLflow's tables, beside the tables that the run has."""
+        self._put(run_id, artifacts, name, _table(data, digits))
+        tag = "mlflow.loggedArtifacts"
+        known = json.loads(self._call(self._client.get_run, run_id).data.tags.get(tag, "[]"))
+        if (entry := {"path": name, "type": "table"}) not in known:
+            self._batch(run_id, tags={tag: json.dumps([*known, entry])})
+
+
+class Tracker(_Store):
     """Writes one study into MLflow: `start`, `sync` after a resume, `log` per candidate, `finish`.
 
     `uri` defaults to `MLFLOW_TRACKING_URI`, then to a SQLite store in the study's folder. `experiment` defaults to
@@ -231,7 +322,7 @@ class Tracker:
     def __init__(self, study_name: str, directory: Path, uri: str | None = None, experiment: str | None = None) -> None:
         self.study_name = study_name
         self.directory = Path(directory).resolve()
-        self.uri = store_uri(self.directory, uri)
+        super().__init__(store_uri(self.directory, uri))
         self.experiment = experiment or f"paretorch/{study_name}"
         self.run_id = ""
         self._artifacts = ""
@@ -272,10 +363,7 @@ class Tracker:
             _explain(error, self.uri)
 
     def _open(self, artifacts: str | None) -> None:
-        _prepare()
-        from mlflow import MlflowClient
-
-        self._client: MlflowClient = self._call(lambda: MlflowClient(self.uri))
+        self._connect()
         found = self._call(self._client.get_experiment_by_name, self.experiment)
         if found and found.lifecycle_stage == "deleted":
             raise StudyError(f"MLflow experiment {self.experiment!r} was deleted in {_shown(self.uri)}; restore it "
@@ -321,21 +409,6 @@ class Tracker:
                 _explain(error, self.uri)
             return str(found.experiment_id)
 
-    def _call(self, action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Do something with the store: busy is tried again, anything else is explained."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        for wait in (*_LOCKED_WAITS, None):
-            try:
-                return action(*args, **kwargs)
-            except (MlflowException, SQLAlchemyError, OSError) as error:
-                if "database is locked" in str(error) and wait is not None:
-                    time.sleep(wait)
-                    continue
-                _explain(error, self.uri)
-        raise AssertionError("unreachable")
-
     def start(self, params: Mapping[str, str], texts: Mapping[str, str], environment: Mapping[str, str]) -> str:
         """Create the study's parent run, or attach to it again, and give its id.
 
@@ -367,6 +440,7 @@ class Tracker:
         for name, text in texts.items():
             self._put(self.run_id, self._artifacts, name, text)
         self._put(self.run_id, self._artifacts, "environment.json", json.dumps(dict(environment), indent=1))
+        self._put_sensitivity(self.run_id, self._artifacts, self.directory)
         return self.run_id
 
     def _find(self, study: str, run_id: str) -> Run | None:
@@ -501,7 +575,8 @@ class Tracker:
         for name in FILES:
             if (path := Path(report) / name).is_file():
                 self._put(self.run_id, self._artifacts, name, path.read_bytes())
-        self._put(self.run_id, self._artifacts, "front_table.json", _table(front))
+        self._put_table(self.run_id, self._artifacts, "front_table.json", rows(front))
+        self._put_sensitivity(self.run_id, self._artifacts, self.directory)
 
         members = {member.number for member in front.members}
         for candidate in front.candidates:
@@ -530,10 +605,7 @@ class Tracker:
         self._batch(
             self.run_id,
             metrics={name: value for name, value in _unique(numbers).items() if there.get(name) != value},
-            tags={
-                _NOTE: _cut(text),
-                "mlflow.loggedArtifacts": json.dumps([{"path": "front_table.json", "type": "table"}]),
-            },
+            tags={_NOTE: _cut(text)},
         )
         self._call(
             self._client.set_experiment_tag, self.experiment_id, f"mlflow.sharedViewState.{_view_key(self.run_id)}",
@@ -546,39 +618,6 @@ class Tracker:
         if self.uri.startswith("http"):
             return _shown(self.uri).rstrip("/") + page(self.directory)
         return f"paretorch ui {self.directory}" if self._own else f"mlflow ui --backend-store-uri {_shown(self.uri)}"
-
-    def _batch(
-        self,
-        run_id: str,
-        metrics: Mapping[str, float] | None = None,
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-        step: int = 0,
-        now: int | None = None,
-    ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        stamp = now or int(time.time() * 1000)
-        self._call(
-            self._client.log_batch,
-            run_id,
-            metrics=[Metric(name, value, stamp, step) for name, value in (metrics or {}).items()],
-            params=[Param(name, value) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
-        )
-
-    def _put(self, run_id: str, artifacts: str, name: str, content: str | bytes) -> None:
-        """Write one artifact."""
-        data = content.encode() if isinstance(content, str) else content
-        try:
-            if artifacts.startswith("file:"):
-                write_whole(Path(urllib.request.url2pathname(urlsplit(artifacts).path)) / name, data)
-                return
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / name).write_bytes(data)
-                self._call(self._client.log_artifact, run_id, str(Path(folder) / name))
-        except OSError as error:
-            _explain(error, self.uri)
 
     def _save(self, study: str) -> None:
         # "own" instead of a path: the study's own store moves with its folder.
@@ -623,6 +662,40 @@ def saved_uri(directory: Path) -> str | None:
     return local_store(Path(directory))[0] if uri == "own" else uri
 
 
+def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
+    """Put the sensitivity files of a study's folder into its MLflow run; False when it has none.
+
+    `uri` is the store that the configuration names. Nothing else in the store is touched. Raises `StudyError` when the
+    store cannot be used or the run is no longer there.
+    """
+    directory = Path(directory).resolve()
+    known, saved = _saved(directory), saved_uri(directory)
+    if saved is None or not known.get("run_id"):
+        return False
+    chosen = store_uri(directory, uri)
+    if _shown(chosen) != saved:  # else it is the same, with the password that is not saved
+        chosen = saved
+    if chosen.startswith("http"):
+        _reachable(chosen)
+    if database := _database(chosen):
+        try:  # MLflow would make a missing file, and retry a bad one for minutes
+            address = f"{database.as_uri()}?mode=rw"
+            with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+        except sqlite3.Error as error:
+            _explain(error, chosen)
+    store = _Store(chosen)
+    store._connect()
+    run = store._call(store._client.get_run, known["run_id"])
+    # In a folder that was moved or copied the run still points to where the folder was.
+    elsewhere = known["uri"] == "own" and not run.info.artifact_uri.startswith(local_store(directory)[1] + "/")
+    if elsewhere or run.info.lifecycle_stage != "active" or run.data.tags.get("paretorch.study") != known.get("study"):
+        raise StudyError(f"MLflow store {_shown(chosen)} holds no run of the study in {directory}")
+    store._put_sensitivity(run.info.run_id, run.info.artifact_uri, directory)
+    return True
+
+
 def _view_key(run_id: str) -> str:
     return f"paretorch-{run_id[:12]}"
 
@@ -639,11 +712,16 @@ def page(directory: Path) -> str:
     )
 
 
-def _table(front: Front) -> str:
-    """The front in the format of MLflow's tables."""
-    data = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows(front)]
+def _table(data: Sequence[Mapping[str, object]], digits: int) -> str:
+    """Rows in the format of MLflow's tables, numbers rounded."""
+
+    def cell(value: object) -> object:
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)  # JSON has no infinity
+
     columns = list(dict.fromkeys(name for row in data for name in row)) or ["number"]
-    return json.dumps({"columns": columns, "data": [[row.get(name) for name in columns] for row in data]})
+    return json.dumps({"columns": columns, "data": [[cell(row.get(name)) for name in columns] for row in data]})
 
 
 def _influential(front: Front, metric: str, count: int = 6) -> list[str]:

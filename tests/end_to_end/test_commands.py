@@ -287,6 +287,42 @@ def test_sensitivity(paretorch, folder):
     assert (study / "sensitivity.json").exists()
 
 
+def mirrored(study):
+    """The sensitivity files among the artifacts of a study's MLflow run."""
+    run = json.loads((study / "mlflow_run.json").read_text())["run_id"]
+    return {path.name: path.read_bytes() for path in study.glob(f"mlartifacts/{run}/artifacts/sensitivity/*")}
+
+
+def test_sensitivity_in_mlflow(paretorch, folder):
+    """Before the search, after it, and when the store is gone."""
+    study = folder / "studies" / "blobs"
+    files = ["sensitivity.csv", "sensitivity.json", "sensitivity.png"]
+    before = paretorch("sensitivity", "config.yaml", "--images", "32", own_store=True)
+    assert "MLflow" not in before.text
+    paretorch("search", "config.yaml", "--trials", "2", "-s", "budget=[]", own_store=True)
+    first = mirrored(study)
+    assert sorted(first) == [*files, "sensitivity_table.json"]
+    assert "](../sensitivity.png)" in (study / "report" / "report.md").read_text()
+
+    after = paretorch("sensitivity", "config.yaml", "--images", "48", own_store=True)
+    assert "the study's MLflow run shows them, too: paretorch ui studies/blobs" in after.text
+    assert not after.stderr
+    second = mirrored(study)
+    assert all(second[name] == (study / name).read_bytes() for name in files)
+    assert second["sensitivity.json"] != first["sensitivity.json"]
+
+    elsewhere = paretorch("sensitivity", "config.yaml", "--images", "32", "--output", "mine", own_store=True)
+    assert "MLflow" not in elsewhere.text
+    assert mirrored(study) == second
+
+    (study / "mlflow.db").write_text("no database, and long enough to be sure of it " * 50)
+    broken = paretorch("sensitivity", "config.yaml", "--images", "32", own_store=True)
+    assert "wrote sensitivity.json, sensitivity.csv, sensitivity.png to studies/blobs warning: MLflow store " in broken.text  # fmt: skip
+    assert "not a database" in broken.text
+    assert json.loads((study / "sensitivity.json").read_text())["images"] == 32
+    assert mirrored(study) == second
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from paretorch.runners.sensitivity import KL, SQUARED, Row, Sensitivity
-from paretorch.search.heatmap import FILES, _png, heat_tables, short, write_sensitivity
+from paretorch.search.heatmap import FILES, _png, heat_rows, heat_tables, short, write_sensitivity
 
 
 def found(layers=3, levels=4, value=0.01, unit=KL):
@@ -50,6 +50,15 @@ def test_a_level_that_a_layer_lacks_is_a_dash():
     Console(file=stream, width=80).print(*heat_tables(Sensitivity(rows, KL, 1)))
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert lines == [["bits", "4", "8"], ["zeros", "50%"], ["a", "0.50", "-"], ["b", "-", "inf"]]
+
+
+def test_rows_for_a_table():
+    rows = (Row("a", 4, 0.0, 0.5, 1), Row("b", 32, 0.5, math.inf, 1), Row("b", 4, 0.5, 2.0, 1))
+    assert heat_rows(Sensitivity(rows, KL, 1)) == [
+        {"layer": "a", "4 bits": 0.5, "50% zeros": "-", "4 bits, 50% zeros": "-"},
+        {"layer": "b", "4 bits": "-", "50% zeros": math.inf, "4 bits, 50% zeros": 2.0},
+    ]
+    assert heat_rows(Sensitivity((), KL, 1)) == []
 
 
 def test_files(tmp_path):

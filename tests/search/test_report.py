@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -81,6 +82,20 @@ def study(
         for c in found
     ]
     return replace(front, candidates=tuple(tested), test_baseline=Metric.rate(940, 1000))
+
+
+def test_the_sensitivity_is_shown_when_it_was_measured(tmp_path: Path) -> None:
+    front = replace(study(), directory=tmp_path)
+    assert "sensitivity." not in write_report(front, tmp_path / "report", name="a study")
+    (tmp_path / "sensitivity.png").write_bytes(b"\x89PNG and so on")
+    assert "![the sensitivity of each layer](../sensitivity.png)" in write_report(
+        front, tmp_path / "report", name="a study"
+    )
+    page = (tmp_path / "report" / "front.html").read_text()
+    (inside,) = re.findall(r"<img [^>]*src='data:image/png;base64,([^']*)'>", page)
+    assert base64.b64decode(inside) == b"\x89PNG and so on"
+    elsewhere = write_report(front, tmp_path / "a b" / "plot", name="a study")
+    assert "](../../sensitivity.png)" in elsewhere
 
 
 def printed(table: object, width: int = 80) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,11 +22,13 @@ import pytest
 from paretorch.errors import StudyError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.objectives.objective import Budget, Objective
+from paretorch.runners.sensitivity import KL, Row, Sensitivity
 from paretorch.search import tracking
 from paretorch.search.candidate import Candidate
 from paretorch.search.front import Front
+from paretorch.search.heatmap import write_sensitivity
 from paretorch.search.report import FILES, hypervolume_curve, write_report
-from paretorch.search.tracking import Tracker, local_store, page, saved_uri, store_uri
+from paretorch.search.tracking import Tracker, add_sensitivity, local_store, page, saved_uri, store_uri
 from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
 mlflow = pytest.importorskip("mlflow")
@@ -222,6 +225,99 @@ def test_finish_tells_what_was_found(directory: Path) -> None:
     assert tracker.run_id in loaded["searchFilter"]
     assert f"viewStateShareKey={tracking._view_key(tracker.run_id)}" in page(directory)
     assert str(directory) in tracker.url_hint()
+
+
+def measure(directory: Path, divergence: float = 0.0123456) -> None:
+    rows = (Row("conv", 4, 0.0, divergence, 36), Row("conv", 3, 0.0, math.inf, 28), Row("fc", 4, 0.0, 1e-6, 20))
+    write_sensitivity(Sensitivity(rows, KL, 64), directory, name="digits")
+
+
+def shown(tracker: Tracker) -> tuple[dict[str, bytes], list[str]]:
+    """What the study's run holds of the sensitivity, and which of its artifacts MLflow knows as tables."""
+    run = tracker._client.get_run(tracker.run_id)
+    files = {path.name: path.read_bytes() for path in artifact(run, "sensitivity").glob("*")}
+    tables = json.loads(run.data.tags.get("mlflow.loggedArtifacts", "[]"))
+    assert {table["type"] for table in tables} <= {"table"}
+    return files, [table["path"] for table in tables]
+
+
+SENSITIVITY = ["sensitivity.csv", "sensitivity.json", "sensitivity.png", "sensitivity_table.json"]
+
+
+def test_the_sensitivity_is_shown_from_the_start_and_brought_up_to_date_at_the_end(directory: Path) -> None:
+    measure(directory)
+    tracker = started(directory)
+    files, tables = shown(tracker)
+    assert sorted(files) == SENSITIVITY
+    assert all(files[name] == (directory / name).read_bytes() for name in SENSITIVITY[:3])
+    assert json.loads(files["sensitivity_table.json"]) == {
+        "columns": ["layer", "4 bits", "3 bits"],
+        "data": [["conv", 0.0123, "inf"], ["fc", 1e-6, "-"]],
+    }
+    assert tables == ["sensitivity/sensitivity_table.json"]
+    measure(directory, 0.5)
+    for _ in range(2):  # a resumed study finishes again, and nothing doubles
+        tracker.finish(front(candidates()), directory / "report", "note")
+    files, tables = shown(tracker)
+    assert json.loads(files["sensitivity_table.json"])["data"][0] == ["conv", 0.5, "inf"]
+    assert tables == ["sensitivity/sensitivity_table.json", "front_table.json"]
+
+
+def test_a_study_without_sensitivity_shows_none(directory: Path) -> None:
+    tracker = started(directory)
+    tracker.finish(front(candidates()), directory / "report", "note")
+    assert shown(tracker) == ({}, ["front_table.json"])
+
+
+def test_a_sensitivity_that_cannot_be_read_is_shown_as_it_is(directory: Path) -> None:
+    (directory / "sensitivity.json").write_bytes(b'{"version": \xff')
+    files, tables = shown(started(directory))
+    assert (list(files), tables) == (["sensitivity.json"], [])
+
+
+def test_a_sensitivity_that_is_measured_later_joins_the_run(directory: Path) -> None:
+    assert not add_sensitivity(directory), "there is no run yet"
+    tracker = started(directory)
+    tracker.finish(front(candidates()), directory / "report", "note")
+    before = tracker._client.get_run(tracker.run_id)
+    measure(directory)
+    for _ in range(2):
+        assert add_sensitivity(directory)
+    files, tables = shown(tracker)
+    assert sorted(files) == SENSITIVITY
+    assert tables == ["front_table.json", "sensitivity/sensitivity_table.json"]
+    after = tracker._client.get_run(tracker.run_id)
+    assert after.info.status == "FINISHED"
+    assert after.info.end_time == before.info.end_time
+    assert len(tracker._client.search_experiments()) == 2, "MLflow's own and the study's"
+
+
+def test_it_joins_the_store_of_the_search_whatever_holds_now(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = started(directory)
+    measure(directory)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert add_sensitivity(directory)
+    assert sorted(shown(tracker)[0]) == SENSITIVITY
+
+
+def test_a_run_that_is_not_there_gets_no_sensitivity(directory: Path) -> None:
+    tracker = started(directory / "a")
+    measure(directory / "a")
+    shutil.copytree(directory / "a", directory / "b")
+    with pytest.raises(StudyError, match=r"holds no run of the study in .*/b$"):
+        add_sensitivity(directory / "b")  # its run says that its artifacts lie in a
+    assert not shown(tracker)[0]
+    tracker._client.delete_run(tracker.run_id)
+    with pytest.raises(StudyError, match=r"holds no run of the study in .*/a$"):
+        add_sensitivity(directory / "a")
+    known = json.loads((directory / "a" / tracking.RUN_FILE).read_text())
+    (directory / "a" / tracking.RUN_FILE).write_text(json.dumps(known | {"run_id": "0" * 32}))
+    with pytest.raises(StudyError, match="not found"):
+        add_sensitivity(directory / "a")
+    (directory / "b" / "mlflow.db").unlink()
+    with pytest.raises(StudyError, match="unable to open database file"):
+        add_sensitivity(directory / "b")
+    assert not (directory / "b" / "mlflow.db").exists(), "a mirror is made by a search alone"
 
 
 def test_another_study_in_a_removed_folder_gets_a_run_of_its_own(directory: Path) -> None:
