@@ -81,7 +81,7 @@ def search(
     config: ConfigFile,
     set_: Overrides = [],  # noqa: B006  (typer reads the default and never changes it)
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all, resumed ones included.")] = None,
-    time: Annotated[str | None, typer.Option("--time", help="How long it may take in all, such as 30m or 2h.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="How long it may take in all, such as 30m or 2h; as many trials as fit.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The study's folder [default: studies/NAME].")
     ] = None,
@@ -93,6 +93,8 @@ def search(
     given = {"search.trials": trials, "search.time": time, "output": str(output.absolute()) if output else None}
     # As overrides they are checked like any other, and kept with the study.
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if time and not trials:  # whoever says how long does not want to stop earlier
+        options.append("search.trials=null")
     loaded = load(config, [*set_, *options])
     console = _console()
     watcher = Watcher(console)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import re
 import statistics
@@ -858,8 +857,6 @@ class Study:
         from .tracking import Tracker
 
         self.listener.phase("opening the MLflow store")
-        # It prints tracebacks of what it raises as well, and what is raised is explained to the user.
-        logging.getLogger("mlflow.store.db.utils").disabled = True
         uri = self.mlflow if isinstance(self.mlflow, str) else None
         about = (self.directory / "study.json").read_text()
         snapshot = json.loads(about)["snapshot"]

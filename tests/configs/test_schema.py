@@ -48,7 +48,7 @@ def test_a_duration_survives_the_snapshot(seconds):
 def test_the_defaults():
     config = parse(TASK)
     assert (config.name, config.objectives, config.budget, config.to_space()) == ("study", None, (), None)
-    assert config.search.model_dump() == {"sampler": "ehvi", "trials": 40, "time": None, "seed": 0}
+    assert config.search.model_dump() == {"sampler": "ehvi", "trials": None, "time": None, "rungs": None, "seed": 0}
     assert config.measure.model_dump() == {"threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512}
     assert config.mlflow.uri is None
     assert config.directory == Path.cwd() / "studies" / "study"
@@ -125,7 +125,7 @@ def test_the_snapshot_is_plain_and_complete():
     )
     snapshot = json.loads(json.dumps(config_dict(config)))
     assert parse(snapshot) == config
-    assert snapshot["search"] == {"sampler": "ehvi", "trials": 40, "time": "7200.0s", "seed": 0}
+    assert snapshot["search"] == {"sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "seed": 0}
     assert "source" not in snapshot
 
 
