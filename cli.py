@@ -81,7 +81,10 @@ def search(
     config: ConfigFile,
     set_: Overrides = [],  # noqa: B006  (typer reads the default and never changes it)
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all, resumed ones included.")] = None,
-    time: Annotated[str | None, typer.Option("--time", help="How long it may take in all, such as 30m or 2h; as many trials as fit.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", help="How long it may take in all, such as 30m or 2h; as many trials as fit."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The study's folder [default: studies/NAME].")
     ] = None,

@@ -11,7 +11,7 @@ objectives there is no median to be below, which is why Optuna offers no pruning
 the task's metric) bar nobody's way; those on bytes, MACs and time do.
 
 Whether a rung foretells the next is measured: Kendall's tau between the metrics of the candidates that are on both. The
-first few candidates climb to the top unasked, so that there is something to compare. Where tau is low, more climb (every
+first few candidates of the sampler climb to the top unasked, so that there is something to compare. Where tau is low, more climb (every
 second, or all of them), which is the higher fidelity. The candidates that climbed were chosen, which makes tau smaller
 than it is over all; it errs on the safe side.
 
@@ -39,13 +39,14 @@ class Standing:
     """A candidate on a rung.
 
     metric: the task's, higher is better, NaN when it failed. losses: what is minimised. eligible: whether more training
-    could make a member of the front of it.
+    could make a member of the front of it. given: whether it is a trivial baseline, which is there to be compared with.
     """
 
     number: int
     metric: float
     losses: tuple[float, ...] = ()
     eligible: bool = True
+    given: bool = False
 
 
 @dataclass
@@ -89,7 +90,8 @@ class Ladder:
             if not may(rung + 1):
                 continue
             eligible = [s for s in self.rungs[rung] if s.eligible]
-            waiting = [s.number for s in eligible[:PILOT] if s.number not in self.above]
+            pilots = [s.number for s in eligible if not s.given][:PILOT]
+            waiting = [number for number in pilots if number not in self.above]
             room = math.floor(len(self.rungs[rung]) / self.reduction(rung))
             if not waiting and sum(s.number in self.above for s in eligible) < room:
                 order = ranked([s.losses for s in eligible], room)

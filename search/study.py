@@ -342,17 +342,23 @@ class Study:
             if rung:
                 self.ladder.rungs[rung].append(Standing(number, math.nan, eligible=False))
             return
-        lasting = {limit.text for limit in self.budget.limits if limit.metric != self.task.metric_name}
-        eligible = (
-            bool(candidate.recipe.steps)
-            and candidate.state in (OK, OVER_BUDGET)
-            and all(candidate.excess.get(text, 0.0) <= 0 for text in lasting)
-        )
+        metric, own = candidate.measurement.metrics[self.task.metric_name], self.baseline.value(self.task.metric_name)
+        # What has lost less than half its interval has nothing to win back that could be told from luck.
+        lost = own - metric.value > (metric.high - metric.low) / 4
+        eligible = bool(candidate.recipe.steps) and self._whole(candidate) and lost
         losses = tuple(
             o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives
         )
-        metric = candidate.measurement.value(self.task.metric_name)
-        self.ladder.rungs[rung].append(Standing(number, metric, losses, eligible))
+        self.ladder.rungs[rung].append(Standing(number, metric.value, losses, eligible, bool(candidate.label)))
+
+    def _whole(self, candidate: Candidate) -> bool:
+        """Whether all is known of a candidate, and it keeps the limits that training does not change."""
+        lasting = {limit.text for limit in self.budget.limits if limit.metric != self.task.metric_name}
+        return (
+            candidate.state in (OK, OVER_BUDGET)
+            and candidate.measurement is not None
+            and all(candidate.excess.get(text, 0.0) <= 0 for text in lasting)
+        )
 
     def _climber(self, left: float, may: Callable[[int], bool]) -> dict[str, int] | None:
         """The choices of the candidate to train further, None when a new one should be begun.
@@ -405,8 +411,8 @@ class Study:
 
     def _best(self, rung: int) -> list[int]:
         """The candidates on a rung that nothing there beats."""
-        eligible = [s for s in self.ladder.rungs[rung] if s.eligible]
-        return [s.number for s, kept in zip(eligible, nondominated([s.losses for s in eligible]), strict=True) if kept]
+        whole = [s for s in self.ladder.rungs[rung] if self._whole(self.candidates[s.number])]
+        return [s.number for s, kept in zip(whole, nondominated([s.losses for s in whole]), strict=True) if kept]
 
     # ------------------------------------------------------------------------------------------------- told
 

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from paretorch.errors import Diverged, OverBudget, TaskError
 from paretorch.objectives import cost
+from paretorch.runners import local as local_module
 from paretorch.runners import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.onnx_export import operators, session
@@ -190,3 +191,21 @@ def test_the_given_network_is_never_changed(runner):
 def test_a_run_without_a_baseline_is_a_mistake(runner):
     with pytest.raises(ValueError, match="baseline"):
         runner.run(Recipe())
+
+
+def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, monkeypatch):
+    first, second = Recover("finetune", 0.5, 0.02), Recover("finetune", 0.5, 0.01)
+    short, long = Recipe((*MIXED.steps, first)), Recipe((*MIXED.steps, first, second))
+    whole = runner.build(long)
+    assert list(runner.directory.iterdir()) == []
+    runner.build(short, keep_trained=True)
+    assert runner.trained_path(short).exists()
+    trained = []
+    real = local_module.finetune
+    monkeypatch.setattr(local_module, "finetune", lambda *a: (trained.append(a[2]), real(*a)))
+    assert runner.build(long) == whole
+    assert trained == [second]
+    runner.trained_path(short).write_bytes(b"damaged")
+    assert runner.build(long) == whole
+    assert trained == [second, first, second]
+    assert runner.build(short) != whole

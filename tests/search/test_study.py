@@ -7,6 +7,7 @@ around it (tracing, the preflight, files, the journal) is the real thing.
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -658,3 +659,88 @@ def test_without_test_data(tmp_path, fake):
     front = study(tmp_path, listener, task=task).run(9)
     assert not any(c.test for c in front.members)
     assert "the task has no test data: the front's numbers are the validation split's" in listener.said[-1]
+
+
+# --- rungs and races --------------------------------------------------------------------------------------------------
+
+LADDER = replace(SPACE, recovery=(Recover("finetune", 0.25), Recover("batchnorm"), Recover("finetune", 0.5, 0.02)))
+
+
+def test_with_rungs_everybody_begins_untrained_and_the_best_climb(tmp_path, fake):
+    found = study(tmp_path, space=LADDER, rungs=True)
+    found.run(45)
+    names = [[step.epochs for step in c.recipe.of(Recover)] for c in found.candidates if not c.label]
+    untrained, once, twice = ([i for i, n in enumerate(names) if n == epochs] for epochs in ([0], [0.25], [0.25, 0.5]))
+    assert len(untrained) + len(once) + len(twice) == len(names)
+    assert len(untrained) > len(once) >= len(twice) > 0
+    began = {}
+    for c in found.candidates:
+        if c.picks is None or c.label:
+            continue
+        same = tuple(pick for name, pick in sorted(c.picks.items()) if name != "recovery")
+        assert c.picks["recovery"] == began.get(same, 0), "one rung at a time, from the foot"
+        began[same] = c.picks["recovery"] + 1
+    assert len(untrained) == len(began)
+    asked = [t.params["recovery"] for t in found.optuna.trials if t.number >= len(found.candidates) - len(names)]
+    assert sorted(set(asked)) == [0, 1, 2], "the sampler is told of every rung"
+    assert found.ladder.describe().startswith(f"{len(found.ladder.rungs[0])} untrained, ")
+
+
+def test_a_study_with_rungs_goes_on_as_if_it_had_not_been_interrupted(tmp_path, fake):
+    whole = study(tmp_path / "whole", space=LADDER, rungs=True)
+    whole.run(30)
+    for stop in (9, 17, 26):
+        with pytest.raises(KeyboardInterrupt):
+            study(tmp_path / "part", Stop(stop), space=LADDER, rungs=True).run(30)
+    part = study(tmp_path / "part", space=LADDER, rungs=True)
+    part.run(30)
+    assert recipes(part) == recipes(whole)
+
+
+def test_rungs_need_our_sampler_and_training(tmp_path, fake):
+    with pytest.raises(ConfigError, match="only ehvi knows rungs"):
+        study(tmp_path, rungs=True, sampler="tpe")
+    found = study(tmp_path, space=TINY, rungs=True)
+    found.run(2)
+    assert not found.space.ladder
+
+
+def test_whether_rungs_pay_is_found_out_once_and_kept(tmp_path, fake):
+    """The made-up trials take no time at all, so training pays for rungs; with a slow trial it does not."""
+    found = study(tmp_path / "a", space=LADDER, rungs=None)
+    found.run(3)
+    assert found.space.ladder
+    assert json.loads((tmp_path / "a" / "study.json").read_text())["rungs"] is True
+    fake.seconds_per_epoch = lambda self: 0.0
+    assert study(tmp_path / "a", space=LADDER, rungs=None).run(4)
+    again = study(tmp_path / "b", space=LADDER, rungs=None)
+    again.run(3)
+    del fake.seconds_per_epoch
+    assert not again.space.ladder
+
+
+def test_a_hopeless_candidate_is_given_up_early(tmp_path):
+    """2 bits without a re-estimation of anything ruin the network; 400 images are enough to see that."""
+    data = {"train": blobs(128, 1), "validation": blobs(2000, 2), "test": None}
+    space = Space(weight_bits=(Rule((2, 8)),))
+    found = study(tmp_path, space=space, budget=("accuracy >= -1%",), task=Task("blobs", network, batch_size=64, **data))
+    front = found.run(20)
+    stopped = [c for c in found.candidates if c.state == "stopped"]
+    assert stopped
+    for c in stopped:
+        metric = c.measurement.metrics["accuracy"]
+        assert 256 <= metric.n < 2000
+        assert metric.high < found.baseline.value("accuracy") - 0.01
+        assert "the untouched network has" in c.reason
+        assert c.number not in {m.number for m in front.members}
+        assert not found.runner.path(c.recipe).exists()
+        with pytest.raises(ConfigError, match="has no file"):
+            front.select(str(c.number))
+    assert open_front(tmp_path) == front
+
+
+def test_the_plan_is_said_before_the_first_trial(tmp_path, fake):
+    listener = Stop()
+    study(tmp_path, listener, space=LADDER, rungs=True).run(12)
+    plan = next(text for text in listener.said if text.startswith("plan"))
+    assert all(name in plan for name in ("untrained (", "0.25 epochs (", "0.25 + 0.5 epochs (", "for the finalists"))
