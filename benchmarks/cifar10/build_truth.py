@@ -10,6 +10,9 @@ of 271,000 weights the groups hold 14,000, 51,000, 57,000, 74,000, 37,000 and 38
 Right answers are counted on 1,000 validation images (every fifth, 100 per class). BatchNorm's statistics are estimated
 anew for every recipe, on 256 training images without crops (every 175th), with their bias taken out as paretorch does.
 Every prefix of groups is run once and shared by all recipes that begin with it.
+
+1,000 images settle an accuracy to about a point: that the best recipe has 89.9% and the one of 8 bits 88.7% is luck, too.
+It is an exact table for samplers to be compared on, and no statement about the network.
 """
 
 from __future__ import annotations
