@@ -1,17 +1,20 @@
 """How fast a sampler finds a front that is known exactly: shares of the true hypervolume after so many evaluations.
 
-    python benchmarks/search_quality.py [--truths NAME ...] [--samplers NAME ...] [--seeds 10] [--trials 100]
+    python benchmarks/search_quality.py [--truths NAME ...] [--samplers NAME ...] [--seeds 10] [--trials 200]
+    python benchmarks/search_quality.py --samplers gp --seeds 3 --trials 100      # seconds per suggestion
 
 The truths are those of `benchmarks/truths.py`; the hypervolume is counted from the error of guessing and the bytes of
 the largest recipe. Objectives are the error and the bytes. Samplers:
 
-- `random`, `nsga2` (population 20), `tpe` (multivariate), `tpe-univariate`, `gp` (slow): Optuna's, as they come;
+- `random`, `nsga2` (population 20), `tpe` (multivariate), `tpe-univariate`: Optuna's, as they come; so is `gp`, which
+  is slow and therefore only run when named;
 - `additive`: the knapsack's front over measured sensitivities (every layer at every level alone), spread over its
   length; `additive+tpe`, `additive+nsga2`: the first 20 of it, then the sampler. The sensitivities are evaluations of
   whole recipes and are charged: they come first, and count for the front as what they are;
 - `ehvi`: paretorch's, and `ehvi+sensitivities`: with the measured ones as its prior, charged.
 
-Prints means and standard errors over the seeds, the evaluations until 0.98, and the seconds a suggestion takes.
+Prints means and standard errors over the seeds, and medians: of the evaluations until 0.98, of a suggestion's
+milliseconds, and of the seconds until 0.98 when an evaluation takes as long as `--seconds-per-evaluation` says.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import optuna
@@ -35,6 +39,25 @@ warnings.simplefilter("ignore")
 MARKS = (30, 50, 100, 200)
 SAMPLERS = ("random", "nsga2", "tpe", "tpe-univariate", "additive", "additive+nsga2", "additive+tpe", "ehvi",
             "ehvi+sensitivities")  # fmt: skip
+ENOUGH = 0.98
+
+
+@dataclass(frozen=True)
+class Run:
+    """After each evaluation: the share of the hypervolume, and the seconds that suggestions took so far."""
+
+    shares: list[float]
+    spent: list[float]
+    per_suggestion: float
+
+    def reached(self) -> float:
+        """The evaluations until `ENOUGH`."""
+        return next((n for n, share in enumerate(self.shares, 1) if share >= ENOUGH), np.inf)
+
+    def seconds(self, per_evaluation: float) -> float:
+        """The seconds until `ENOUGH`."""
+        n = self.reached()
+        return n * per_evaluation + self.spent[int(n) - 1] if np.isfinite(n) else np.inf
 
 
 class Search:
@@ -78,8 +101,7 @@ def sampler_of(name: str, truth: Truth, seed: int, sensitivities: list[list[floa
     raise SystemExit(f"{name!r} is not a sampler here; choose from {', '.join(SAMPLERS)}, gp")
 
 
-def search(truth: Truth, total: float, name: str, seed: int, trials: int) -> tuple[list[float], float]:
-    """The shares after each evaluation, and the seconds per suggestion."""
+def search(truth: Truth, total: float, name: str, seed: int, trials: int) -> Run:
     run = Search(truth, total)
     space = {f"layer{i}": optuna.distributions.IntDistribution(0, n - 1) for i, n in enumerate(truth.shape)}
     base, _, rest = name.partition("+")
@@ -115,6 +137,7 @@ def search(truth: Truth, total: float, name: str, seed: int, trials: int) -> tup
             )
         )
     known = set(first)
+    spent = [0.0] * len(first)
     asked, started = 0, time.perf_counter()
     while len(run.points) < trials and asked < 20 * trials and name != "additive":
         trial = study.ask(space)
@@ -123,8 +146,9 @@ def search(truth: Truth, total: float, name: str, seed: int, trials: int) -> tup
         study.tell(trial, truth.losses(picks) if picks in known else run(picks))
         known.add(picks)
         asked += 1
-    seconds = (time.perf_counter() - started) / max(1, asked)
-    return (run.shares + [run.shares[-1]] * trials)[:trials], seconds
+        spent += [time.perf_counter() - started] * (len(run.points) - len(spent))
+    seconds = time.perf_counter() - started
+    return Run((run.shares + [run.shares[-1]] * trials)[:trials], spent, seconds / max(1, asked))
 
 
 def main() -> None:
@@ -133,20 +157,24 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="*", default=list(SAMPLERS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seconds-per-evaluation", type=float, default=1.0)
     arguments = parser.parse_args()
     marks = [mark for mark in MARKS if mark <= arguments.trials]
-    print(f"{'truth':14}{'sampler':20}" + "".join(f"{mark:>16}" for mark in marks) + "  to 0.98  ms per suggestion")
+    print(f"{'truth':14}{'sampler':20}" + "".join(f"{mark:>16}" for mark in marks)
+          + f"  to {ENOUGH}  ms per suggestion  seconds to {ENOUGH} at {arguments.seconds_per_evaluation:g} each")  # fmt: skip
     for truth in everything():
         if arguments.truths and truth.name not in arguments.truths:
             continue
         total = truth.total()
         for name in arguments.samplers:
             runs = [search(truth, total, name, seed, arguments.trials) for seed in range(arguments.seeds)]
-            shares = np.array([run[0] for run in runs])
+            shares = np.array([run.shares for run in runs])
             error = shares.std(0, ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else np.zeros(arguments.trials)
-            reached = [int(np.argmax(row >= 0.98)) + 1 if row[-1] >= 0.98 else np.inf for row in shares]
             cells = "".join(f"{shares[:, m - 1].mean():9.4f} ±{error[m - 1]:.4f}" for m in marks)
-            print(f"{truth.name:14}{name:20}{cells}  {np.median(reached):7.0f}  {1000 * np.median([run[1] for run in runs]):17.0f}", flush=True)  # fmt: skip
+            reached = np.median([run.reached() for run in runs])
+            milliseconds = 1000 * np.median([run.per_suggestion for run in runs])
+            seconds = np.median([run.seconds(arguments.seconds_per_evaluation) for run in runs])
+            print(f"{truth.name:14}{name:20}{cells}  {reached:7.0f}  {milliseconds:17.0f}  {seconds:15.1f}", flush=True)
 
 
 if __name__ == "__main__":

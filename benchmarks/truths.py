@@ -9,6 +9,8 @@ A truth is a table: `accuracy[levels of layer 1, levels of layer 2, ...]` and th
 - `joint-<seed>`: four layers, each with {2, 3, 4, 6} bits x {0, 50, 75}% zeros: 20,736 recipes.
 - `interacting-<seed>`: made up, six layers of six levels whose losses do not add up: every pair of layers has a random
   interaction as large as the layers' own effects.
+- `cifar`: ResNet-20 on CIFAR-10 in six groups of layers, each with 2, 3, 4, 6 or 8 bits: 15,625 recipes. It is not built
+  here but comes with the repository (`cifar10/build_truth.py` says how it was made, and makes it).
 
 After compression BatchNorm's statistics are estimated anew, layer after layer. Every prefix of layers is evaluated once
 and shared by all recipes that begin with it.
@@ -31,10 +33,11 @@ from torch.nn import functional as F
 from paretorch.configs.digits import splits
 from paretorch.objectives.cost import weight_bytes
 from paretorch.objectives.pareto import hypervolume
-from paretorch.runners.operators.quantize import codes, weight_scales
-from paretorch.runners.operators.sparsify import magnitude_mask
+from paretorch.runners.library import shaped
+from paretorch.runners.operators.quantize import codes
 
 CACHE = Path(__file__).resolve().parent / ".cache"
+CIFAR = Path(__file__).resolve().parent / "cifar10" / "truth.npz"
 BITS = (2, 3, 4, 5, 6, 8)
 JOINT = tuple((bits, sparsity) for sparsity in (0.75, 0.5, 0.0) for bits in (2, 3, 4, 6))
 DIGITS = ((3, 0), (4, 1), (6, 2), (4, 3))  # width and seed of the six-layer networks
@@ -113,11 +116,16 @@ def trained(channels: tuple[int, ...], strides: tuple[int, ...], seed: int) -> N
 
 
 def compressed(weight: Tensor, bits: int, sparsity: float) -> Tensor:
-    """The weight as it would ship."""
-    if sparsity:
-        weight = weight * magnitude_mask(weight, sparsity)
-    scale = weight_scales(weight, bits)
+    """The weight as it would ship, of at most 8 bits."""
+    mask, scale = shaped(weight, bits, sparsity)
+    assert scale is not None
+    weight = weight if mask is None else weight * mask
     return codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def packed_bytes(weight: Tensor, bits: int, sparsity: float) -> float:
+    """The bytes of a packed weight and its scales."""
+    return float(weight_bytes(weight.numel(), bits, sparsity) + 4 * len(weight))
 
 
 @torch.no_grad()
@@ -151,13 +159,7 @@ def exhaust(
             descend(depth + 1, out, (*prefix, level))
 
     descend(0, torch.cat([calibration, images]).contiguous(memory_format=torch.channels_last), ())
-    sizes = tuple(
-        tuple(
-            float(weight_bytes(layer.weight.numel(), bits, sparsity) + 4 * len(layer.weight))
-            for bits, sparsity in levels
-        )
-        for layer in layers
-    )
+    sizes = tuple(tuple(packed_bytes(layer.weight, *level) for level in levels) for layer in layers)
     return accuracy, sizes
 
 
@@ -186,6 +188,11 @@ def joint(seed: int) -> Truth:
     return _cached(f"joint-{seed}", (12, 24, 48), (1, 2, 2), seed, JOINT)
 
 
+def cifar() -> Truth:
+    with np.load(CIFAR, allow_pickle=False) as stored:
+        return _sorted("cifar", stored["right"] / int(stored["images"]), stored["bytes"])
+
+
 def _cached(
     name: str, channels: tuple[int, ...], strides: tuple[int, ...], seed: int, levels: tuple[tuple[int, float], ...]
 ) -> Truth:
@@ -199,13 +206,13 @@ def _cached(
         np.savez_compressed(partial, accuracy=accuracy, bytes=np.array(sizes))
         partial.replace(path)
         print(f"{name}: {accuracy.size} recipes in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return _load(name, path)
-
-
-def _load(name: str, path: Path) -> Truth:
     with np.load(path, allow_pickle=False) as stored:
-        accuracy, sizes = stored["accuracy"], stored["bytes"]
-    order = np.argsort(sizes, axis=1, kind="stable")  # levels by their bytes, as a search would list them
+        return _sorted(name, stored["accuracy"], stored["bytes"])
+
+
+def _sorted(name: str, accuracy: NDArray[np.float64], sizes: NDArray[np.float64]) -> Truth:
+    """Levels by their bytes, as a search would list them."""
+    order = np.argsort(sizes, axis=1, kind="stable")
     for axis, rows in enumerate(order):
         accuracy = np.take(accuracy, rows, axis=axis)
     return Truth(name, accuracy, tuple(map(tuple, np.take_along_axis(sizes, order, axis=1).tolist())))
@@ -214,7 +221,7 @@ def _load(name: str, path: Path) -> Truth:
 def everything() -> list[Truth]:
     """All truths that can be had here, built when they are missing."""
     found = [digits(width, seed) for width, seed in DIGITS] + [joint(seed) for seed in (0, 1)]
-    return found + [interacting(seed) for seed in (0, 1)]
+    return [*found, cifar(), *(interacting(seed) for seed in (0, 1))]
 
 
 if __name__ == "__main__":

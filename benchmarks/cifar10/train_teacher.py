@@ -27,6 +27,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from task import HERE, MEAN, STD, ResNet, arrays
 
+from paretorch.runners.operators.fold import reestimate_batchnorms
+
 # Epochs, the highest learning rate, how crops are filled, whether the cycle distils from the one before and averages.
 CYCLES = (
     (24, 0.15, "constant", False),
@@ -63,23 +65,6 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     )
     model.train()
     return hits / len(images)
-
-
-@torch.no_grad()
-def reestimate(model: nn.Module, images: Tensor, generator: torch.Generator, fill: str, batches: int = 40) -> None:
-    """BatchNorm's statistics of averaged weights, from augmented training images."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # the plain average
-    model.train()
-    for _ in range(batches):
-        index = torch.randint(len(images), (500,), generator=generator)
-        model(batch_of(augmented(images[index], generator, fill)))
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
 
 
 def main() -> None:
@@ -152,7 +137,8 @@ def train(
         result = model
         if again:
             result = copy.deepcopy(average.module)
-            reestimate(result, images, generator, fill)
+            chosen = (torch.randint(len(images), (500,), generator=generator) for _ in range(40))
+            reestimate_batchnorms(result, (batch_of(augmented(images[index], generator, fill)) for index in chosen))
         print(
             f"epoch {epoch + 1}/{epochs}  loss {total / steps:.3f}"
             f"  validation {accuracy(result, data['validation_x'], data['validation_y']):.4f}"
