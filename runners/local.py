@@ -178,17 +178,16 @@ class LocalRunner:
         write_atomic(self.scores_path(recipe), buffer.getvalue())
         return Metric.of(scores)
 
-    def seconds_per_epoch(self, steps: int = 4) -> float:
-        """About how long a pass over the training images takes, from a few steps of fine-tuning."""
-        count = len(dataset(self.task, "train"))  # type: ignore[arg-type]
-        share = steps * self.task.batch_size / count
-        model = copy.deepcopy(self.model)
-        took = []
-        for part in (share / steps, share):  # a first step is slower than those after it
+    def seconds_per_epoch(self, seconds: float = 1.0) -> float:
+        """About how long a pass over the training images takes, from as many steps as fit into some time, 2 to 16."""
+        steps = len(dataset(self.task, "train")) / self.task.batch_size  # type: ignore[arg-type]
+        model, count, took = copy.deepcopy(self.model), 2, 0.0
+        for _ in range(2):  # the first steps prepare much that later ones find ready
             begin = time.perf_counter()
-            finetune(model, self.model, Recover("finetune", epochs=part), self.task, self.seed)
-            took.append(time.perf_counter() - begin)
-        return max(took[1] - took[0], took[1] / 2 / steps) / max(1, steps - 1) * count / self.task.batch_size
+            finetune(model, self.model, Recover("finetune", epochs=count / steps), self.task, self.seed)
+            took = (time.perf_counter() - begin) / count
+            count = max(2, min(16, int(seconds / took)))
+        return took * steps
 
     def choose_way(self, files: Sequence[bytes]) -> float:
         """Evaluate from now on in the way that is fastest for such files; gives the gain over the obvious way."""

@@ -675,12 +675,11 @@ def test_with_rungs_everybody_begins_untrained_and_the_best_climb(tmp_path, fake
     assert len(untrained) > len(once) >= len(twice) > 0
     began = {}
     for c in found.candidates:
-        if c.picks is None or c.label:
+        if c.picks is None:
             continue
         same = tuple(pick for name, pick in sorted(c.picks.items()) if name != "recovery")
-        assert c.picks["recovery"] == began.get(same, 0), "one rung at a time, from the foot"
+        assert c.label or c.picks["recovery"] == began.get(same, 0), "one rung at a time, from the foot"
         began[same] = c.picks["recovery"] + 1
-    assert len(untrained) == len(began)
     asked = [t.params["recovery"] for t in found.optuna.trials if t.number >= len(found.candidates) - len(names)]
     assert sorted(set(asked)) == [0, 1, 2], "the sampler is told of every rung"
     assert found.ladder.describe().startswith(f"{len(found.ladder.rungs[0])} untrained, ")
@@ -720,9 +719,9 @@ def test_whether_rungs_pay_is_found_out_once_and_kept(tmp_path, fake):
 
 
 def test_a_hopeless_candidate_is_given_up_early(tmp_path):
-    """2 bits without a re-estimation of anything ruin the network; 400 images are enough to see that."""
+    """90% zeros without any recovery ruin the network, and some hundred of 2,000 images are enough to see that."""
     data = {"train": blobs(128, 1), "validation": blobs(2000, 2), "test": None}
-    space = Space(weight_bits=(Rule((2, 8)),))
+    space = Space(weight_bits=(Rule((2, 8)),), sparsity=(Rule((0.0, 0.9)),))
     found = study(tmp_path, space=space, budget=("accuracy >= -1%",), task=Task("blobs", network, batch_size=64, **data))
     front = found.run(20)
     stopped = [c for c in found.candidates if c.state == "stopped"]
@@ -731,7 +730,8 @@ def test_a_hopeless_candidate_is_given_up_early(tmp_path):
         metric = c.measurement.metrics["accuracy"]
         assert 256 <= metric.n < 2000
         assert metric.high < found.baseline.value("accuracy") - 0.01
-        assert "the untouched network has" in c.reason
+        assert "after" in c.reason
+        assert c.reason.endswith("worse beyond doubt")
         assert c.number not in {m.number for m in front.members}
         assert not found.runner.path(c.recipe).exists()
         with pytest.raises(ConfigError, match="has no file"):
