@@ -74,6 +74,11 @@ class Ladder:
         found = float(kendalltau(*zip(*pairs, strict=True)).statistic)
         return None if math.isnan(found) else found
 
+    def taus(self) -> dict[str, float]:
+        """Kendall's tau of each pair of neighbouring rungs that is known, by `tau.0-1`, ..."""
+        found = {f"tau.{rung}-{rung + 1}": self.tau(rung) for rung in range(len(self.rungs) - 1)}
+        return {name: tau for name, tau in found.items() if tau is not None}
+
     def reduction(self, rung: int) -> float:
         """Of how many candidates on a rung one climbs: fewer the less the rung foretells the next."""
         tau = self.tau(rung)

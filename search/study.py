@@ -465,9 +465,10 @@ class Study:
     def run(self, trials: int | None = None, time_limit: float | None = None) -> Front:
         """Search until the study has `trials` finished trials in all, or `time_limit` seconds are over, all included.
 
-        trials: 40 when neither is given, any number in a given time. A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C
-        the report of the front so far is written before `KeyboardInterrupt` goes on. Raises `StudyError` when the
-        folder cannot be used or belongs to another configuration.
+        trials: 40 when neither is given, any number in a given time. A study that was interrupted goes on where it
+        stopped; one that has its trials just gives its front. On Ctrl-C the report of the front so far is written before
+        `KeyboardInterrupt` goes on. Raises `StudyError` when the folder cannot be used or belongs to another
+        configuration.
         """
         started = time.perf_counter()
         self.opened, self.tracker, self.test_baseline = False, None, None
@@ -477,6 +478,8 @@ class Study:
                 self._open()
                 self._start_mirror()
                 self._search(trials, started, time_limit)
+                if self.space.ladder:
+                    self.listener.say(f"rungs     {self.ladder.describe()}")
                 self._finalists()
                 self._finish("FINISHED")
             except BaseException as error:
@@ -902,13 +905,14 @@ class Study:
             name=self.directory.name,
             config_text=self.config_text,
             budget_lines=self.budget.describe(self._baseline_values()),
+            notes=[f"Rungs: {self.ladder.describe()}."] if self.space.ladder else [],
         )
         if self.tracker and self.tracker.run_id:
             self.listener.phase("closing the MLflow run")
             try:
                 if self.behind:
                     self._sync(self.tracker)
-                self.tracker.finish(front, self.directory / "report", note, status)
+                self.tracker.finish(front, self.directory / "report", note, status, self.ladder.taus())
             except StudyError as error:
                 self.listener.say(f"warning: {error}")
         self.opened = False  # nothing is left to be written

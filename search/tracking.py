@@ -566,11 +566,14 @@ class Tracker(_Store):
             self.log(candidate, volume, False, picks_of(candidate))
         return len(mended)
 
-    def finish(self, front: Front, report: Path, note: str, status: str = "FINISHED") -> None:
+    def finish(
+        self, front: Front, report: Path, note: str, status: str = "FINISHED", more: Mapping[str, float] | None = None
+    ) -> None:
         """Write what the study found onto the parent run and end it with `status`.
 
         `report` is the folder with the files of `write_report`; those that are there are uploaded. `note` is markdown
-        for the run's description. Children get the finalists' test metrics and the final word on who is on the front.
+        for the run's description, `more` are further metrics of the run. Children get the finalists' test metrics and
+        the final word on who is on the front.
         """
         for name in FILES:
             if (path := Path(report) / name).is_file():
@@ -598,7 +601,7 @@ class Tracker(_Store):
         states = [candidate.state for candidate in front.candidates]
         numbers = {f"baseline.{name}": metric.value for name, metric in front.baseline.metrics.items()}
         numbers |= {f"candidates.{state}": float(states.count(state)) for state in sorted(set(states))}
-        numbers["front.size"] = float(len(members))
+        numbers |= {"front.size": float(len(members)), **(more or {})}
         there = self._call(self._client.get_run, self.run_id).data.metrics
         # A picture by its relative path means nothing in a run's description.
         text = re.sub(r"^!\[[^\n]*\n+", "", note, flags=re.MULTILINE)

@@ -722,7 +722,9 @@ def test_a_hopeless_candidate_is_given_up_early(tmp_path):
     """90% zeros without any recovery ruin the network, and some hundred of 2,000 images are enough to see that."""
     data = {"train": blobs(128, 1), "validation": blobs(2000, 2), "test": None}
     space = Space(weight_bits=(Rule((2, 8)),), sparsity=(Rule((0.0, 0.9)),))
-    found = study(tmp_path, space=space, budget=("accuracy >= -1%",), task=Task("blobs", network, batch_size=64, **data))
+    found = study(
+        tmp_path, space=space, budget=("accuracy >= -1%",), task=Task("blobs", network, batch_size=64, **data)
+    )
     front = found.run(20)
     stopped = [c for c in found.candidates if c.state == "stopped"]
     assert stopped
