@@ -302,6 +302,7 @@ class Study:
         self.ladder = Ladder(tuple(_rung_name(self.space.recoveries(choice)) for choice in choices))
         self.placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
         self.scores: dict[int, NDArray[np.floating] | None] = {}  # of rivals, by number
+        self.settled: set[int] = set()  # candidates that training could not make better
         self.candidates, self.records = [], 0
         self.by_key: dict[str, Candidate] = {}
         self.keys: dict[int, str] = {}  # by candidate: a recipe of many steps takes a while to hash
@@ -315,6 +316,7 @@ class Study:
                 candidate, picks = self.candidates[record["same_as"]], record["picks"]
             if picks is not None:
                 self._add(candidate, picks, record.get("system", {}))
+                self._foretell(candidate, picks)
 
     def _know(self, candidate: Candidate) -> None:
         self.candidates.append(candidate)
@@ -344,8 +346,9 @@ class Study:
             return
         metric, own = candidate.measurement.metrics[self.task.metric_name], self.baseline.value(self.task.metric_name)
         # What has lost less than half its interval has nothing to win back that could be told from luck.
-        lost = own - metric.value > (metric.high - metric.low) / 4
-        eligible = bool(candidate.recipe.steps) and self._whole(candidate) and lost
+        if not candidate.recipe.steps or own - metric.value <= (metric.high - metric.low) / 4:
+            self.settled.add(number)
+        eligible = number not in self.settled and self._whole(candidate)
         losses = tuple(
             o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives
         )
@@ -775,6 +778,7 @@ class Study:
         if trial is None:
             if picks is not None:
                 self._add(candidate, picks, system)
+                self._foretell(candidate, picks)
             return
         values, constraints, unknown = self._told(candidate)
         if unknown:
@@ -785,6 +789,16 @@ class Study:
             self.optuna.tell(trial, state=TrialState.FAIL)
         else:
             self.optuna.tell(trial, values)
+        self._foretell(candidate, picks or {})
+
+    def _foretell(self, candidate: Candidate, picks: Mapping[str, int]) -> None:
+        """Tell the sampler, too, what training would make of a candidate that has nothing to win back: the same.
+
+        It asks for recipes by what it expects of them at the top. From there comes no word of those that never climb.
+        """
+        top = len(self.ladder.names) - 1
+        if self._rung(picks) < top and candidate.number in self.settled:
+            self._add(candidate, {**picks, "recovery": top}, {})
 
     def _keep_files(self, front: Front) -> None:
         """Only files that can still be wanted stay.
