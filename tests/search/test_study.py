@@ -576,7 +576,7 @@ def test_mlflow_that_fails_in_the_middle_does_not_stop_the_search(tmp_path, fake
             if candidate.number == 3:
                 raise StudyError("MLflow store is away")
 
-        def finish(self, front, report, note, status, more):
+        def finish(self, front, report, note, status, more=None):
             events.append((status, len(front.candidates)))
 
     monkeypatch.setattr(tracking, "Tracker", Tracker)
