@@ -29,7 +29,7 @@ from scipy.stats import kendalltau
 
 from ..objectives.pareto import hypervolume, nondominated
 
-PILOT = 5  # candidates that climb to the top whatever they are, so that the rungs can be compared
+PILOT = 3  # candidates that climb to the top whatever they are, so that the rungs can be compared
 _PAIRS = 6  # below which a rank correlation says nothing
 _USUAL = 3.0  # of so many one climbs
 
