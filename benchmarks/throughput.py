@@ -46,7 +46,7 @@ from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.task import inputs
 from paretorch.search.study import Quiet
-from paretorch.spaces.recipe import Recover
+from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
 SPACE = Space(weight_bits=(Rule((3, 4, 5, 6, 8)), Rule((4, 6, 8), ("first", "last"))), recovery=(Recover("batchnorm"),))
 BUDGET = ("size_bytes <= 25%", "accuracy >= -5%")
@@ -88,8 +88,6 @@ def by_hand(task: Task, structure: Any, overhead: Any, base: tuple[float, float]
             hits = sum(
                 int((model(part).argmax(1) == want).sum()) for part, want in zip(x.split(64), y.split(64), strict=True)
             )
-        from paretorch.spaces.recipe import Quantize, Recipe
-
         size = cost.size_bytes(structure, Recipe(tuple(Quantize(n, b) for n, b in bits.items())), overhead) / base[1]
         accuracy = hits / len(y)
         trial.set_user_attr("constraints", (size - 0.25, base[0] - 0.05 - accuracy))
