@@ -48,13 +48,10 @@ def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:
                 continue
             value, half = float(np.mean(rival.scores)) - found.value, Z95 * found.error
             here = float(np.mean(rival.scores[: found.n]))
+            by = f" by more than {100 * rival.margin:.3g} points" if rival.margin else ""
             raise Stopped(
-                f"{metric} {show(metric, float(scores.mean()))} after {len(scores)} images, where {rival.name} has {show(metric, here)}: "
-                + (
-                    f"more than {100 * rival.margin:.3g} points worse beyond doubt"
-                    if rival.margin
-                    else "worse beyond doubt"
-                ),
+                f"{metric} {show(metric, float(scores.mean()))} after {len(scores)} images, where {rival.name} has "
+                f"{show(metric, here)}: worse{by} beyond doubt",
                 Metric(value, value - half, value + half, found.n),
             )
 
