@@ -124,10 +124,15 @@ class _Registration:
         self._client: MlflowClient = self._call(MlflowClient, store.uri, store.uri)
 
     def write(self, front: Front, candidate: Candidate, exported: Path, name: str, alias: str | None) -> Registered:
-        call, client, tags = self._call, self._client, _tags(front, candidate)
+        call, client = self._call, self._client
+        tags, text = _tags(front, candidate), _description(front, candidate)
+        params = dict(self._run.data.params) if self._run else None
         with _process_wide(self._store.uri), contextlib.ExitStack() as undo:
             title = re.sub(r"[^A-Za-z0-9_ -]", "_", name)  # it may hold fewer characters than a registered name
-            model = call(client.create_logged_model, self._experiment, title, self._run_id, tags)
+            model = call(
+                client.create_logged_model, self._experiment, title, self._run_id,
+                tags | {"mlflow.note.content": text}, params,
+            )  # fmt: skip
             undo.callback(_quietly, client.delete_logged_model, model.model_id)
             shape = self._upload(model, exported)
             there = call(client.search_registered_models, f"name = '{name}'")
@@ -136,7 +141,7 @@ class _Registration:
                 undo.callback(_quietly, client.delete_registered_model, name)
             version = call(
                 client.create_model_version, name, f"models:/{model.model_id}", self._run_id, tags,
-                description=_description(front, candidate), model_id=model.model_id,
+                description=text, model_id=model.model_id,
             ).version  # fmt: skip
             undo.callback(_quietly, client.delete_model_version, name, version)
             self._link(model, name, version)

@@ -43,21 +43,6 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with nothing but its tables: to make them takes seconds, so the tests copy the file."""
-    directory = tmp_path_factory.mktemp("fresh")
-    Tracker("fresh", directory, experiment="Default")
-    return directory
-
-
-@pytest.fixture
-def directory(fresh: Path, tmp_path: Path) -> Path:
-    for path in fresh.glob("mlflow.db*"):
-        shutil.copy(path, tmp_path / path.name)
-    return tmp_path
-
-
 def measured(hits: int, size: float, latency: float = 0.5) -> Measurement:
     metrics = {
         "accuracy": Metric.rate(hits, 200),
