@@ -35,6 +35,7 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key, such as search.seed=1. Repeatable."),
 ]
 StudyFolder = Annotated[Path, typer.Argument(help="The study's folder, such as studies/digits.", metavar="STUDY")]
+PICK = "knee, a candidate's number, an objective's name, or 'size_bytes <= 80kB'."
 NO_FEASIBLE, INTERRUPTED = 3, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -327,9 +328,7 @@ def front(
 def export(
     study: StudyFolder,
     to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
-    pick: Annotated[
-        str, typer.Option("--pick", help="knee, a candidate's number, an objective's name, or 'size_bytes <= 80kB'.")
-    ] = "knee",
+    pick: Annotated[str, typer.Option("--pick", help=PICK)] = "knee",
 ) -> None:
     """Write one candidate for production: ONNX, packed weights, recipe, measurements."""
     from .search.study import open_front
@@ -340,6 +339,45 @@ def export(
     typer.echo(f"wrote candidate {candidate.number} ({candidate.recipe.describe()}) to {path}")
     for item in sorted(path.iterdir()):
         typer.echo(f"  {item.name:<20} {item.stat().st_size:>10,} bytes")
+    if candidate.state != "ok":
+        typer.echo(f"note: it is over the budget: {candidate.reason}", err=True)
+
+
+@app.command(short_help="Put one candidate into the MLflow model registry.")
+def register(
+    study: StudyFolder,
+    name: Annotated[str, typer.Option("--name", help="The registered model; a new version of it is made.")],
+    pick: Annotated[str, typer.Option("--pick", help=PICK)] = "knee",
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="The alias that points to it from now on, such as champion.")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option("--uri", help="The MLflow store [default: the one that the study was logged to].")
+    ] = None,
+) -> None:
+    """Put one candidate into the MLflow model registry, to be loaded and served without paretorch and torch."""
+    from shlex import quote
+
+    from .search.register import register as put
+    from .search.study import open_front
+
+    found = open_front(study)
+    candidate = found.select(pick)
+    model = put(found, candidate, name, alias, uri)
+    typer.echo(
+        f"registered candidate {candidate.number} ({candidate.recipe.describe()}) as version {model.version} of {name}"
+    )
+    if model.alias:
+        before = f", before that version {model.moved_from}" if model.moved_from else ""
+        typer.echo(f"alias {model.alias}: version {model.version}{before}")
+    example = f"@{quote(str(model.files / 'serving_input_example.json'))}" if model.files else "'{\"inputs\": [...]}'"
+    typer.echo(f"""
+Load it, where mlflow and onnxruntime are installed (paretorch and torch are not needed):
+  export MLFLOW_TRACKING_URI={quote(model.store)}
+  python -c 'import mlflow; model = mlflow.pyfunc.load_model("{model.uri}")'
+Serve it, to this machine only; inputs are float32 [{", ".join(map(str, model.shape))}]:
+  mlflow models serve -m {quote(model.uri)} --env-manager local -h 127.0.0.1 -p 5001
+  curl -H 'Content-Type: application/json' -d {example} http://127.0.0.1:5001/invocations""")
     if candidate.state != "ok":
         typer.echo(f"note: it is over the budget: {candidate.reason}", err=True)
 

@@ -21,20 +21,30 @@ def export_candidate(front: Front, candidate: Candidate, to: Path) -> Path:
         raise StudyError(
             f"the file of candidate {candidate.number} was not kept, because others beat it; kept: {members}"
         )
-    rows = []
-    for name, metric in candidate.measurement.metrics.items():
-        test = candidate.test.get(name)
-        value = show(name, metric.value) + (
-            f" (test: {show(name, test.value)})" if test and name not in ("size_bytes",) else ""
-        )
-        base = front.baseline.metrics.get(name)
-        rows.append((name, value, show(name, base.value) if base else "-"))
     measurements = {
         "candidate": candidate.to_dict(),
         "baseline": front.baseline.to_dict(),
         "budget": [limit.text for limit in front.budget.limits],
         "over_budget": {limit: value for limit, value in candidate.excess.items() if value > 0},
     }
-    machine = front.baseline.environment.get("processor", "this machine")
     name = f"{front.directory.name} #{candidate.number}"
-    return write(to, path.read_bytes(), candidate.recipe, measurements, card(name, candidate.recipe, rows, machine))
+    text = card(name, candidate.recipe, compared(front, candidate), machine(front))
+    return write(to, path.read_bytes(), candidate.recipe, measurements, text)
+
+
+def compared(front: Front, candidate: Candidate) -> list[tuple[str, str, str]]:
+    """For people: each metric, its value for a measured candidate, and for the baseline."""
+    rows = []
+    for name, metric in candidate.measurement.metrics.items() if candidate.measurement else ():
+        test = candidate.test.get(name)
+        value = show(name, metric.value) + (
+            f" (test: {show(name, test.value)})" if test and name not in ("size_bytes",) else ""
+        )
+        base = front.baseline.metrics.get(name)
+        rows.append((name, value, show(name, base.value) if base else "-"))
+    return rows
+
+
+def machine(front: Front) -> str:
+    """What the candidates were measured on."""
+    return front.baseline.environment.get("processor", "this machine")

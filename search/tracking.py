@@ -182,8 +182,8 @@ def _key(text: str) -> str:
     return name
 
 
-def _unique(named: Mapping[str, T]) -> dict[str, T]:
-    """The same values under accepted names, no two alike."""
+def accepted(named: Mapping[str, T]) -> dict[str, T]:
+    """The same values under names that MLflow accepts, no two alike."""
     out: dict[str, T] = {}
     for text, value in named.items():
         name, tries = _key(text), 1
@@ -219,11 +219,16 @@ class _Child:
         self.run_id, self.front, self.metrics = run_id, front, dict(metrics)
 
 
-class _Store:
+class Store:
     """An MLflow store and how runs in it are written: busy is tried again, anything else is explained."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+
+    @property
+    def address(self) -> str:
+        """The URI without a password."""
+        return _shown(self.uri)
 
     def _connect(self) -> None:
         _prepare()
@@ -308,7 +313,7 @@ class _Store:
             self._batch(run_id, tags={tag: json.dumps([*known, entry])})
 
 
-class Tracker(_Store):
+class Tracker(Store):
     """Writes one study into MLflow: `start`, `sync` after a resume, `log` per candidate, `finish`.
 
     `uri` defaults to `MLFLOW_TRACKING_URI`, then to a SQLite store in the study's folder. `experiment` defaults to
@@ -435,8 +440,8 @@ class Tracker(_Store):
 
         there = run.data.params
         tags |= {f"paretorch.env.{name}": value[:_TAG] for name, value in environment.items()}
-        new = {name: value[:_PARAM] for name, value in _unique(params).items() if name not in there}
-        self._batch(self.run_id, params=new, tags=_unique(tags))
+        new = {name: value[:_PARAM] for name, value in accepted(params).items() if name not in there}
+        self._batch(self.run_id, params=new, tags=accepted(tags))
         for name, text in texts.items():
             self._put(self.run_id, self._artifacts, name, text)
         self._put(self.run_id, self._artifacts, "environment.json", json.dumps(dict(environment), indent=1))
@@ -516,8 +521,8 @@ class Tracker(_Store):
                 tags={name: value for name, value in tags.items() if value},
                 run_name=f"trial-{candidate.number:04d}" + (f" {candidate.label}"[:200] if candidate.label else ""),
             )  # fmt: skip
-            run_id, metrics = run.info.run_id, _unique(_numbers(candidate))
-            params = {name: str(value)[:_PARAM] for name, value in _unique(picks).items()}
+            run_id, metrics = run.info.run_id, accepted(_numbers(candidate))
+            params = {name: str(value)[:_PARAM] for name, value in accepted(picks).items()}
             self._batch(run_id, metrics=metrics, params=params, now=now)
             self._put(run_id, run.info.artifact_uri, "recipe.json", json.dumps(candidate.recipe.to_dict(), indent=1))
             self._call(self._client.set_terminated, run_id, "FAILED" if candidate.state == FAILED else "FINISHED", now)
@@ -591,7 +596,7 @@ class Tracker(_Store):
                 tests[f"test_{name}"] = metric.value
                 if metric.low != metric.high:
                     tests[f"test_{name}_low"], tests[f"test_{name}_high"] = metric.low, metric.high
-            tests = {name: value for name, value in _unique(tests).items() if child.metrics.get(name) != value}
+            tests = {name: value for name, value in accepted(tests).items() if child.metrics.get(name) != value}
             on_front = candidate.number in members
             if tests or on_front != child.front:
                 self._batch(child.run_id, metrics=tests, tags={"paretorch.front": str(on_front).lower()})
@@ -607,7 +612,7 @@ class Tracker(_Store):
         text = re.sub(r"^!\[[^\n]*\n+", "", note, flags=re.MULTILINE)
         self._batch(
             self.run_id,
-            metrics={name: value for name, value in _unique(numbers).items() if there.get(name) != value},
+            metrics={name: value for name, value in accepted(numbers).items() if there.get(name) != value},
             tags={_NOTE: _cut(text)},
         )
         self._call(
@@ -665,16 +670,21 @@ def saved_uri(directory: Path) -> str | None:
     return local_store(Path(directory))[0] if uri == "own" else uri
 
 
-def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
-    """Put the sensitivity files of a study's folder into its MLflow run; False when it has none.
+def same_store(directory: Path, uri: str) -> bool:
+    """Whether a study was last logged to this store."""
+    return _shown(store_uri(directory, uri)) == saved_uri(directory)
 
-    `uri` is the store that the configuration names. Nothing else in the store is touched. Raises `StudyError` when the
-    store cannot be used or the run is no longer there.
+
+def study_run(directory: Path, uri: str | None = None) -> tuple[Store, Run] | None:
+    """The store that a study was last logged to and the study's run there; None when it never was.
+
+    `uri` is the store that the configuration names. Raises `StudyError` when the store cannot be used or the run is no
+    longer there.
     """
     directory = Path(directory).resolve()
     known, saved = _saved(directory), saved_uri(directory)
     if saved is None or not known.get("run_id"):
-        return False
+        return None
     chosen = store_uri(directory, uri)
     if _shown(chosen) != saved:  # else it is the same, with the password that is not saved
         chosen = saved
@@ -688,14 +698,28 @@ def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
                 connection.rollback()
         except sqlite3.Error as error:
             _explain(error, chosen)
-    store = _Store(chosen)
+    store = Store(chosen)
     store._connect()
     run = store._call(store._client.get_run, known["run_id"])
     # In a folder that was moved or copied the run still points to where the folder was.
     elsewhere = known["uri"] == "own" and not run.info.artifact_uri.startswith(local_store(directory)[1] + "/")
     if elsewhere or run.info.lifecycle_stage != "active" or run.data.tags.get("paretorch.study") != known.get("study"):
-        raise StudyError(f"MLflow store {_shown(chosen)} holds no run of the study in {directory}")
-    store._put_sensitivity(run.info.run_id, run.info.artifact_uri, directory)
+        raise StudyError(f"MLflow store {_shown(chosen)} holds no run of the study in {directory}; the same search "
+                         "brings it there again: paretorch search CONFIG.yaml")  # fmt: skip
+    return store, run
+
+
+def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
+    """Put the sensitivity files of a study's folder into its MLflow run; False when it has none.
+
+    `uri` is the store that the configuration names. Nothing else in the store is touched. Raises `StudyError` when the
+    store cannot be used or the run is no longer there.
+    """
+    found = study_run(directory, uri)
+    if found is None:
+        return False
+    store, run = found
+    store._put_sensitivity(run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
     return True
 
 

@@ -142,6 +142,7 @@ def test_a_folder_without_a_study(paretorch, folder):
     for command in (
         ["front", "."],
         ["export", ".", "--to", "deploy"],
+        ["register", ".", "--name", "deploy"],
         ["ui", "."],
         ["front", "nowhere"],
         ["ui", "nowhere"],
@@ -231,7 +232,9 @@ def typed(*arguments):
     return subprocess.run([sys.executable, "-m", "paretorch.cli", *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False)  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [[], ["search"], ["check"], ["schema"], ["init"], ["front"], ["export"], ["ui"]])
+@pytest.mark.parametrize(
+    "command", [[], ["search"], ["check"], ["schema"], ["init"], ["front"], ["export"], ["register"], ["ui"]]
+)
 def test_help_fits_80_columns(paretorch, command):
     done = paretorch(*command, "--help")
     assert max(map(len, done.stdout.splitlines())) <= 80
