@@ -1,7 +1,7 @@
 """The command line: `paretorch search CONFIG.yaml` and what belongs to it.
 
 Exit codes: 0 done; 2 bad input (the message says which and what to do); 3 the search ended without a recipe inside the
-budget; 130 interrupted. Heavy imports stand inside the commands, so that `--help` is quick.
+budget; 4 an artifact is sound, but measured again its numbers differ; 130 interrupted. Heavy imports stand inside the commands, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import Config
+    from .runners.local import LocalRunner, Report
+    from .runners.record import Comparison, Protocol, Record, Row
+    from .runners.task import Task
     from .search.front import Front
     from .search.preflight import Preflight
     from .search.study import Study
@@ -36,7 +41,13 @@ Overrides = Annotated[
 ]
 StudyFolder = Annotated[Path, typer.Argument(help="The study's folder, such as studies/digits.", metavar="STUDY")]
 PICK = "knee, a candidate's number, an objective's name, or 'size_bytes <= 80kB'."
-NO_FEASIBLE, INTERRUPTED = 3, 130
+TaskFunction = Annotated[
+    str | None, typer.Option("--task", metavar="FILE.py:FUNCTION", help="The task: network, data and metric.")
+]
+TaskConfig = Annotated[
+    Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="A configuration that names the task.")
+]
+NO_FEASIBLE, DIFFERENT, INTERRUPTED = 3, 4, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
@@ -330,7 +341,7 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
     pick: Annotated[str, typer.Option("--pick", help=PICK)] = "knee",
 ) -> None:
-    """Write one candidate for production: ONNX, packed weights, recipe, measurements."""
+    """Write one candidate for production: ONNX, packed weights, recipe, measurements, environment, model card."""
     from .search.study import open_front
 
     found = open_front(study)
@@ -380,6 +391,183 @@ Serve it, to this machine only; inputs are float32 [{", ".join(map(str, model.sh
   curl -H 'Content-Type: application/json' -d {example} http://127.0.0.1:5001/invocations""")
     if candidate.state != "ok":
         typer.echo(f"note: it is over the budget: {candidate.reason}", err=True)
+
+
+@app.command(short_help="Check an artifact, and measure it again.")
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` or `apply` has written.")],
+    task: TaskFunction = None,
+    config: TaskConfig = None,
+) -> None:
+    """Check every file of an artifact and run it in a clean process; with a task, measure it again.
+
+    Exit codes: 0 all agrees; 2 the artifact is damaged, or the task is not its task; 4 the files are sound, but numbers
+    differ from what was recorded.
+    """
+    import subprocess
+
+    options = [f"--task={task}"] if task else []
+    options += [f"--config={config}"] if config else []
+    # Nothing of this process but where modules are found: what the artifact is measured in has done nothing else, and
+    # a file that crashes the runtime does not crash what looks at it.
+    start = f"import sys; sys.path[:] = {sys.path!r}; from paretorch.cli import main; main()"
+    sys.stdout.flush()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, "verify-here", *options, "--", str(directory)], check=False
+    )
+    if done.returncode < 0:
+        from .errors import ArtifactError
+
+        raise ArtifactError(f"{directory}: the process that ran it was ended by signal {-done.returncode} "
+                            f"({signal.Signals(-done.returncode).name})")  # fmt: skip
+    raise typer.Exit(done.returncode)
+
+
+@app.command("verify-here", hidden=True)
+def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig = None) -> None:
+    """What `verify` does, in this process."""
+    from .objectives.measurement import Metric
+    from .runners.apply import measure_again
+    from .runners.artifact import inspect
+    from .runners.local import environment
+    from .runners.record import Row, changed_environment, compare, compare_outputs
+
+    console = _console()
+    sound = inspect(directory)
+    now: tuple[Row, ...] = (Row("size_bytes", "", Metric.exact(len(sound.packed)), None, ""),)
+    if task or config:
+        loaded, protocol = _task(task, config, sound.record)
+        with _runner(console, loaded, protocol) as (runner, report):
+            now = measure_again(runner, sound.packed, sound.record, protocol, report)
+    outputs = compare_outputs(sound.record.check, sound.outputs)
+    found = [*compare(sound.record.rows, now), *([outputs] if outputs else [])]
+    console.print(f"{directory} is sound: every SHA-256 fits, weights.safetensors gives model.onnx bit for bit, "
+                  "and it runs", markup=False, soft_wrap=False)  # fmt: skip
+    _show_comparisons(console, found)
+    if not (task or config):
+        console.print("\nThe metric and the latency were not measured; name the task for that: --task FILE.py:FUNCTION, or "
+                      "--config CONFIG.yaml", markup=False, soft_wrap=False)  # fmt: skip
+    if changed := changed_environment(sound.environment, environment()):
+        console.print("\nRecorded in another environment:")
+        for line in changed:
+            console.print(f"  {line}", markup=False)
+    different = [comparison.name for comparison in found if not comparison.agrees]
+    if different:
+        console.print(f"\nThe files are intact, but {', '.join(different)} differ{'s' * (len(different) == 1)} from what "
+                      "was recorded", style="bold yellow", markup=False, soft_wrap=False)  # fmt: skip
+        raise typer.Exit(DIFFERENT)
+    console.print("\nAll that was measured agrees with what was recorded")
+
+
+@app.command("apply", short_help="Do what a recipe says to a newer checkpoint.")
+def apply_(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.yaml of an artifact.")],
+    to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
+    task: TaskFunction = None,
+    config: TaskConfig = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="DIR", help="Artifact or study to compare with [default: the recipe's]."),
+    ] = None,
+) -> None:
+    """Compress a newer checkpoint, or the same one for other data, as a recipe says, and write it for production.
+
+    What is written is compared with the untouched network, and with what was recorded when the recipe was found.
+    """
+    from .errors import ConfigError
+    from .runners.apply import apply_recipe, read_recipe
+    from .runners.artifact import check_free, inspect
+    from .runners.record import compare
+    from .search.export import recorded_in
+
+    if not (task or config):
+        raise ConfigError("name the task with --task FILE.py:FUNCTION, or with --config CONFIG.yaml", "paretorch apply")
+    console = _console()
+    wanted, home = read_recipe(recipe)
+    where = against or home
+    recorded: Record | None = None
+    if where is not None and (where / "study.json").exists():
+        recorded = recorded_in(where, wanted)
+    elif where is not None:
+        sound = inspect(where)
+        recorded = sound.record
+        if sound.recipe != wanted:
+            console.print(f"note: {where} was made by another recipe: {sound.recipe.describe()}", markup=False)
+    check_free(to)
+    loaded, protocol = _task(task, config, recorded)
+    console.print(f"recipe    {wanted.describe()}", markup=False)
+    with _runner(console, loaded, protocol) as (runner, report):
+        made = apply_recipe(runner, wanted, protocol, to, f"{to.resolve().name}: {loaded.name}", report)
+    _show_changes(console, made.rows)
+    if recorded:
+        console.print(f"\nBeside what {where} records ({recorded.name}):", markup=False)
+        _show_comparisons(console, compare(recorded.rows, made.rows))
+    console.print(f"\nwrote {to}", markup=False)
+    console.print("\nNext:")
+    option = f"--task {task}" if task else f"--config {config}"
+    console.print(f"  paretorch verify {to} {option}", markup=False)
+
+
+def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, Protocol]:
+    """The task of the options, and how to measure it: as the configuration says, or as was measured before."""
+    from .configs.load import load, parse
+    from .configs.plugins import load_task
+    from .errors import ConfigError
+    from .runners.record import Protocol
+
+    if task and config:
+        raise ConfigError("--task and --config both name a task; write one of them", "options")
+    if config:
+        loaded = load(config)
+        return load_task(loaded), Protocol(**loaded.measure.model_dump(), seed=loaded.search.seed)
+    known = recorded.protocol if recorded else None
+    return load_task(parse({"task": task})), known or Protocol()
+
+
+@contextmanager
+def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[LocalRunner, Report]]:
+    """A runner whose files go when the block ends, and what shows its progress."""
+    import tempfile
+    from dataclasses import asdict
+
+    from .console import Watcher
+    from .runners.local import LocalRunner
+
+    watcher = Watcher(console)
+    with tempfile.TemporaryDirectory() as folder, watcher.watching():
+        watcher.phase("loading the network and the data, tracing")
+        yield LocalRunner(task, Path(folder), **asdict(protocol)), lambda phase, metrics: watcher.phase(phase)
+
+
+def _show_changes(console: Console, rows: Sequence[Row]) -> None:
+    """Each number beside the untouched network's."""
+    from .objectives.objective import show, spread
+
+    cells = []
+    for row in rows:
+        new, base = (
+            "-" if m is None else f"{show(row.metric, m.value)} {spread(row.metric, m)}"
+            for m in (row.found, row.baseline)
+        )
+        cells.append((row.name, base, new, row.change()))
+    _show_cells(console, ("", "untouched", "compressed", "change"), cells)
+
+
+def _show_comparisons(console: Console, found: Sequence[Comparison]) -> None:
+    _show_cells(console, ("", "recorded", "now", ""), [(c.name, c.recorded, c.now, c.verdict) for c in found])
+
+
+def _show_cells(console: Console, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", width=None if console.width < 80 else 80)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(cell.rstrip()) for cell in line))
+    console.print()
+    console.print(table)
 
 
 @app.command(short_help="Open a study in the MLflow UI.")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .measurement import Metric
+
 _Value = TypeVar("_Value", float, "NDArray[np.float64]")
 COSTS = ("size_bytes", "latency_ms", "macs")
 _UNITS = {
@@ -181,6 +183,28 @@ def show(metric: str, value: float) -> str:
             value, step = value / 1000, step + 1
         return f"{value:.3g} {units[step]}".rstrip()
     return f"{value:.4g}"
+
+
+def spread(name: str, metric: Metric) -> str:
+    """Half the interval, in the unit in which `show` gives the value."""
+    if metric.low == metric.high:
+        return ""
+    half = (metric.high - metric.low) / 2
+    return f"±{100 * half:.2f}" if name == "accuracy" else f"±{half:.2g}"
+
+
+def against(name: str, metric: Metric, base: Metric) -> str:
+    """A number beside the baseline's: `14% of baseline`, `2.1x faster`, `-0.41 points`."""
+    if name == "latency_ms":
+        if metric.low <= base.high and base.low <= metric.high:
+            return "same speed"
+        ratio = base.value / metric.value
+        return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    if name in COSTS or name == "onnx_bytes":
+        return f"{100 * metric.value / base.value:.3g}% of baseline" if base.value else ""
+    if name == "accuracy":
+        return f"{100 * (metric.value - base.value):+.2f} points"
+    return f"{metric.value - base.value:+.4g}"
 
 
 def duration(seconds: float, exact: bool = False) -> str:

@@ -1,7 +1,8 @@
-"""What ships: a directory with the model as plain ONNX, the packed file, the recipe and the measurements.
+"""What ships: a directory with the model as plain ONNX, the packed file, the recipe, and what was measured, how and where.
 
 `model.onnx` runs in ONNX Runtime alone. `weights.safetensors` is the packed file whose length is `size_bytes`; it holds
-the whole model and gives `model.onnx` bit for bit. `artifact.json` lists the SHA-256 of every file. Nothing is pickled.
+the whole model and gives `model.onnx` bit for bit. `artifact.json` lists the SHA-256 of every file, which finds every
+damage; it is no signature, and whoever can write the directory can write all of it anew. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,21 +12,32 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
 import yaml
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ExportFailed, RecipeError
+from ..objectives.objective import show, spread
 from ..spaces.recipe import Recipe
 from . import packing
 from .files import write_atomic
 from .onnx_export import DISABLED_OPTIMIZERS, session
+from .record import Record
 
-VERSION = 1
-_FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md")
+VERSION = 2
+_FILES_1 = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md")
+# By version: the files that an artifact consists of, beside artifact.json.
+_FILES = {1: _FILES_1, 2: (*_FILES_1, "environment.json")}
+_PROBED = 4, 64  # pseudo-random inputs, and outputs that are kept
+# By what share of the largest output two machines may differ. Floats are added in another order; where layers compute in
+# int8, a number at the border of two steps falls to the other side, and layers behind it make more of that.
+_TOLERANCE_FLOAT, _TOLERANCE_INT8 = 1e-3, 5e-2
 
 
 class OnnxModule(nn.Module):
@@ -33,7 +45,10 @@ class OnnxModule(nn.Module):
 
     def __init__(self, data: bytes, threads: int) -> None:
         super().__init__()
-        self._session = session(packing.unpack(data), threads)
+        try:
+            self._session = session(packing.unpack(data), threads)
+        except ExportFailed as error:
+            raise ArtifactError(str(error)) from error
         self._input = self._session.get_inputs()[0].name
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,22 +56,37 @@ class OnnxModule(nn.Module):
         return torch.from_numpy(found[0])
 
 
-def write(directory: Path, packed: bytes, recipe: Recipe, measurements: Mapping[str, Any], card: str) -> Path:
-    """Write an artifact directory whole; an existing artifact there is replaced, any other directory is refused.
-
-    Raises `ArtifactError` when `directory` holds something else, `OSError` when it cannot be written.
-    """
-    directory = directory.absolute()
+def check_free(directory: Path) -> None:
+    """Raises `ArtifactError` when something is there that an artifact must not replace."""
     if directory.exists() and not _replaceable(directory):
         raise ArtifactError(f"{directory} exists and is not an artifact; choose another directory or empty it")
+
+
+def write(
+    directory: Path,
+    packed: bytes,
+    recipe: Recipe,
+    measurements: Mapping[str, Any],
+    card: str,
+    environment: Mapping[str, str],
+) -> Path:
+    """Write an artifact directory whole; an existing artifact there is replaced, any other directory is refused.
+
+    What the network gives for fixed pseudo-random inputs is added to the measurements as `check`. Raises `ArtifactError`
+    when `directory` holds something else, `OSError` when it cannot be written.
+    """
+    directory = directory.absolute()
+    check_free(directory)
+    model = packing.unpack(packed).SerializeToString(deterministic=True)
     contents = {
-        "model.onnx": packing.unpack(packed).SerializeToString(deterministic=True),
+        "model.onnx": model,
         "weights.safetensors": packed,
         "recipe.yaml": yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode(),
-        "measurements.json": (json.dumps(measurements, indent=1) + "\n").encode(),
+        "measurements.json": (json.dumps({**measurements, "check": probe(model)}, indent=1) + "\n").encode(),
+        "environment.json": (json.dumps(dict(environment), indent=1) + "\n").encode(),
         "README.md": card.encode(),
     }
-    contents["artifact.json"] = _listing(contents)
+    contents["artifact.json"] = _listing(contents, VERSION)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
@@ -85,38 +115,49 @@ def _replaceable(directory: Path) -> bool:
     if not directory.is_dir():
         return False
     found = {path.name for path in directory.iterdir()}
-    return not found or ("artifact.json" in found and found <= {*_FILES, "artifact.json"})
+    return not found or ("artifact.json" in found and found <= {*_FILES[VERSION], "artifact.json"})
 
 
-def _listing(contents: Mapping[str, bytes]) -> bytes:
+def _listing(contents: Mapping[str, bytes], version: int) -> bytes:
     """`artifact.json` of these files, in one form."""
-    digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in _FILES}
-    listing = {"format": "paretorch.artifact", "version": VERSION, "sha256": digests}
+    digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in _FILES[version]}
+    listing = {"format": "paretorch.artifact", "version": version, "sha256": digests}
     return (json.dumps(listing, indent=1) + "\n").encode()
 
 
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise ArtifactError(f"{path} is not a file")
+    return path.read_bytes()
+
+
 def verify(directory: str | Path) -> dict[str, bytes]:
-    """The artifact's files, every one checked against its SHA-256; raises `ArtifactError`."""
+    """The artifact's files, every one checked against its SHA-256; raises `ArtifactError`.
+
+    Files beside them are none of its business: nothing reads them.
+    """
     folder = Path(directory)
     try:
-        written = (folder / "artifact.json").read_bytes()
+        written = _read(folder / "artifact.json")
         listing = json.loads(written)
-        if listing["format"] != "paretorch.artifact" or listing["version"] > VERSION:
+        version = listing["version"]
+        if listing["format"] != "paretorch.artifact" or type(version) is not int or version not in _FILES:
             raise ArtifactError(
-                f"{folder}: format {listing['format']!r} version {listing['version']} is not read by this paretorch"
+                f"{folder}: format {listing['format']!r} version {version!r} is not read by this paretorch "
+                f"(paretorch.artifact, versions 1 to {VERSION})"
             )
         expected: dict[str, str] = dict(listing["sha256"])
-        if set(expected) != set(_FILES):
-            raise ArtifactError(f"{folder}: artifact.json must list {', '.join(_FILES)}")
-        contents = {name: (folder / name).read_bytes() for name in _FILES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if set(expected) != set(_FILES[version]):
+            raise ArtifactError(f"{folder}: artifact.json must list {', '.join(_FILES[version])}")
+        contents = {name: _read(folder / name) for name in _FILES[version]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder} is not a paretorch artifact: {error}") from error
     for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != expected[name]:
             raise ArtifactError(
                 f"{folder / name} was changed after it was exported; its SHA-256 does not match artifact.json"
             )
-    if _listing(contents) != written:
+    if _listing(contents, version) != written:
         raise ArtifactError(f"{folder / 'artifact.json'} was changed after it was exported")
     return contents
 
@@ -130,19 +171,103 @@ def load(directory: str | Path, threads: int = 1) -> OnnxModule:
     return OnnxModule(verify(directory)["weights.safetensors"], threads)
 
 
-def card(name: str, recipe: Recipe, rows: list[tuple[str, str, str]], trained_on: str) -> str:
-    """The README of an artifact: what it is, its numbers against the baseline's, and how to run it."""
-    table = "\n".join(f"| {metric} | {value} | {base} |" for metric, value, base in rows)
-    return f"""# {name}
+@dataclass(frozen=True)
+class Sound:
+    """An artifact that was found to be whole, and what it gives for the fixed pseudo-random inputs here and now."""
 
-A compressed network: {recipe.describe()}. Measured on {trained_on}.
+    packed: bytes
+    recipe: Recipe
+    record: Record
+    environment: Mapping[str, str]
+    outputs: Mapping[str, Any]
 
-| | this file | baseline |
-|---|---|---|
+
+def inspect(directory: str | Path) -> Sound:
+    """All that can be checked without a task; raises `ArtifactError`.
+
+    Beyond the digests: nothing lies there that does not belong to it, the packed file gives `model.onnx` bit for bit,
+    that is valid ONNX and runs, and recipe and measurements can be read.
+    """
+    folder = Path(directory)
+    contents = verify(folder)
+    try:
+        if foreign := sorted({path.name for path in folder.iterdir()} - {*contents, "artifact.json"}):
+            raise ArtifactError(
+                f"{folder} holds {', '.join(foreign)}, which artifact.json does not list; move that elsewhere"
+            )
+        packed, model = contents["weights.safetensors"], contents["model.onnx"]
+        if packing.unpack(packed).SerializeToString(deterministic=True) != model:
+            raise ArtifactError(f"{folder}: weights.safetensors and model.onnx are two different models")
+        onnx.checker.check_model(model)
+        recipe = Recipe.from_dict(yaml.safe_load(contents["recipe.yaml"]))
+        record = Record.from_dict(json.loads(contents["measurements.json"]))
+        environment = json.loads(contents.get("environment.json", b"{}"))
+        outputs = probe(model)
+    except (
+        ExportFailed,
+        RecipeError,
+        onnx.checker.ValidationError,
+        yaml.YAMLError,
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        raise ArtifactError(f"{folder} is whole, but not what paretorch writes: {error}") from error
+    return Sound(packed, recipe, record, dict(environment), outputs)
+
+
+def probe(model: bytes) -> dict[str, Any]:
+    """What a network gives for inputs that are the same everywhere, as plain data: some outputs and how far they may be off.
+
+    Raises `ExportFailed` when it does not run. The inputs are uniform in -1..1, from NumPy's frozen Mersenne Twister.
+    """
+    runtime = session(model)
+    given = runtime.get_inputs()[0]
+    count, kept = _PROBED
+    shape = [count, *(size if isinstance(size, int) else 1 for size in given.shape[1:])]
+    inputs = np.random.RandomState(0).uniform(-1, 1, shape).astype(np.float32)
+    try:
+        found = runtime.run(None, {given.name: inputs})[0]
+    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+        raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
+    flat = found.reshape(-1).astype(np.float64)
+    places = np.unique(np.linspace(0, len(flat) - 1, min(kept, len(flat))).astype(int))
+    int8 = any(node.op_type == "QuantizeLinear" for node in onnx.load_from_string(model).graph.node)
+    return {
+        "inputs": f"numpy.random.RandomState(0).uniform(-1, 1, {shape}).astype('float32')",
+        "shape": list(found.shape),
+        "outputs": [float(f"{value:.7g}") for value in flat[places]],
+        "largest": float(f"{np.abs(flat).max(initial=0.0):.7g}"),
+        "tolerance": _TOLERANCE_INT8 if int8 else _TOLERANCE_FLOAT,
+    }
+
+
+def card(recipe: Recipe, record: Record, environment: Mapping[str, str]) -> str:
+    """The README of an artifact: what it is, its numbers beside the untouched network's, and how to run it."""
+    lines = []
+    for row in record.rows:
+        one, base = (("-" if m is None else f"{show(row.metric, m.value)} {spread(row.metric, m)}".rstrip())
+                     for m in (row.found, row.baseline))  # fmt: skip
+        lines.append(f"| {row.name} | {one} | {base} | {row.change()} |")
+    table = "\n".join(lines)
+    notes = "\n".join(f"- {row.name}: {row.protocol}." for row in record.rows)
+    over = ""
+    if record.over_budget:
+        over = f"\nIt is over the budget it was searched for: {', '.join(record.over_budget)}.\n"
+    place = ", ".join(f"{key} {environment[key]}" for key in ("onnxruntime", "torch", "python") if key in environment)
+    return f"""# {record.name}
+
+A compressed network of the task `{record.task}`: {recipe.describe()}. Measured on {environment.get("processor", "an unknown processor")}{f" ({place})" * bool(place)}.
+{over}
+| | this file | the untouched network | |
+|---|---|---|---|
 {table}
 
-`size` is the packed file `weights.safetensors`, which holds the whole model; `model.onnx` is the same model for any
-ONNX runtime.
+{notes}
+
+`size_bytes` is the packed file `weights.safetensors`, which holds the whole model; `model.onnx` is the same model for any
+ONNX runtime. `recipe.yaml` says what was done, and `paretorch apply recipe.yaml` does it to a newer checkpoint.
+`paretorch verify .` checks these files and measures them again.
 
 ```python
 import onnxruntime

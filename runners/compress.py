@@ -89,7 +89,9 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
         elif inside(name, dropped):
             problems.append(f"layer {name!r} is in a block that the recipe leaves out")
     if problems:
-        raise RecipeError("the recipe does not fit this network:\n" + "\n".join(f"  - {p}" for p in problems))
+        choices = {"layers": sorted(layers), "groups of channels": sorted(groups), "blocks": structure.blocks}
+        here = [f"{kind} here: {', '.join(names) or 'none'}" for kind, names in choices.items()]
+        raise RecipeError("\n".join(["the recipe does not fit this network:", *(f"  - {p}" for p in problems), *here]))
 
 
 def compress(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..errors import StudyError
 from ..objectives.objective import show
 from ..runners.artifact import card, write
+from ..runners.record import Protocol, Record, rows
+from ..spaces.recipe import Recipe
 from .candidate import Candidate
 from .front import Front
+from .study import UNTIMED, open_front
 
 
 def export_candidate(front: Front, candidate: Candidate, to: Path) -> Path:
@@ -21,15 +25,46 @@ def export_candidate(front: Front, candidate: Candidate, to: Path) -> Path:
         raise StudyError(
             f"the file of candidate {candidate.number} was not kept, because others beat it; kept: {members}"
         )
-    measurements = {
-        "candidate": candidate.to_dict(),
-        "baseline": front.baseline.to_dict(),
-        "budget": [limit.text for limit in front.budget.limits],
-        "over_budget": {limit: value for limit, value in candidate.excess.items() if value > 0},
-    }
-    name = f"{front.directory.name} #{candidate.number}"
-    text = card(name, candidate.recipe, compared(front, candidate), machine(front))
-    return write(to, path.read_bytes(), candidate.recipe, measurements, text)
+    record, environment = record_of(front, candidate), candidate.measurement.environment
+    text = card(candidate.recipe, record, environment)
+    return write(to, path.read_bytes(), candidate.recipe, record.to_dict(), text, environment)
+
+
+def record_of(front: Front, candidate: Candidate) -> Record:
+    """What a study knows of a measured candidate, and how it was measured; raises `StudyError`."""
+    if front.directory is None or candidate.measurement is None:
+        raise StudyError(f"candidate {candidate.number} was never measured")
+    try:
+        asked = json.loads((front.directory / "study.json").read_text())["snapshot"]
+        protocol, task = Protocol(**asked["measure"], seed=asked["seed"]), str(asked["task"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{front.directory / 'study.json'} does not say how was measured: {error!r}") from error
+    wanted = {o.metric for o in front.objectives} | {limit.metric for limit in front.budget.limits}
+    return Record(
+        name=f"{front.directory.name} #{candidate.number}",
+        task=task,
+        rows=rows(
+            candidate.measurement,
+            front.baseline,
+            protocol,
+            test=candidate.test,
+            test_base=front.test_baseline,
+            box=protocol.seconds * (1 if "latency_ms" in wanted else UNTIMED),
+        ),
+        protocol=protocol,
+        budget=tuple(limit.text for limit in front.budget.limits),
+        over_budget={limit: value for limit, value in candidate.excess.items() if value > 0},
+    )
+
+
+def recorded_in(study: Path, recipe: Recipe) -> Record:
+    """What a study measured for this recipe; raises `StudyError` when it did not."""
+    front = open_front(study)
+    for candidate in front.candidates:
+        if candidate.recipe == recipe and candidate.measurement is not None:
+            return record_of(front, candidate)
+    raise StudyError(f"the study in {study} has not measured this recipe ({recipe.describe()}); name the study or the artifact "
+                     "that it comes from")  # fmt: skip
 
 
 def compared(front: Front, candidate: Candidate) -> list[tuple[str, str, str]]:

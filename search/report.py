@@ -25,6 +25,8 @@ import numpy as np
 
 from ..objectives.measurement import Metric
 from ..objectives.objective import COSTS, Limit, show
+from ..objectives.objective import against as _against
+from ..objectives.objective import spread as _spread
 from ..objectives.pareto import hypervolume, nondominated
 from ..spaces.recipe import Recipe
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
@@ -116,32 +118,10 @@ def _values(front: Front) -> dict[str, float]:
     return {name: metric.value for name, metric in front.baseline.metrics.items()}
 
 
-def _spread(name: str, metric: Metric) -> str:
-    """Half the interval, in the unit in which `show` gives the value."""
-    if metric.low == metric.high:
-        return ""
-    half = (metric.high - metric.low) / 2
-    return f"±{100 * half:.2f}" if name == "accuracy" else f"±{half:.2g}"
-
-
 def _interval(name: str, metric: Metric) -> str:
     if metric.low == metric.high:
         return show(name, metric.value)
     return f"{show(name, metric.value)} [{show(name, metric.low)}, {show(name, metric.high)}]"
-
-
-def _against(name: str, metric: Metric, base: Metric) -> str:
-    """A number beside the baseline's: `14% of baseline`, `2.1x faster`, `-0.41 points`."""
-    if name == "latency_ms":
-        if metric.low <= base.high and base.low <= metric.high:
-            return "same speed"
-        ratio = base.value / metric.value
-        return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    if name in COSTS:
-        return f"{100 * metric.value / base.value:.3g}% of baseline" if base.value else ""
-    if name == "accuracy":
-        return f"{100 * (metric.value - base.value):+.2f} points"
-    return f"{metric.value - base.value:+.4g}"
 
 
 def _metric(candidate: Candidate, name: str) -> Metric | None:

@@ -63,7 +63,7 @@ KNOWN = ("size_bytes", "macs")  # metrics that arithmetic gives
 _SPENT = 300  # repeated suggestions in a row after which a space counts as searched through
 TRIALS = 40  # candidates of a study of which neither a number nor a time was said
 _OURS = re.compile(r"[0-9a-f]{16}\.(safetensors|trained|npy)")  # the files in candidates/ that are the study's
-_UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
+UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
 _REPORT = 5.0  # seconds that the report and the end of the MLflow run take
 _PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
 _FINALISTS = 12  # guessed before there is a front
@@ -706,7 +706,7 @@ class Study:
                 watch=None if label else race(lambda: self._rivals(rung, known), self.task.metric_name),
                 gate_latency=gate and not rung,  # further up it was timed below
                 keep_trained=0 < rung < len(self.ladder.names) - 1,
-                seconds=None if timed else _UNTIMED * float(self.measure["seconds"]),
+                seconds=None if timed else UNTIMED * float(self.measure["seconds"]),
             )
         except OverBudget as refusal:
             seconds = time.perf_counter() - begin if begin else 0.0

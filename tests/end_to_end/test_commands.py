@@ -92,13 +92,16 @@ def test_export(paretorch, study, folder, pick):
         "recipe.yaml",
         "measurements.json",
         "README.md",
+        "environment.json",
         "artifact.json",
     } == files
-    measured = json.loads((folder / "deploy" / "measurements.json").read_text())["candidate"]
-    assert (
-        measured["measurement"]["metrics"]["size_bytes"]["value"]
-        == (folder / "deploy" / "weights.safetensors").stat().st_size
-    )
+    rows = json.loads((folder / "deploy" / "measurements.json").read_text())["metrics"]
+    measured = {(row["metric"], row["split"]): row for row in rows}
+    size = (folder / "deploy" / "weights.safetensors").stat().st_size
+    assert measured["size_bytes", None]["value"] == size
+    assert measured["accuracy", "validation"]["low"] <= measured["accuracy", "validation"]["value"]
+    assert all(row["protocol"] and row["baseline"] for row in rows if row["split"] != "test")
+    assert json.loads((folder / "deploy" / "environment.json").read_text())["onnxruntime"]
     assert ("note: it is over the budget: size_bytes " in done.stderr) == (pick == "0")
 
     import torch
@@ -233,7 +236,20 @@ def typed(*arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["search"], ["check"], ["schema"], ["init"], ["front"], ["export"], ["register"], ["ui"]]
+    "command",
+    [
+        [],
+        ["search"],
+        ["check"],
+        ["schema"],
+        ["init"],
+        ["front"],
+        ["export"],
+        ["verify"],
+        ["apply"],
+        ["register"],
+        ["ui"],
+    ],
 )
 def test_help_fits_80_columns(paretorch, command):
     done = paretorch(*command, "--help")

@@ -1,22 +1,34 @@
 """What ships: written whole or not at all, checked when it is read, and the network that was measured."""
 
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from paretorch.errors import ArtifactError
+from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.runners import artifact, packing
-from paretorch.runners.artifact import card, load, verify, write
+from paretorch.runners.artifact import card, inspect, load, verify, write
 from paretorch.runners.onnx_export import export_float, session
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.runners.record import Protocol, Record, rows
+from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
-FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "artifact.json")
+FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
+         "artifact.json")  # fmt: skip
+VERSION_1 = Path(__file__).with_name("artifact_v1")
+HERE = {"processor": "a CPU", "onnxruntime": "1.22"}
 RECIPE = Recipe((Quantize("1", 8, 8),))
 
 
@@ -26,10 +38,19 @@ def packed(network):
     return packing.pack(export_float(model, x[:2]))
 
 
+def written_to(directory, packed):
+    exact = {"size_bytes": Metric.exact(len(packed)), "onnx_bytes": Metric.exact(packing.unpack(packed).ByteSize())}
+    found = Measurement({**exact, "latency_ms": Metric(2.0, 1.9, 2.1, 50), "accuracy": Metric.rate(971, 1000)})
+    base = Measurement({"size_bytes": Metric.exact(1e5), "latency_ms": Metric(4.0, 3.9, 4.1, 50), "accuracy": Metric.rate(973, 1000)})  # fmt: skip
+    record = Record(
+        "best", "mine", rows(found, base, Protocol(threads=2, seconds=0.25)), Protocol(threads=2, seconds=0.25)
+    )
+    return write(directory, packed, RECIPE, record.to_dict(), card(RECIPE, record, HERE), HERE)
+
+
 @pytest.fixture
 def written(packed, tmp_path):
-    rows = [("accuracy", "97.1%", "97.3%")]
-    return write(tmp_path / "best", packed, RECIPE, {"size_bytes": len(packed)}, card("best", RECIPE, rows, "a CPU"))
+    return written_to(tmp_path / "best", packed)
 
 
 def test_an_artifact_holds_all_that_is_needed(written, packed):
@@ -38,8 +59,19 @@ def test_an_artifact_holds_all_that_is_needed(written, packed):
     assert contents["weights.safetensors"] == packed
     assert contents["model.onnx"] == packing.unpack(packed).SerializeToString(deterministic=True)
     assert Recipe.from_dict(yaml.safe_load(contents["recipe.yaml"])) == RECIPE
-    assert json.loads(contents["measurements.json"]) == {"size_bytes": len(packed)}
-    assert "| accuracy | 97.1% | 97.3% |" in contents["README.md"].decode()
+    assert json.loads(contents["environment.json"]) == HERE
+    measured = {entry["metric"]: entry for entry in json.loads(contents["measurements.json"])["metrics"]}
+    assert measured["size_bytes"]["value"] == measured["size_bytes"]["high"] == len(packed)
+    assert measured["size_bytes"]["split"] is None
+    assert measured["accuracy"] | {"baseline": 0, "protocol": 0} == {"metric": "accuracy", "split": "validation",
+        "baseline": 0, "protocol": 0} | vars(Metric.rate(971, 1000))  # fmt: skip
+    assert "1000 samples of the validation split" in measured["accuracy"]["protocol"]
+    for text in ("one input", "2 threads", "in turns with the untouched network", "0.25 s", "4 ms"):
+        assert text in measured["latency_ms"]["protocol"]
+    text = contents["README.md"].decode()
+    assert "| accuracy, validation | 97.10% ±1.05 | 97.30% ±1.02 | -0.20 points |" in text
+    assert "2.00x faster" in text
+    assert "a CPU (onnxruntime 1.22)" in text
     assert list(written.parent.iterdir()) == [written]
 
 
@@ -85,7 +117,7 @@ def test_any_change_of_any_file_is_noticed(name, written):
 
 @pytest.mark.parametrize(
     "listing",
-    ["[]", "1", "{}", '{"format": "other", "version": 1}', '{"format": "paretorch.artifact", "version": 2}',
+    ["[]", "1", "{}", '{"format": "other", "version": 1}', '{"format": "paretorch.artifact", "version": 3}',
      '{"format": "paretorch.artifact", "version": "1", "sha256": {}}',
      '{"format": "paretorch.artifact", "version": 1, "sha256": 1}',
      json.dumps({"format": "paretorch.artifact", "version": 1, "sha256": list(FILES[:-1])})],
@@ -98,15 +130,15 @@ def test_a_listing_that_is_none_is_refused(listing, written):
 
 def test_an_artifact_replaces_an_older_one(written, packed):
     other = Recipe((Quantize("4", 3),))
-    write(written, packed, other, {}, "new")
+    write(written, packed, other, {}, "new", {})
     assert verify(written)["README.md"] == b"new"
     assert list(written.parent.iterdir()) == [written]
 
 
 def test_an_empty_directory_is_used_and_parents_are_made(packed, tmp_path):
     (tmp_path / "empty").mkdir()
-    verify(write(tmp_path / "empty", packed, RECIPE, {}, ""))
-    verify(write(tmp_path / "a" / "b", packed, RECIPE, {}, ""))
+    verify(write(tmp_path / "empty", packed, RECIPE, {}, "", {}))
+    verify(write(tmp_path / "a" / "b", packed, RECIPE, {}, "", {}))
 
 
 @pytest.mark.parametrize("names", [("notes.txt",), ("artifact.json", "thesis.tex"), ("model.onnx",)])
@@ -116,16 +148,16 @@ def test_what_is_not_ours_is_never_replaced(names, packed, tmp_path):
     for name in names:
         (folder / name).write_text("precious")
     with pytest.raises(ArtifactError, match="is not an artifact"):
-        write(folder, packed, RECIPE, {}, "")
+        write(folder, packed, RECIPE, {}, "", {})
     assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(names, "precious")
     single = tmp_path / "file"
     single.write_text("precious")
     with pytest.raises(ArtifactError):
-        write(single, packed, RECIPE, {}, "")
+        write(single, packed, RECIPE, {}, "", {})
     assert single.read_text() == "precious"
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_a_full_disk_leaves_the_old_artifact_and_nothing_else(number, written, packed, monkeypatch):
     before = verify(written)
     original, calls = artifact.write_atomic, []
@@ -138,11 +170,11 @@ def test_a_full_disk_leaves_the_old_artifact_and_nothing_else(number, written, p
 
     monkeypatch.setattr(artifact, "write_atomic", full)
     with pytest.raises(OSError, match="No space"):
-        write(written, packed, Recipe(), {}, "new")
+        write(written, packed, Recipe(), {}, "new", {})
     assert verify(written) == before
     assert list(written.parent.iterdir()) == [written]
     with pytest.raises(OSError, match="No space"):
-        write(written.parent / "fresh", packed, Recipe(), {}, "new")
+        write(written.parent / "fresh", packed, Recipe(), {}, "new", {})
     assert list(written.parent.iterdir()) == [written]
 
 
@@ -157,7 +189,7 @@ def test_a_failed_move_brings_the_old_artifact_back(written, packed, monkeypatch
 
     monkeypatch.setattr(artifact.Path, "rename", rename)
     with pytest.raises(OSError, match="Input/output"):
-        write(written, packed, Recipe(), {}, "new")
+        write(written, packed, Recipe(), {}, "new", {})
     assert verify(written) == before
     assert list(written.parent.iterdir()) == [written]
 
@@ -174,3 +206,165 @@ def test_a_partly_written_file_never_shows(tmp_path, monkeypatch):
         artifact.write_atomic(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- whatever happens to a file ---------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@cache
+def small(folder):
+    """An artifact of a network of two layers, whose files are short enough to be damaged everywhere."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    return written_to(folder / "small", packing.pack(export_float(net, torch.zeros(2, 4))))
+
+
+def refuses(directory):
+    for check in (verify, load, inspect):
+        with pytest.raises(ArtifactError):
+            check(directory)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("damaged")
+
+
+@pytest.fixture
+def evil_watch(tmp_path, monkeypatch):
+    """Nothing that is unpickled may run: it would leave a file here."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.glob("evil"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_damage_of_any_file_is_found(folder, evil_watch, data):
+    """A byte changed, bytes cut out, put in or moved, another file's contents, a pickle: at any place of any file."""
+    directory = small(folder)
+    path = directory / data.draw(st.sampled_from(FILES))
+    intact = path.read_bytes()
+    place = data.draw(st.integers(0, len(intact) - 1))
+    kind = data.draw(st.sampled_from(["byte", "truncated", "cut", "inserted", "appended", "foreign", "pickle"]))
+    damaged = {
+        "byte": lambda: intact[:place] + bytes([intact[place] ^ data.draw(st.integers(1, 255))]) + intact[place + 1 :],
+        "truncated": lambda: intact[:place],
+        "cut": lambda: intact[:place] + intact[place + data.draw(st.integers(1, 64)) :],
+        "inserted": lambda: intact[:place] + data.draw(st.binary(min_size=1, max_size=16)) + intact[place:],
+        "appended": lambda: intact + data.draw(st.binary(min_size=1, max_size=16)),
+        "foreign": lambda: (directory / data.draw(st.sampled_from([n for n in FILES if n != path.name]))).read_bytes(),
+        "pickle": lambda: pickle.dumps(Evil(), data.draw(st.integers(0, 5))),
+    }[kind]()
+    if damaged == intact:  # such as a space put in beside a space
+        return
+    path.write_bytes(damaged)
+    try:
+        refuses(directory)
+    finally:
+        path.write_bytes(intact)
+    if kind == "byte":
+        load(directory)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_single_byte_counts(name, folder):
+    """All positions of all files, one after the other; `load` checks as `verify` does, before it reads anything."""
+    directory = small(folder)
+    path = directory / name
+    intact = path.read_bytes()
+    try:
+        for place in range(len(intact)):
+            path.write_bytes(intact[:place] + bytes([intact[place] ^ 0x20]) + intact[place + 1 :])
+            with pytest.raises(ArtifactError):
+                verify(directory)
+    finally:
+        path.write_bytes(intact)
+
+
+def relist(directory):
+    """What somebody does who knows the format: the digests fit again."""
+    contents = {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "artifact.json"}
+    (directory / "artifact.json").write_bytes(artifact._listing(contents, artifact.VERSION))
+
+
+@pytest.mark.parametrize(
+    ("name", "forged", "told"),
+    [
+        ("weights.safetensors", pickle.dumps(Evil()), "not a packed model"),
+        ("model.onnx", pickle.dumps(Evil()), "two different models"),
+        ("recipe.yaml", b"!!python/object/apply:os.system ['touch evil']", "could not determine a constructor"),
+        ("recipe.yaml", b"steps: []", "not a recipe"),
+        ("recipe.yaml", b"\xff", "is whole, but not what paretorch writes"),
+        ("measurements.json", b"[1]", "holds no measurements"),
+        ("measurements.json", b'{"metrics": [{"metric": 1}]}', "holds no measurements"),
+        ("measurements.json", pickle.dumps(Evil()), "is whole, but not what paretorch writes"),
+        ("environment.json", b"{", "is whole, but not what paretorch writes"),
+    ],
+)
+def test_a_forgery_whose_digests_fit_is_told(name, forged, told, written, evil_watch):
+    (written / name).write_bytes(forged)
+    relist(written)
+    verify(written)
+    with pytest.raises(ArtifactError, match=told):
+        inspect(written)
+
+
+def test_a_model_of_another_artifact_is_told(written, folder):
+    shutil.copy(small(folder) / "model.onnx", written / "model.onnx")
+    relist(written)
+    with pytest.raises(ArtifactError, match="two different models"):
+        inspect(written)
+
+
+def test_what_lies_beside_the_files_is_told_and_never_read(written, evil_watch):
+    (written / "notes.pkl").write_bytes(pickle.dumps(Evil()))
+    load(written)
+    with pytest.raises(ArtifactError, match=r"holds notes\.pkl, which artifact.json does not list"):
+        inspect(written)
+
+
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(written):
+    (written / "README.md").unlink()
+    os.mkfifo(written / "README.md")
+    with pytest.raises(ArtifactError, match="is not a file"):
+        verify(written)
+
+
+# --- versions and what is recorded ------------------------------------------------------------------------------------
+
+
+def test_an_artifact_of_version_1_still_loads(tmp_path):
+    assert load(VERSION_1)(torch.zeros(3, 4)).shape == (3, 2)
+    sound = inspect(VERSION_1)
+    assert sound.recipe == Recipe((Quantize("0", 4), Recover("batchnorm")))
+    found = {row.name: row for row in sound.record.rows}
+    assert found["accuracy, validation"].found.value == 0.9
+    assert found["accuracy, test"].found.value == 0.88
+    assert found["latency_ms"].change() == "1.22x faster"
+    assert sound.record.check is None
+    assert sound.record.protocol is None
+    shutil.copytree(VERSION_1, tmp_path / "old")
+    path = tmp_path / "old" / "model.onnx"
+    intact = path.read_bytes()
+    for place in range(len(intact)):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+        with pytest.raises(ArtifactError):
+            load(tmp_path / "old")
+    listing = json.loads((VERSION_1 / "artifact.json").read_text())
+    (tmp_path / "old" / "artifact.json").write_text(json.dumps(listing | {"version": 2}, indent=1) + "\n")
+    with pytest.raises(ArtifactError, match=r"must list .*environment\.json"):
+        verify(tmp_path / "old")
+
+
+def test_a_record_comes_back(written, packed):
+    sound = inspect(written)
+    assert sound.packed == packed
+    assert Record.from_dict(sound.record.to_dict() | {"check": sound.outputs}) == sound.record
+    assert sound.record.check == sound.outputs
+    assert sound.environment == HERE

@@ -1,0 +1,111 @@
+"""A recipe outside of a search: carried out on another checkpoint or other data, and a file measured once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from ..errors import ArtifactError, RecipeError, TaskError
+from ..objectives.measurement import Measurement, Metric
+from ..spaces.recipe import Recipe
+from .artifact import card, check_free, verify, write
+from .compress import check_fits
+from .local import LocalRunner, Report
+from .onnx_export import session
+from .packing import unpack
+from .record import Protocol, Record, Row, rows
+
+
+def read_recipe(path: Path) -> tuple[Recipe, Path | None]:
+    """The recipe in a file or in an artifact's directory, and that artifact, whose files are then checked.
+
+    Raises `RecipeError` for a file that holds no recipe, `ArtifactError` for an artifact that was changed.
+    """
+    path = path / "recipe.yaml" if path.is_dir() else path
+    home = path.parent if path.name == "recipe.yaml" and (path.parent / "artifact.json").exists() else None
+    try:
+        data = verify(home)["recipe.yaml"] if home else path.read_bytes()
+        found = yaml.safe_load(data.decode())
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror or error}; name the recipe.yaml of an artifact"
+        ) from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; to use an edited recipe, copy it out of the artifact") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not a recipe: it is not YAML text: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path} is not a recipe: it holds {type(found).__name__}, not the fields version and steps")
+    try:
+        return Recipe.from_dict(found), home
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def apply_recipe(
+    runner: LocalRunner, recipe: Recipe, protocol: Protocol, to: Path, name: str, report: Report
+) -> Record:
+    """Carry a recipe out on the runner's network, measure the file on all splits, and write it as an artifact.
+
+    Raises `RecipeError` when the recipe does not fit the network, before anything is built, and `TrialError` when the
+    result does not compute.
+    """
+    check_free(to)
+    check_fits(recipe, runner.structure)
+    report("measuring the untouched network", {})
+    base, base_file = runner.baseline()
+    found = runner.run(recipe, report)
+    packed = runner.path(recipe).read_bytes()
+    test, test_base = _on_test(runner, packed, base_file, report)
+    record = Record(name, runner.task.name, rows(found, base, protocol, test=test, test_base=test_base), protocol)
+    report("writing", {})
+    write(to, packed, recipe, record.to_dict(), card(recipe, record, found.environment), found.environment)
+    return record
+
+
+def measure_again(
+    runner: LocalRunner, packed: bytes, recorded: Record, protocol: Protocol, report: Report
+) -> tuple[Row, ...]:
+    """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign task."""
+    metric = runner.task.metric_name
+    known = [row.metric for row in recorded.rows if row.split and row.metric != "latency_ms"]
+    if known and metric not in known:
+        raise TaskError(f"task {runner.task.name!r} measures {metric}, but {', '.join(dict.fromkeys(known))} is recorded; "
+                        "name the task that the artifact was made for")  # fmt: skip
+    wanted, given = session(unpack(packed)).get_inputs()[0].shape[1:], list(runner.example.shape[1:])
+    if wanted != given:
+        raise TaskError(f"task {runner.task.name!r} gives inputs of shape {given}, but the artifact takes {wanted}; "
+                        "name the task that the artifact was made for")  # fmt: skip
+    report("measuring the untouched network", {})
+    base, base_file = runner.baseline()
+    report("measuring the artifact", {})
+    found = runner.measure_again(packed, "validation")
+    sizes = {"size_bytes": Metric.exact(len(packed)), "onnx_bytes": Metric.exact(unpack(packed).ByteSize())}
+    test, test_base = _on_test(runner, packed, base_file, report)
+    latency = _joined(found["latency_ms"], test.get("latency_ms"))
+    measured = Measurement({metric: found[metric], **sizes, "latency_ms": latency})
+    return rows(measured, base, protocol, test={name: value for name, value in test.items() if name != "latency_ms"},
+                test_base=test_base, box=4 * protocol.seconds)  # fmt: skip
+
+
+def _joined(first: Metric, second: Metric | None) -> Metric:
+    """Two timings in two sessions: their interval holds what sessions differ by."""
+    if second is None:
+        return first
+    value = (first.value + second.value) / 2
+    return replace(
+        first, value=value, low=min(first.low, second.low), high=max(first.high, second.high), n=first.n + second.n
+    )
+
+
+def _on_test(
+    runner: LocalRunner, packed: bytes, base: bytes, report: Report
+) -> tuple[Mapping[str, Metric], Metric | None]:
+    """The file's numbers and the untouched network's metric on the test split, where there is one."""
+    if runner.task.test is None:
+        return {}, None
+    report("evaluating on the test split", {})
+    return runner.measure_again(packed), Metric.of(runner.scores(base, "test"))

@@ -1,0 +1,252 @@
+"""The numbers that ship with a file: what was measured, on which split, how, and beside what.
+
+A `Record` is the plain data of an artifact's `measurements.json`. `compare` tells whether two of them agree: exact numbers
+must be equal, a metric must lie inside the recorded interval, and a speed is compared as the ratio to the untouched
+network that was timed beside it, because absolute times of two machines, or of one machine on two days, say little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import ArtifactError
+from ..objectives.measurement import Measurement, Metric
+from ..objectives.objective import against, show, spread
+
+# By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
+_BETWEEN_RUNS = 0.05
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the numbers came about; the fields are those of `LocalRunner`."""
+
+    threads: int = 1
+    batch: int = 1
+    seconds: float = 0.5
+    calibration_images: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number, the untouched network's beside it, and in words how it was measured.
+
+    split: whose inputs were used; empty for what needs none.
+    """
+
+    metric: str
+    split: str
+    found: Metric
+    baseline: Metric | None
+    protocol: str
+
+    def to_dict(self) -> dict[str, Any]:
+        base = None if self.baseline is None else asdict(self.baseline)
+        return {"metric": self.metric, "split": self.split or None, **asdict(self.found), "baseline": base,
+                "protocol": self.protocol}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        base = data["baseline"]
+        return cls(str(data["metric"]), str(data["split"] or ""), _metric(data), None if base is None else _metric(base),
+                   str(data["protocol"]))  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """For people: `accuracy, test`."""
+        return f"{self.metric}, {self.split}" if self.split and self.metric != "latency_ms" else self.metric
+
+    def change(self) -> str:
+        """Beside the untouched network: `4.08%`, `-0.41 points`, `1.3x faster`."""
+        if self.baseline is None:
+            return ""
+        return against(self.metric, self.found, self.baseline).removesuffix(" of baseline")
+
+
+def _metric(data: Mapping[str, Any]) -> Metric:
+    return Metric(float(data["value"]), float(data["low"]), float(data["high"]), int(data["n"]))
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of one file. protocol: None where an older paretorch did not write it down."""
+
+    name: str
+    task: str
+    rows: tuple[Row, ...]
+    protocol: Protocol | None = None
+    budget: tuple[str, ...] = ()
+    over_budget: Mapping[str, float] = field(default_factory=dict)
+    check: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without `check`, which `artifact.write` adds."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "metrics": [row.to_dict() for row in self.rows],
+            "protocol": None if self.protocol is None else asdict(self.protocol),
+            "budget": list(self.budget),
+            "over_budget": dict(self.over_budget),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """The record in a `measurements.json` of any version; raises `ArtifactError` for anything else."""
+        try:
+            if "candidate" in data:
+                return _from_version_1(data)
+            protocol = data.get("protocol")
+            return cls(
+                name=str(data.get("name", "")),
+                task=str(data.get("task", "")),
+                rows=tuple(Row.from_dict(row) for row in data.get("metrics", ())),
+                protocol=None if protocol is None else Protocol(**protocol),
+                budget=tuple(data.get("budget", ())),
+                over_budget=dict(data.get("over_budget", {})),
+                check=data.get("check"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"measurements.json holds no measurements of paretorch: {error!r}") from error
+
+
+def _from_version_1(data: Mapping[str, Any]) -> Record:
+    """Artifacts of version 1 held the study's candidate as it was journalled, and no protocol."""
+    candidate = data["candidate"]
+    test = {name: Metric(**entry) for name, entry in candidate["test"].items()}
+    found, base = (Measurement.from_dict(entry) for entry in (candidate["measurement"], data["baseline"]))
+    return Record(
+        name=f"candidate {candidate['number']}",
+        task="",
+        rows=rows(found, base, test=test),
+        budget=tuple(data["budget"]),
+        over_budget=dict(data["over_budget"]),
+    )
+
+
+def rows(
+    found: Measurement,
+    base: Measurement,
+    protocol: Protocol | None = None,
+    *,
+    test: Mapping[str, Metric] | None = None,
+    test_base: Metric | None = None,
+    box: float | None = None,
+) -> tuple[Row, ...]:
+    """A file's measurement as rows; `test` is what `LocalRunner.measure_again` gave for it on the test split.
+
+    test_base: the untouched network's metric there. box: seconds that the latency in `found` was measured for.
+    """
+    test = test or {}
+    parts: list[Row] = []
+    for name, metric in found.metrics.items():
+        beside = base.metrics.get(name)
+        if name == "latency_ms":
+            # Where a file was timed twice, the longer time counts.
+            again = test.get(name)
+            seconds = box if again is None else None if protocol is None else 4 * protocol.seconds
+            parts.append(Row(name, "validation", again or metric, beside, _timing(protocol, seconds, beside)))
+        elif metric.n:
+            parts.append(Row(name, "validation", metric, beside, _scoring("validation", metric)))
+            if name in test:
+                parts.append(Row(name, "test", test[name], test_base, _scoring("test", test[name])))
+        else:
+            parts.append(Row(name, "", metric, beside, _EXACT.get(name, "exact")))
+    return tuple(parts)
+
+
+_EXACT = {
+    "size_bytes": "the length of weights.safetensors, which holds the whole model; exact",
+    "onnx_bytes": "the length of model.onnx; exact",
+    "macs": "multiply-adds for one input, counted from the layers' shapes; exact",
+}
+
+
+def _scoring(split: str, metric: Metric) -> str:
+    return (f"the mean over the {metric.n} samples of the {split} split, computed by ONNX Runtime from the packed file read back; "
+            "95% interval")  # fmt: skip
+
+
+def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | None) -> str:
+    if protocol is None:
+        return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"
+    many = f"{protocol.batch} inputs" if protocol.batch > 1 else "one input"
+    clock = "the thread's CPU time" if protocol.threads == 1 else "the wall clock"
+    yardstick = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
+    return (f"a run on {many} of the validation split in ONNX Runtime on the CPU, {protocol.threads} "
+            f"thread{'s' * (protocol.threads > 1)}, {clock}; in turns with the untouched network within a time box of "
+            f"{protocol.seconds if seconds is None else seconds:g} s; the median of the pairs' ratios{yardstick}; 95% interval")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recorded number beside the same number now. verdict: in words; agrees: whether they are the same for all one knows."""
+
+    name: str
+    recorded: str
+    now: str
+    verdict: str
+    agrees: bool
+
+
+def compare(recorded: Sequence[Row], now: Sequence[Row]) -> list[Comparison]:
+    """The rows that both hold, side by side."""
+    fresh = {(row.metric, row.split): row for row in now}
+    return [_compared(row, fresh[row.metric, row.split]) for row in recorded if (row.metric, row.split) in fresh]
+
+
+def _compared(then: Row, now: Row) -> Comparison:
+    name, old, new = then.metric, then.found, now.found
+    texts = [f"{show(name, row.found.value)} {spread(name, row.found)}".rstrip() for row in (then, now)]
+    if name == "latency_ms" and then.baseline is not None and now.baseline is not None:
+        (low, high), (other_low, other_high) = _ratio(then), _ratio(now)
+        agrees = other_low <= high * (1 + _BETWEEN_RUNS) and low <= other_high * (1 + _BETWEEN_RUNS)
+        texts = [f"{text}, {row.change()}" for text, row in zip(texts, (then, now), strict=True)]
+        verdict = "same speed as recorded" if agrees else "DIFFERS: slower" if other_low > high else "DIFFERS: faster"
+    elif not old.n:
+        agrees = old.value == new.value
+        if not agrees and texts[0] == texts[1]:
+            texts = [f"{row.found.value:,.15g}" for row in (then, now)]
+        verdict = "the same" if agrees else "DIFFERS"
+    else:
+        agrees = old.low <= new.value <= old.high
+        verdict = "inside the interval" if agrees else f"DIFFERS by {against(name, new, old)}"
+        if new.value == old.value:
+            verdict = "the same"
+    return Comparison(then.name, texts[0], texts[1], verdict, agrees)
+
+
+def _ratio(row: Row) -> tuple[float, float]:
+    """The interval of a latency as a share of the untouched network's, which was its yardstick."""
+    assert row.baseline is not None
+    return row.found.low / row.baseline.value, row.found.high / row.baseline.value
+
+
+def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Comparison | None:
+    """What a file gives for the fixed pseudo-random inputs: recorded beside now; None where nothing was recorded."""
+    if not recorded:
+        return None
+    then, found = list(recorded["outputs"]), list(now["outputs"])
+    largest, tolerance = float(recorded["largest"]), float(recorded["tolerance"])
+    same_shape = recorded["shape"] == now["shape"] and len(then) == len(found)
+    # Two NaN at the same place are equal here.
+    apart = [abs(a - b) for a, b in zip(then, found, strict=False) if not (a == b or (a != a and b != b))]
+    worst = max((float("inf") if gap != gap else gap for gap in apart), default=0.0) / (largest or 1.0)
+    agrees = same_shape and worst <= tolerance
+    told = f"{100 * worst:.2g}% off" if same_shape else f"shape {now['shape']}"
+    verdict = (
+        "the same" if agrees and not worst else f"within {100 * tolerance:g}% of the largest" if agrees else "DIFFERS"
+    )
+    return Comparison("outputs", f"{len(then)} of {recorded['shape']}", told, verdict, agrees)
+
+
+def changed_environment(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between two environments, a line each: processor, versions."""
+    return [
+        f"{key}: {recorded[key]} then, {now[key]} now"
+        for key in recorded
+        if key in now and recorded[key] != now[key] and key != "platform"
+    ]
