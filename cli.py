@@ -411,7 +411,7 @@ def _measured(files: list[Path], found: Comparison, precision: float) -> list[st
     inputs = " against ".join(dict.fromkeys(", ".join(f"{n} {x}" for n, x in entry.items()) for entry in found.inputs))
     lines += [
         "",
-        f"{found.pairs} {'pairs' if ratio else 'blocks'} in {found.seconds:.1f} s: {half}, "
+        f"{found.pairs} {'pairs' if ratio else 'blocks'} in one process, {found.seconds:.1f} s: {half}, "
         + (f"within the {100 * precision:g}% asked for" if found.reached else
            f"which is not within the {100 * precision:g}% asked for: allow more --time, or a quieter machine"),
         f"{about['threads']} thread{'s' * (about['threads'] != '1')}, {cores}, {about['clock']}; {inputs}",

@@ -18,8 +18,11 @@
    ratio in 91 to 94% of simulated cases, with growing numbers of pairs in 94 to 98%.
 7. The verdict: *faster* when the whole interval is below 1, *slower* when it is above 1, else *no significant difference*.
 
-With one file alone steps 2 to 6 are the same for its milliseconds. They hold for this process and these seconds: the speed
-of a shared or virtual core drifts by a fifth, which the ratio mostly escapes (`benchmarks/latency.py` says how far).
+With one file alone steps 2 to 6 are the same for its milliseconds.
+
+What it cannot do: the interval is about the times of one process in these seconds. Where a process got its memory and
+what state its core is in stay the same throughout and differ in the next process: on a shared virtual machine the ratio
+of int8 to float spreads by 4 to 5% between processes, whatever the interval of each (`benchmarks/latency.py`).
 """
 
 from __future__ import annotations
