@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import Config
+    from .objectives.measurement import Metric
+    from .runners import compare
     from .runners.local import LocalRunner, Report
     from .runners.record import Comparison, Protocol, Record, Row
     from .runners.task import Task
@@ -568,6 +570,79 @@ def _show_cells(console: Console, heads: Sequence[str], lines: Sequence[Sequence
         table.add_row(*(Text(cell.rstrip()) for cell in line))
     console.print()
     console.print(table)
+
+
+@app.command(short_help="Time an ONNX file, or compare two of them.")
+def measure(
+    file: Annotated[
+        Path, typer.Argument(help="An ONNX file, or a directory that `export` wrote.", metavar="FILE.onnx")
+    ],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="OTHER.onnx", help="What it is held against.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads, each pinned to a core.")] = 1,
+    batch: Annotated[int | None, typer.Option("--batch", help="Inputs per run [default: 1].")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="It ends when half the 95% interval is within this share.")
+    ] = "2%",
+    time: Annotated[str, typer.Option("--time", help="It ends after this time at the latest.")] = "20s",
+    shape: Annotated[
+        list[str],
+        typer.Option("--shape", metavar="NAME=SIZES", help="Shape of an input, as input=1,3,224,224. Repeatable."),
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
+) -> None:
+    """Time an ONNX file in ONNX Runtime, in a fresh process, or say whether it is faster than another one."""
+    from dataclasses import asdict
+
+    from .configs.schema import parse_duration
+    from .errors import ConfigError
+    from .runners.compare import compare, parse_precision
+    from .runners.feed import parse_shapes
+
+    read: dict[str, Any] = {}
+    problems: list[str] = []
+    options = (("--precision", parse_precision, precision), ("--time", parse_duration, time), ("--shape", parse_shapes, shape))  # fmt: skip
+    for option, parse, text in options:
+        try:
+            read[option] = parse(text)  # type: ignore[operator,arg-type]
+        except ConfigError as error:
+            problems += [f"{option}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems, "measure")
+    files = [file] if against is None else [file, against]
+    found = compare(files, threads=threads, batch=batch, precision=read["--precision"], seconds=read["--time"],
+                    shapes=read["--shape"])  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in files]} | asdict(found), indent=1))
+    else:
+        typer.echo("\n".join(_measured(files, found, read["--precision"])))
+
+
+def _measured(files: list[Path], found: compare.Comparison, precision: float) -> list[str]:
+    """A comparison for people: numbers first, because names may be long."""
+
+    def line(metric: Metric, unit: str, text: str) -> str:
+        return f"{f'{metric.value:.4g}{unit}':<13}{f'[{metric.low:.4g}, {metric.high:.4g}]':<20}{text}"
+
+    lines = [line(metric, " ms", str(path)) for path, metric in zip(files, found.ms, strict=True)]
+    ratio = found.ratio
+    if ratio is not None:
+        times = {"faster": f", {1 / ratio.value:.3g}x", "slower": f", {ratio.value:.3g}x"}.get(found.verdict or "", "")
+        lines.append(line(ratio, "", f"of the time: {found.verdict}{times}"))
+    asked = ratio or found.ms[0]
+    half = f"±{100 * (asked.high - asked.low) / 2 / asked.value:.2g}%"
+    about = found.environment
+    cores = about["cores"] if about["cores"] == "not pinned" else f"pinned to core {about['cores']}"
+    inputs = " against ".join(dict.fromkeys(", ".join(f"{n} {x}" for n, x in entry.items()) for entry in found.inputs))
+    lines += [
+        "",
+        f"{found.pairs} {'pairs' if ratio else 'blocks'} in one process, {found.seconds:.1f} s: {half}, "
+        + (f"within the {100 * precision:g}% asked for" if found.reached else
+           f"which is not within the {100 * precision:g}% asked for: allow more --time, or a quieter machine"),
+        f"{about['threads']} thread{'s' * (about['threads'] != '1')}, {cores}, {about['clock']}; {inputs}",
+    ]  # fmt: skip
+    return lines
 
 
 @app.command(short_help="Open a study in the MLflow UI.")

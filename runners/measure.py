@@ -51,12 +51,12 @@ def latency(
             baseline.run(None, feeds[1])
         times.append((t1 - t0, clock() - t1))
     pairs = np.array(times, dtype=np.float64) / runs
-    ratio = _median(pairs[:, 0] / np.maximum(pairs[:, 1], 1.0))
+    ratio = median(pairs[:, 0] / np.maximum(pairs[:, 1], 1.0))
     scale = baseline_ms if baseline_ms is not None else float(np.median(pairs[:, 1])) / 1e6
     return Metric(ratio.value * scale, ratio.low * scale, ratio.high * scale, ratio.n), ratio
 
 
-def _median(values: NDArray[np.float64]) -> Metric:
+def median(values: NDArray[np.float64]) -> Metric:
     """The median with its distribution-free 95% interval (order statistics n/2 -+ 0.98 sqrt(n))."""
     ordered = np.sort(values)
     n = len(ordered)

@@ -38,36 +38,17 @@ from torch import Tensor, nn
 from ..errors import ExportFailed
 from .compress import FrozenWeight
 from .packing import codes_to_raw
+from .runtime import DISABLED_OPTIMIZERS as DISABLED_OPTIMIZERS  # (`as` says that it may be imported from here)
+from .runtime import session as session
+from .runtime import session_options as session_options
 
 OPSET = 21  # the first with INT4
-DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 # Operators that hand numbers on unchanged, so that their output has the scale of their input ...
 _MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 # ... and operators that ONNX Runtime computes in int8 with a scale of their own.
 _COMPUTES = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _ACTIVATIONS = {"Relu", "Clip"}
 _BIAS_STEPS = 2.0**30  # the largest int32 bias: as much again is left for the sum that it is added to
-
-
-def session_options(threads: int) -> ort.SessionOptions:
-    """How every session here runs: fixed threads, no spinning, and errors only in the log."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def session(model: onnx.ModelProto | bytes, threads: int = 1) -> ort.InferenceSession:
-    """A CPU session; raises `ExportFailed` when ONNX Runtime refuses the model."""
-    data = model if isinstance(model, bytes) else model.SerializeToString()
-    try:
-        return ort.InferenceSession(
-            data, session_options(threads), providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
-        )
-    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-        raise ExportFailed(f"ONNX Runtime cannot load the exported network: {error}") from error
 
 
 def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -248,6 +249,7 @@ def typed(*arguments):
         ["verify"],
         ["apply"],
         ["register"],
+        ["measure"],
         ["ui"],
     ],
 )
@@ -358,3 +360,55 @@ def test_bad_sensitivity(paretorch, folder, options, told):
     assert told in done.text
     assert not (folder / "studies").exists()
     assert (folder / "taken").read_text() == "mine"
+
+
+def test_measure(paretorch, study, folder):
+    """What is printed and where it comes from; never how long anything took."""
+    paretorch("export", study, "--pick", "2", "--to", "small")
+    paretorch("export", study, "--pick", "0", "--to", "plain")
+    done = paretorch("measure", "small", "--against", "plain/model.onnx", "--time", "0.1s")
+    lines = done.stdout.splitlines()
+    assert [line.rpartition("]")[2].strip() for line in lines[:2]] == ["small", "plain/model.onnx"]
+    assert all(" ms " in line and "[" in line for line in lines[:2])
+    assert re.search(r"of the time: (faster, .*x|slower, .*x|no significant difference)$", lines[2])
+    assert re.match(r"\d+ pairs in .* s: ±.*%, (which is not )?within .*the 2% asked for", lines[4])
+    assert lines[5].startswith("1 thread, ")
+    assert lines[5].endswith("CPU time of the thread; input float32[1, 1, 6, 6]")
+    assert not done.stderr
+
+    alone = paretorch("measure", "plain", "--time", "0.1s", "--batch", "3", "--precision", "0.5%").stdout.splitlines()
+    assert alone[0].endswith("plain")
+    assert "blocks in" in alone[2]
+    assert "the 0.5% asked for" in alone[2]
+    assert alone[3].endswith("input float32[3, 1, 6, 6]")
+
+    found = json.loads(paretorch("measure", "small", "--against", "small", "--time", "0.1s", "--json").stdout)
+    assert found["files"] == ["small", "small"]
+    assert found["verdict"] in ("faster", "slower", "no significant difference")
+    assert set(found["ratio"]) == {"value", "low", "high", "n"}
+    assert len(found["ms"]) == 2
+    assert found["pairs"] == found["ratio"]["n"] >= 6
+    assert isinstance(found["reached"], bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["gone.onnx"], "paretorch: there is no file gone.onnx; name an .onnx file, or a directory that"),
+        (["."], "holds no model.onnx; name an .onnx file"),
+        (["task.py"], "task.py is no ONNX model that ONNX Runtime can load"),
+        (["plain", "--against", "gone"], "there is no file gone"),
+        (["plain", "--shape", "input=1,1,7,7"], "model.onnx: input 'input' is [batch, 1, 6, 6] in the file, which the shape 1,1,7,7 does not fit"),
+        (["plain", "--shape", "image=1,1,6,6"], "--shape 'image': there is no such input; inputs: input"),
+        (["plain", "--precision", "0%", "--time", "soon", "--shape", "input"], "measure: 3 problems"),
+        (["plain", "--precision", "0"], "--precision: '0': write a share of the time above 0% and below 100%, such as 2%"),
+        (["plain", "--threads", "0"], "threads = 0: this process may use"),
+        (["plain", "--batch", "0"], "batch = 0: a run needs at least one input"),
+    ],
+)  # fmt: skip
+def test_bad_measure(paretorch, study, folder, options, told):
+    if options[0] == "plain":
+        paretorch("export", study, "--pick", "0", "--to", "plain")
+    done = paretorch("measure", *options, code=2)
+    assert told in done.text
+    assert done.stderr.startswith("paretorch: ")

@@ -9,7 +9,7 @@ from torch import nn
 
 from paretorch.errors import Diverged, ExportFailed
 from paretorch.runners.evaluate import evaluate, predictions
-from paretorch.runners.measure import _median, latency
+from paretorch.runners.measure import latency, median
 from paretorch.runners.onnx_export import export_float, session
 
 
@@ -56,7 +56,7 @@ def test_milliseconds_are_the_ratio_times_the_baseline():
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=300))
 def test_a_median_lies_in_its_interval(values):
-    found = _median(np.array(values))
+    found = median(np.array(values))
     assert found.value == np.median(values)
     assert min(values) <= found.low <= found.value <= found.high <= max(values)
     assert found.n == len(values)
@@ -65,7 +65,7 @@ def test_a_median_lies_in_its_interval(values):
 def test_the_interval_of_a_median_covers_it_in_95_of_100_cases():
     rng = np.random.default_rng(0)
     for n in (10, 30, 200):
-        metrics = [_median(rng.exponential(size=n)) for _ in range(2000)]
+        metrics = [median(rng.exponential(size=n)) for _ in range(2000)]
         covered = np.mean([m.low <= np.log(2) <= m.high for m in metrics])
         assert 0.94 <= covered <= 0.995
 

@@ -1,0 +1,40 @@
+"""How ONNX Runtime is started, by all that measures or ships: same options, same numbers. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
+
+from ..errors import ExportFailed
+
+if TYPE_CHECKING:
+    import onnx
+
+# It would quietly turn a float layer between two int8 layers into an int8 one.
+DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How every session here runs: fixed threads, no spinning, and errors only in the log."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def session(model: onnx.ModelProto | bytes | Path, threads: int = 1) -> ort.InferenceSession:
+    """A CPU session of a model, its bytes or its file; raises `ExportFailed` when ONNX Runtime refuses it."""
+    source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        return ort.InferenceSession(
+            source,
+            session_options(threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+        )
+    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+        raise ExportFailed(f"ONNX Runtime cannot load the exported network: {error}") from error
