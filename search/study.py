@@ -298,8 +298,8 @@ class Study:
         directions = [StudyDirection.MAXIMIZE if o.maximize else StudyDirection.MINIMIZE for o in self.objectives]
         self.optuna = optuna.create_study(directions=directions)
         self.own: EHVISampler | None = None
-        choices = self.space.recovery if self.space.ladder else (None,)
-        self.ladder = Ladder(tuple(_rung_name(self.space.recoveries(choice)) for choice in choices))
+        rungs = [_rung_name(self.space.recoveries(choice)) for choice in self.space.recovery]
+        self.ladder = Ladder(tuple(rungs) if self.space.ladder else ("candidates",))
         self.placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
         self.scores: dict[int, NDArray[np.floating] | None] = {}  # of rivals, by number
         self.settled: set[int] = set()  # candidates that training could not make better

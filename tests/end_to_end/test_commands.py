@@ -34,7 +34,9 @@ def test_what_a_search_prints(searched, study, look, store):
     assert lines[0] == "network   2 layers, 1 channel groups, 0 removable blocks; 6 decisions"
     assert lines[1].startswith("baseline  accuracy 100.00% ±")
     assert lines[3].startswith("budget    size_bytes <= 60%  (= 1.8")
-    assert [line.split("/")[0].strip() for line in lines[5:17]] == [str(n) for n in range(1, 13)]
+    assert lines[5].startswith("evaluates ")
+    assert lines[6].startswith("plan      about 12 candidates (")
+    assert [line.split("/")[0].strip() for line in lines[7:19]] == [str(n) for n in range(1, 13)]
     assert "paretorch export studies/blobs --pick knee --to deploy" in searched.done.text
     assert not searched.done.stderr
     assert look.runs(store, study)[0] == ["FINISHED"]
@@ -191,7 +193,7 @@ def test_options_of_search(paretorch, folder):
         "name=other",
     ]
     done = paretorch("search", "config.yaml", *options, code=None)
-    assert "the time of 1 s is over after" in done.text
+    assert "the time of 1s is used up after" in done.text
     about = json.loads((folder / "else" / "where" / "study.json").read_text())
     assert about["snapshot"]["seed"] == 4
     assert about["config"]["name"] == "other", "what was asked for is kept, options included"

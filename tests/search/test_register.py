@@ -57,6 +57,9 @@ def study(directory: Path, packed: bytes) -> SimpleNamespace:
                      {"accuracy": Metric.rate(930, 1000)})  # fmt: skip
     (folder / "candidates" / f"{best.recipe.key}.safetensors").write_bytes(packed)
     gone = Candidate(2, Recipe((Quantize("1", 3),)), "ok", "", measured(100, 9999), {}, {"1": 1})
+    measure = {"threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512}
+    asked = {"task": "blobs", "seed": 0, "measure": measure}
+    (folder / "study.json").write_text(json.dumps({"snapshot": asked}))
     objectives = tuple(Objective.parse(text) for text in ("accuracy", "size_bytes"))
     front = Front((best, gone), objectives, Budget.parse([]), measured(190, 4000), folder)
 
@@ -120,7 +123,8 @@ def test_a_version_says_what_it_is_and_where_it_is_from(study: SimpleNamespace, 
     assert [need.partition("==")[0] for need in needs] == ["mlflow", "numpy", "onnxruntime"]
     assert all(need.partition("==")[2] for need in needs)
     assert {path.name for path in (found.files / "artifacts" / "exported").iterdir()} == {
-        "model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "artifact.json",
+        "model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "environment.json", "README.md",
+        "artifact.json",
     }  # fmt: skip
     assert not [path for path in found.files.rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc")]
 
