@@ -249,6 +249,48 @@ def test_the_model_learns_an_additive_function():
     assert np.corrcoef(spans, own)[0, 1] > 0.99, "the layers that matter are the ones that it names"
 
 
+def test_the_model_learns_pairs_of_choices_that_no_curve_describes(monkeypatch):
+    """Every pair of choices of two axes has a number of its own, drawn: the model tells unseen recipes apart by them."""
+    random = np.random.default_rng(0)
+    counts, pairs = np.full(5, 4), list(itertools.combinations(range(5), 2))
+    tables = random.normal(0, 1, (len(pairs), 4, 4))
+    everything = random.permutation(np.array(list(itertools.product(range(4), repeat=5))))
+    picks, fresh = everything[:180], everything[180:]
+
+    def loss(rows):
+        return sum(table[rows[:, a], rows[:, b]] for table, (a, b) in zip(tables, pairs, strict=True))
+
+    found = []
+    for most in (16, 3):  # choices of an axis that takes part in pairs
+        monkeypatch.setattr("paretorch.search.ehvi._APART", most)
+        curves = Curves.make(counts, [None] * 5)
+        model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
+        mean, deviation = model.predict(fresh)
+        assert (np.abs(mean - loss(fresh)) < 3 * deviation).mean() > 0.95
+        found.append(np.corrcoef(mean, loss(fresh))[0, 1])
+    assert found[0] > 0.85 > 0.7 > found[1]
+
+
+def test_only_axes_of_few_choices_take_part_in_pairs():
+    curves = Curves.make(np.array([3, 40, 2]), [None] * 3)
+    marks = curves.marks(np.array([[0, 7, 1], [0, 39, 0], [2, 7, 0]]))
+    assert marks @ marks.T == pytest.approx(np.array([[1.0, 0.5, 0.0], [0.5, 1.0, 0.5], [0.0, 0.5, 1.0]]))
+    assert Curves.make(np.array([40, 40]), [None] * 2).marks(np.zeros((1, 2), dtype=np.int64)) is None
+
+
+@pytest.mark.parametrize("counts", [[40, 40, 40], [40, 3, 3]], ids=["many choices", "many and few"])
+def test_a_recipe_that_was_seen_is_predicted_as_seen(counts):
+    random = np.random.default_rng(0)
+    picks = random.integers(0, counts, (30, 3))
+    column = (picks / np.array(counts)).sum(1) + (picks[:, 1] == picks[:, 2])
+    curves = Curves.make(np.array(counts), [None] * 3)
+    model = Model(curves, picks, column, False, np.array([0.0, -1.0, -3.0, -4.0, -1.0]))
+    mean, deviation = model.predict(picks, lucky=False)
+    assert mean == pytest.approx(column, abs=0.05)
+    assert (deviation < 0.05).all()
+    assert (model.predict(random.integers(0, counts, (200, 3)), lucky=False)[1] > 0.05).any()
+
+
 def test_a_prior_is_worth_what_it_turns_out_to_be():
     """Sensitivities in the wrong unit and of irregular shape still tell the model where the losses are."""
     random = np.random.default_rng(1)
