@@ -90,14 +90,13 @@ def by_hand(task: Task, structure: Any, overhead: Any, base: tuple[float, float]
             )
         size = cost.size_bytes(structure, Recipe(tuple(Quantize(n, b) for n, b in bits.items())), overhead) / base[1]
         accuracy = hits / len(y)
-        trial.set_user_attr("constraints", (size - 0.25, base[0] - 0.05 - accuracy))
+        trial.set_constraint("size", size - 0.25)
+        trial.set_constraint("accuracy", base[0] - 0.05 - accuracy)
         trace.points.append((1 - accuracy, size))
         trace.seconds.append(time.perf_counter() - started)
         return 1 - accuracy, size
 
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, multivariate=True, constraints_func=lambda t: t.user_attrs["constraints"]
-    )
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     optuna.create_study(directions=["minimize"] * 2, sampler=sampler).optimize(objective, n_trials=trials)
     trace.took = time.perf_counter() - started
     return trace
@@ -195,7 +194,7 @@ def main() -> None:
             enough = np.flatnonzero(volumes >= 0.98)
             reached[name] = trace.seconds[enough[0]] if len(enough) else float("inf")
             until = f"{reached[name]:.0f}" if len(enough) else f"> {trace.took:.0f}"
-            ratio = max(hand.took, reached["hand"]) if name == "hand" and not len(enough) else reached[name]
+            ratio = hand.took if name == "hand" and not len(enough) else reached[name]
             times = f"{ratio / reached['paretorch']:.1f}" if name == "hand" else ""
             print(f"{seed:<6}{name:<12}{len(trace.points):<8}{trace.took:<9.0f}{trace.took / len(trace.points):<9.2f}{volumes[-1]:<13.4f}"
                   f"{until:<15}{('> ' if times and not len(enough) else '') + times:<8}{f'{100 * share:.0f}%' if name == 'paretorch' else ''}",
