@@ -46,8 +46,8 @@ class Way:
     batch: int = 0
 
     def describe(self) -> str:
-        """For people: `2 x 64 images at a time, 1 thread each`."""
-        images = f"{self.batch or 'all'} images of a batch" if not self.batch else f"{self.batch} images"
+        """For people: `2 x 64 images at a time, 1 thread each`, or `a batch at a time, 2 threads`."""
+        images = f"{self.batch} images" if self.batch else "a batch"
         each = f"{self.threads} thread{'s' * (self.threads > 1)}{' each' * (self.workers > 1)}"
         return f"{f'{self.workers} x ' if self.workers > 1 else ''}{images} at a time, {each}"
 

@@ -579,13 +579,16 @@ class Study:
     # ------------------------------------------------------------------------------------------------- time
 
     def _typical(self, rung: int) -> float:
-        """Seconds that a trial on a rung takes: the median of those that were carried out, else what is guessed."""
-        numbers = [s.number for s in self.ladder.rungs[rung]]
+        """Seconds that a trial on a rung takes: the mean of those that were carried out, else what is guessed.
+
+        The trivial baselines do not count: most of them do not train, and none is given up early.
+        """
+        numbers = [s.number for s in self.ladder.rungs[rung] if not s.given]
         measured = [
             m.seconds["total"] for n in numbers if (m := self.candidates[n].measurement) and "total" in m.seconds
         ]
-        if measured:
-            return statistics.median(measured)
+        if len(measured) >= 3:
+            return statistics.mean(measured)
         if self.space.ladder:
             last = self.space.recovery[rung]
             return float(self.guessed["trial"] + self.guessed["epoch"] * (last.epochs if last else 0.0))
