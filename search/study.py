@@ -64,7 +64,7 @@ _SPENT = 300  # repeated suggestions in a row after which a space counts as sear
 TRIALS = 40  # candidates of a study of which neither a number nor a time was said
 _OURS = re.compile(r"[0-9a-f]{16}\.(safetensors|trained|npy)")  # the files in candidates/ that are the study's
 UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
-_REPORT = 5.0  # seconds that the report and the end of the MLflow run take
+_REPORT = 7.0  # seconds that the report and the end of the MLflow run take
 _PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
 _FINALISTS = 12  # guessed before there is a front
 _PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
@@ -543,7 +543,7 @@ class Study:
         while trials is None or len(self.candidates) < trials:
             if not may(0) and not (fresh and not self.candidates):  # one at least, however short the time
                 total = f" of {_count(trials)}" if trials else ""
-                self.listener.say(f"the time of {duration(time_limit or 0)} is used up after {len(self.candidates)}{total or ' trials'}; "
+                self.listener.say(f"the time is used up after {len(self.candidates)}{total or ' trials'}; "
                                   "the same command with more time goes on")  # fmt: skip
                 return
             trial: optuna.Trial | None = None
