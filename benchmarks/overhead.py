@@ -45,7 +45,7 @@ class Imagined(LocalRunner):
 
     started = False
 
-    def run(self, recipe: Recipe, report: object = None, *, gate_latency: bool = False) -> Measurement:
+    def run(self, recipe: Recipe, report: object = None, **_: object) -> Measurement:
         if not Imagined.started:
             Imagined.started = True
             return super().run(recipe)

@@ -813,10 +813,10 @@ class Study:
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
         for rung, standings in enumerate(self.ladder.rungs):
             wanted |= {self.runner.scores_path(self.candidates[n].recipe).name for n in self._best(rung)}
-            eligible = [s for s in standings if s.eligible]
-            likely = {eligible[i].number for i in ranked([s.losses for s in eligible], max(PILOT, len(eligible) // 2))}
-            climbing = [n for n in likely if n not in self.ladder.above] if rung else []
-            wanted |= {self.runner.trained_path(self.candidates[n].recipe).name for n in climbing}
+            if 0 < rung < len(self.ladder.rungs) - 1:  # at the foot nothing is trained, from the top nobody climbs
+                eligible = [s for s in standings if s.eligible and s.number not in self.ladder.above]
+                likely = ranked([s.losses for s in eligible], max(PILOT, len(standings) // 2))
+                wanted |= {self.runner.trained_path(self.candidates[eligible[i].number].recipe).name for i in likely}
         for path in self.runner.directory.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in wanted:
                 path.unlink(missing_ok=True)
