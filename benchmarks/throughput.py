@@ -195,7 +195,8 @@ def main() -> None:
             reached[name] = trace.seconds[enough[0]] if len(enough) else float("inf")
             until = f"{reached[name]:.0f}" if len(enough) else f"> {trace.took:.0f}"
             ratio = hand.took if name == "hand" and not len(enough) else reached[name]
-            times = f"{ratio / reached['paretorch']:.1f}" if name == "hand" else ""
+            both = name == "hand" and np.isfinite(reached["paretorch"])
+            times = f"{ratio / reached['paretorch']:.1f}" if both else ""
             print(f"{seed:<6}{name:<12}{len(trace.points):<8}{trace.took:<9.0f}{trace.took / len(trace.points):<9.2f}{volumes[-1]:<13.4f}"
                   f"{until:<15}{('> ' if times and not len(enough) else '') + times:<8}{f'{100 * share:.0f}%' if name == 'paretorch' else ''}",
                   flush=True)  # fmt: skip
