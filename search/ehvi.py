@@ -45,6 +45,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
+from threadpoolctl import ThreadpoolController
 
 from ..objectives.pareto import nondominated
 from .knapsack import front as knapsack_front
@@ -136,7 +137,9 @@ class EHVISampler(BaseSampler):
         trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.number != trial.number]
         counts = np.array([len(found) for found in values.values()])
         seen = self._observed(study, trials, search_space)
-        picks = _Suggestion(self, seen, list(values), counts).make()
+        # Matrices of some hundred rows: several threads take three to ten times as long over them as one.
+        with _libraries().limit(limits=1, user_api="blas"):
+            picks = _Suggestion(self, seen, list(values), counts).make()
         suggested = {name: found[int(pick)] for (name, found), pick in zip(values.items(), picks, strict=True)}
         return suggested | ({self.ladder: values[self.ladder][0]} if self.ladder in values else {})
 
@@ -175,6 +178,12 @@ class EHVISampler(BaseSampler):
             self._fits[name, mark] = Model.tune(curves, picks[first], column[first], warped)
         use = use[_near(column[use], MOST)]
         return Model(curves, picks[use], column[use], warped, self._fits[name, mark])
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """The libraries of linear algebra in this process, looked for once."""
+    return ThreadpoolController()
 
 
 class _Suggestion:
