@@ -1,7 +1,8 @@
 """The command line: `paretorch search CONFIG.yaml` and what belongs to it.
 
 Exit codes: 0 done; 2 bad input (the message says which and what to do); 3 the search ended without a recipe inside the
-budget; 4 an artifact is sound, but measured again its numbers differ; 130 interrupted. Heavy imports stand inside the commands, so that `--help` is quick.
+budget; 4 an artifact is sound, but measured again its numbers differ; 130 interrupted. Heavy imports stand inside the
+commands, so that `--help` is quick.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from ..errors import ArtifactError, ConfigError, ExportFailed, ParetorchError, TargetError
 from ..objectives.measurement import Metric
 from .feed import Shapes, feed
-from .measure import median
+from .measure import block, median
 from .runtime import session
 
 FIRST_LOOK, FEWEST = 20, 6  # pairs
@@ -277,14 +277,7 @@ def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clo
         raise ArtifactError(f"{file} does not run on {shapes}: {error}; check --batch and --shape") from error
     runs = max(1, math.ceil(_BLOCK / max(min(once(), once()), 1)))
 
-    def block() -> float:
-        runtime.run(None, arrays)  # not counted: see the module's second step
-        begin = clock()
-        for _ in range(runs):
-            runtime.run(None, arrays)
-        return (clock() - begin) / runs / 1e6
-
-    return block
+    return lambda: block(runtime, arrays, runs, clock) / runs / 1e6
 
 
 def _main() -> None:

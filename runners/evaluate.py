@@ -147,11 +147,11 @@ def fastest(
     """The fastest way to evaluate packed files like these, and how many times as fast as the obvious way it is.
 
     seconds: how long the obvious way may take for all the files together, which decides how many of the images are used;
-    all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its outputs agree with the obvious way's to
-    1e-3 of the largest, and every score is the same.
+    all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its outputs
+    agree with the obvious way's to 1e-3 of the largest, and every score is the same.
     """
     graphs = [packing.unpack(data).SerializeToString() for data in files]
-    images = _some(files, graphs, batches, seconds)
+    images = _some(graphs, batches, seconds)
     count = sum(len(x) for x, _ in images)
     first = obvious()
     everything = {
@@ -171,7 +171,7 @@ def fastest(
 
 
 def _some(
-    files: Sequence[bytes], graphs: Sequence[bytes], batches: Iterable[tuple[Tensor, Tensor]], seconds: float
+    graphs: Sequence[bytes], batches: Iterable[tuple[Tensor, Tensor]], seconds: float
 ) -> list[tuple[Tensor, Tensor]]:
     """The first images: as many as the obvious way takes the given time for, and one batch at least."""
     runtimes = [session(graph, obvious().threads) for graph in graphs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,20 +44,24 @@ def latency(
     times: list[tuple[int, int]] = []
     end = time.perf_counter() + seconds
     while len(times) < 10 or (time.perf_counter() < end and len(times) < 2000):
-        # The first run of each finds the other's weights in the caches, which no user of the file would; it does not
-        # count. (With it an int8 ResNet-18 at 64 pixels came out at 0.31 of the float one's time, without it at 0.28.)
-        pair = []
-        for runtime, feed in zip((candidate, baseline), feeds, strict=True):
-            runtime.run(None, feed)
-            begin = clock()
-            for _ in range(runs):
-                runtime.run(None, feed)
-            pair.append(clock() - begin)
-        times.append((pair[0], pair[1]))
+        times.append((block(candidate, feeds[0], runs, clock), block(baseline, feeds[1], runs, clock)))
     pairs = np.array(times, dtype=np.float64) / runs
     ratio = median(pairs[:, 0] / np.maximum(pairs[:, 1], 1.0))
     scale = baseline_ms if baseline_ms is not None else float(np.median(pairs[:, 1])) / 1e6
     return Metric(ratio.value * scale, ratio.low * scale, ratio.high * scale, ratio.n), ratio
+
+
+def block(runtime: ort.InferenceSession, feed: dict[str, Any], runs: int, clock: Callable[[], int]) -> int:
+    """What the clock says of a row of runs, after one that does not count.
+
+    That one finds another network's weights in the caches, which no user of the file would. (With it an int8 ResNet-18
+    at 64 pixels came out at 0.31 of the float one's time, without it at 0.28.)
+    """
+    runtime.run(None, feed)
+    begin = clock()
+    for _ in range(runs):
+        runtime.run(None, feed)
+    return clock() - begin
 
 
 def median(values: NDArray[np.float64]) -> Metric:

@@ -402,8 +402,8 @@ class Study:
             return found
         place = self.objectives.index(objective)
         mine = [o.loss(known[o.metric].value, self.baseline.value(o.metric)) for o in self.objectives if o is not objective]  # fmt: skip
-        for number in self._best(rung):
-            losses = next(s.losses for s in self.ladder.rungs[rung] if s.number == number)
+        for best in self._best(rung):
+            losses, number = best.losses, best.number
             if all(a <= b for a, b in zip(losses[:place] + losses[place + 1 :], mine, strict=True)):
                 if number not in self.scores:
                     self.scores[number] = self.runner.stored_scores(self.candidates[number].recipe)
@@ -412,10 +412,10 @@ class Study:
                     found.append(Rival(f"#{number}", scores))
         return found
 
-    def _best(self, rung: int) -> list[int]:
+    def _best(self, rung: int) -> list[Standing]:
         """The candidates on a rung that nothing there beats."""
         whole = [s for s in self.ladder.rungs[rung] if self._whole(self.candidates[s.number])]
-        return [s.number for s, kept in zip(whole, nondominated([s.losses for s in whole]), strict=True) if kept]
+        return [s for s, kept in zip(whole, nondominated([s.losses for s in whole]), strict=True) if kept]
 
     # ------------------------------------------------------------------------------------------------- told
 
@@ -812,7 +812,7 @@ class Study:
         packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
         for rung, standings in enumerate(self.ladder.rungs):
-            wanted |= {self.runner.scores_path(self.candidates[n].recipe).name for n in self._best(rung)}
+            wanted |= {self.runner.scores_path(self.candidates[s.number].recipe).name for s in self._best(rung)}
             if 0 < rung < len(self.ladder.rungs) - 1:  # at the foot nothing is trained, from the top nobody climbs
                 eligible = [s for s in standings if s.eligible and s.number not in self.ladder.above]
                 likely = ranked([s.losses for s in eligible], max(PILOT, len(standings) // 2))
