@@ -5,8 +5,9 @@ activation ranges are measured on this graph too.
 
 - The float graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`)
   takes 3-16 s, which a search would pay in every trial. The newer one steps in where the first fails.
-- Weights: at most 4 bits are stored as INT4 with a Cast to INT8, 5 to 8 bits as INT8; float16 with a Cast. ONNX Runtime
-  folds the Cast when it loads the file, so the file is small and runs at full speed.
+- Weights: 2 bits are stored as INT2 and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
+  Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. A file with INT2
+  is of opset 25, all others are of opset 21.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
@@ -43,6 +44,7 @@ from .runtime import session as session
 from .runtime import session_options as session_options
 
 OPSET = 21  # the first with INT4
+_OPSET_INT2 = 25  # the first with INT2: only of files that hold one, as an older ONNX Runtime cannot load it
 # Operators that hand numbers on unchanged, so that their output has the scale of their input ...
 _MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 # ... and operators that ONNX Runtime computes in int8 with a scale of their own.
@@ -133,7 +135,8 @@ def _shape(value: onnx.ValueInfoProto) -> list[Any]:
 
 
 def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="paretorch")
+    opset = _OPSET_INT2 if any(t.data_type == TensorProto.INT2 for t in graph.initializer) else OPSET
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], producer_name="paretorch")
     made.ir_version = 10
     return made
 
@@ -255,7 +258,7 @@ class _Graph:
         self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
 
     def _add_codes(self, layer: _Int8Layer) -> TensorProto.DataType:
-        kind = TensorProto.INT4 if layer.bits <= 4 else TensorProto.INT8
+        kind = TensorProto.INT8 if layer.bits > 4 else TensorProto.INT4 if layer.bits > 2 else TensorProto.INT2
         raw = codes_to_raw(layer.values.reshape(-1), kind)
         self._add_tensor(helper.make_tensor(f"{layer.weight}_q", kind, layer.values.shape, raw, raw=True))
         return kind
@@ -323,7 +326,7 @@ class _Graph:
         layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
         kind = self._add_codes(layer)
         source, name = f"{layer.weight}_q", layer.weight
-        if kind == TensorProto.INT4:
+        if kind != TensorProto.INT8:
             self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
             source = f"{name}_c"
         self._add_tensor(numpy_helper.from_array(scales, f"{name}_s"))

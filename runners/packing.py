@@ -29,7 +29,7 @@ FORMAT = "paretorch.packed"
 VERSION = 1
 _SMALLEST = 16  # numbers; a smaller tensor stays in the graph
 _FLOATS: dict[int, type] = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.INT32: np.uint32}
-_CODES = (TensorProto.INT8, TensorProto.INT4)
+_CODES = {TensorProto.INT8: 8, TensorProto.INT4: 4, TensorProto.INT2: 2}  # and the bits of a number in the ONNX file
 
 
 def width(values: NDArray[np.int8]) -> int:
@@ -190,7 +190,6 @@ def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes) -> No
 
 
 def codes_to_raw(values: NDArray[np.int8], data_type: int) -> bytes:
-    """The bytes of an INT8 or INT4 ONNX tensor (two INT4 numbers in a byte, the first in the low half)."""
-    if data_type == TensorProto.INT8:
-        return values.astype(np.int8).tobytes()
-    return pack_bits(values.view(np.uint8) & np.uint8(15), 4)
+    """The bytes of an INT8, INT4 or INT2 ONNX tensor (several numbers in a byte, the first in its lowest bits)."""
+    bits = _CODES[data_type]
+    return values.tobytes() if bits == 8 else pack_bits(values.view(np.uint8) & np.uint8(2**bits - 1), bits)

@@ -179,18 +179,36 @@ def test_int8_layers_against_fake_quantization_in_torch(network):
 
 @pytest.mark.parametrize(
     ("bits", "activations", "kind"),
-    [(2, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
-     (2, 32, "INT4"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
+    [(2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
+     (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
 )  # fmt: skip
 def test_weights_are_stored_in_their_type_only(bits, activations, kind, network):
     model, x = network("perceptron")
     graph, _ = export(model, x, Recipe(tuple(Quantize(name, bits, activations) for name in ("1", "4", "7"))))
     large = {t.name: t for t in graph.graph.initializer if len(t.dims) == 2 and min(t.dims) > 1}
     assert {TensorProto.DataType.Name(t.data_type) for t in large.values()} == {kind}
+    assert graph.opset_import[0].version == (25 if kind == "INT2" else 21)
     assert len(large) == 3
     if bits <= 8:
         top = 2 ** (bits - 1) - 1
         assert all(np.abs(numpy_helper.to_array(t).astype(int)).max() == top for t in large.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_bits_in_opset_25_run_as_the_same_codes_in_opset_21(name, traced):
+    """INT2 needs a newer opset than the rest; neither its operators nor its numbers may be others."""
+    model, x, structure = traced(name)
+    steps = [Quantize(layer.name, 2, 8 if i % 3 else 32) for i, layer in enumerate(structure.layers)]
+    graph, _ = export(model, x, Recipe(tuple(steps)), structure)
+    wider = onnx.ModelProto()
+    wider.CopyFrom(graph)
+    wider.opset_import[0].version = 21
+    for tensor in wider.graph.initializer:
+        if tensor.data_type == TensorProto.INT2:
+            raw = packing.codes_to_raw(numpy_helper.to_array(tensor).astype(np.int8).reshape(-1), TensorProto.INT4)
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, TensorProto.INT4, tensor.dims, raw, raw=True))
+    assert operators(graph) == operators(wider)
+    assert np.array_equal(run(graph, x), run(wider, x))
 
 
 def test_channels_and_blocks_are_really_gone(network):

@@ -20,6 +20,7 @@ from paretorch.runners.packing import codes_to_raw, pack, pack_bits, unpack, unp
 KINDS = {
     "int8": TensorProto.INT8,
     "int4": TensorProto.INT4,
+    "int2": TensorProto.INT2,
     "float": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int32": TensorProto.INT32,
@@ -29,8 +30,8 @@ KINDS = {
 
 def tensor(name, kind, count, bits, zeros, seed):
     rng = np.random.default_rng(seed)
-    if kind in ("int8", "int4"):
-        bits = min(bits, 4) if kind == "int4" else bits
+    if kind in ("int8", "int4", "int2"):
+        bits = min(bits, int(kind.removeprefix("int")))
         values = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), count).astype(np.int8)
         values[rng.random(count) < zeros] = 0
         return helper.make_tensor(name, KINDS[kind], [count], codes_to_raw(values, KINDS[kind]), raw=True)
@@ -103,7 +104,7 @@ def test_a_weight_costs_its_bits_and_no_more(count):
     for bits in (2, 3, 4, 5, 6, 7, 8):
         top = 2 ** (bits - 1) - 1
         values = rng.choice([-top, top], count).astype(np.int8)
-        kind = TensorProto.INT4 if bits <= 4 else TensorProto.INT8
+        kind = TensorProto.INT8 if bits > 4 else TensorProto.INT4 if bits > 2 else TensorProto.INT2
         model = model_of([helper.make_tensor("t", kind, [count], codes_to_raw(values, kind), raw=True)])
         assert payload_of(model) == -(-count * bits // 8)
         sizes.append(len(pack(model)))
