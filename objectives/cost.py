@@ -1,14 +1,16 @@
 """Costs by arithmetic: what a recipe will weigh and compute, before anything is compressed.
 
 `macs` is exact for convolution and linear layers. `size_bytes` adds what the layers' own tensors take (bits really
-packed, scales, biases) to the rest of the file (graph, index, other tensors), which is measured on three exported
-files and then interpolated. It serves to refuse recipes and to show what is reachable; the front holds measured bytes.
+packed in the way that takes the fewest bytes, scales, biases) to the rest of the file (graph, index, other tensors),
+which is measured on a few exported files and then interpolated. It serves to refuse recipes and to show what is
+reachable; the front holds measured bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +19,76 @@ from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels
 
+# A whole number, or an array of them: for one recipe, or for many at once.
+Whole = Any
+
 
 @dataclass(frozen=True)
 class FileOverhead:
-    """Bytes of a packed file outside the layers' tensors: of a float file, and more per layer in 8- and 32-bit mode."""
+    """Bytes of a packed file outside the layers' tensors, as a linear model of what the file is made of.
+
+    base: of every file. per_layer: for each layer that is there. per_weight_only, per_quantized: more for each layer with
+    float and with 8-bit activations. per_region: more for each run of layers with 8-bit activations. any_quantized: more
+    when there is one at all. narrowed: more when every group of channels were gone (a negative number). nonzero: by
+    layer and by level (bits and sparsity, as `level` writes them) the share of the weights that do not become zero. Few
+    bits round weights to zero that no mask asked for, half of them at 2 bits; what is missing keeps all.
+    """
 
     base: float = 0.0
     per_weight_only: float = 0.0
     per_quantized: float = 0.0
+    per_layer: float = 0.0
+    per_region: float = 0.0
+    any_quantized: float = 0.0
+    narrowed: float = 0.0
+    nonzero: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def of(self, contents: FileContents) -> Any:
+        """The bytes outside the layers' tensors of a file with such contents."""
+        return sum(getattr(self, name) * amount for name, amount in vars(contents).items())
+
+    def kept(self, layer: str, bits: int, sparsity: float) -> float:
+        """The share of a layer's weights that are not zero in the file."""
+        return self.nonzero.get(layer, {}).get(level(bits, sparsity), 1 - sparsity)
+
+
+@dataclass(frozen=True)
+class FileContents:
+    """What a file is made of, named by the coefficient of `FileOverhead` that it is counted with."""
+
+    base: Whole
+    per_weight_only: Whole
+    per_quantized: Whole
+    per_layer: Whole
+    per_region: Whole
+    any_quantized: Whole
+    narrowed: Any  # the mean share of the channels that are gone
+
+
+def contents(structure: Structure, recipe: Recipe) -> FileContents:
+    """What the file of a recipe is made of."""
+    there = shapes(structure, recipe)
+    activations = {step.layer: step.activation_bits for step in recipe.of(Quantize)}
+    modes = [activations.get(layer.name, 0) for layer in structure.layers if layer.name in there]
+    channels = {group.name: group.channels for group in structure.groups}
+    return FileContents(
+        base=1,
+        per_weight_only=modes.count(32),
+        per_quantized=modes.count(8),
+        per_layer=len(modes),
+        per_region=sum(mode == 8 != before for before, mode in zip([0, *modes], modes, strict=False)),
+        any_quantized=8 in modes,
+        narrowed=sum(1 - step.keep / channels[step.group] for step in recipe.of(Prune)) / max(1, len(channels)),
+    )
+
+
+def level(bits: int, sparsity: float) -> str:
+    """The name of a level of compression, which JSON can have as a key.
+
+    >>> level(2, 0.5)
+    '2 bits, 0.5 zeros'
+    """
+    return f"{bits} bits, {sparsity:g} zeros"
 
 
 def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -57,38 +121,73 @@ def macs(structure: Structure, recipe: Recipe) -> int:
     return sum(_scaled(layer.macs, layer, sizes[layer.name]) for layer in structure.layers if layer.name in sizes)
 
 
-def weight_bytes(params: int, bits: int, sparsity: float) -> int:
-    """Bytes of one packed weight: dense, or a bitmap and the nonzero values, whichever is less.
+def dense_bytes(count: Whole, bits: Whole) -> Whole:
+    """Numbers in a row without gaps."""
+    return -(-count * bits // 8)
 
-    >>> weight_bytes(1000, 3, 0.0), weight_bytes(1000, 8, 0.5)
-    (375, 625)
+
+def ternary_bytes(count: Whole) -> Whole:
+    """Numbers of {-1, 0, 1}, five to a byte."""
+    return -(-count // 5)
+
+
+def bitmap_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
+    """A bit for each number, then those that are not zero."""
+    return dense_bytes(count, 1) + dense_bytes(nonzero, bits)
+
+
+def position_bits(count: Whole, nonzero: Whole) -> Whole:
+    """How many low bits of a position Elias and Fano write down: the binary logarithm of the mean gap, 8 at most.
+
+    >>> int(position_bits(1000, 100)), int(position_bits(1000, 500))
+    (3, 1)
     """
-    nonzero = params - round(params * sparsity)
-    return min(-(-params * bits // 8), -(-params // 8) + -(-nonzero * bits // 8))
+    gap = count // np.maximum(nonzero, 1)
+    return np.minimum(np.frexp(gap)[1] - 1, 8)
 
 
-def layer_bytes(structure: Structure, recipe: Recipe) -> int:
+def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
+    """The positions of the numbers that are not zero, by Elias and Fano, then those numbers."""
+    low = position_bits(count, nonzero)
+    return dense_bytes(nonzero, low) + dense_bytes(nonzero + (count - 1 >> low), 1) + dense_bytes(nonzero, bits)
+
+
+def weight_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
+    """Bytes of a packed weight, in the way that takes the fewest (see `runners.packing`).
+
+    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 1000), (8, 500), (4, 100))]
+    [375, 200, 625, 116]
+    """
+    two = np.equal(bits, 2)
+    value = np.where(two, 1, bits)  # a number of {-1, 1} is a bit
+    dense = np.where(two, ternary_bytes(count), dense_bytes(count, bits))
+    sparse = np.minimum(bitmap_bytes(count, value, nonzero), index_bytes(count, value, nonzero))
+    return np.minimum(dense, sparse)
+
+
+def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | None = None) -> int:
     """Bytes of all layers' own tensors: packed weights, scales (float32) and biases."""
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     sparsity: Mapping[str, float] = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    overhead = overhead or FileOverhead()
     total = 0
     for layer in structure.layers:
         if layer.name not in sizes:
             continue
         outputs = sizes[layer.name][0]
         width = bits.get(layer.name, 32)
-        total += weight_bytes(_scaled(layer.params, layer, sizes[layer.name]), width, sparsity.get(layer.name, 0.0))
+        count = _scaled(layer.params, layer, sizes[layer.name])
+        nonzero = round(count * overhead.kept(layer.name, width, sparsity.get(layer.name, 0.0)))
+        total += int(weight_bytes(count, width, nonzero))
         total += 4 * outputs * (layer.bias + (width <= 8))
     return total
 
 
 def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> int:
     """Bytes of the packed file that the recipe will give, within about 1%."""
-    quantized = sum(step.activation_bits == 8 for step in recipe.of(Quantize))
-    weight_only = sum(step.activation_bits == 32 for step in recipe.of(Quantize))
-    extra = overhead.base + overhead.per_quantized * quantized + overhead.per_weight_only * weight_only
-    return round(layer_bytes(structure, recipe) + extra)
+    rest = float(overhead.of(contents(structure, recipe)))
+    return round(layer_bytes(structure, recipe, overhead) + rest)
 
 
 def many(
@@ -108,11 +207,17 @@ def many(
     dropped = [structure.blocks[:depth] for depth in depths.choices]
     alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
 
-    def chosen(picks: NDArray[np.int64], kind: str, target: str, default: float) -> NDArray[np.float64]:
+    def pick(picks: NDArray[np.int64], kind: str, target: str) -> NDArray[np.int64]:
         axis = owner.get((kind, target))
-        if axis is None:
-            return np.full(len(picks), float(default))
-        return np.array(axis.choices, dtype=float)[picks[:, column[axis.name]]]
+        return picks[:, column[axis.name]] if axis else np.zeros(len(picks), dtype=np.int64)
+
+    def choices(kind: str, target: str, default: float) -> NDArray[np.float64]:
+        axis = owner.get((kind, target))
+        return np.array(axis.choices if axis else (default,), dtype=float)
+
+    def kept_table(name: str) -> NDArray[np.float64]:
+        shares = choices("sparsity", name, 0.0)
+        return np.array([[overhead.kept(name, int(b), s) for s in shares] for b in choices("weight_bits", name, 32)])
 
     def keep_table(name: str) -> NDArray[np.int64]:
         group = structure.group(name)
@@ -124,6 +229,7 @@ def many(
             ]
         )  # fmt: skip
 
+    kept = {layer.name: kept_table(layer.name) for layer in structure.layers}
     tables = {group.name: keep_table(group.name) for group in structure.groups}
     made = {
         group.name: np.array(
@@ -139,12 +245,15 @@ def many(
         depth = picks[:, column["depth"]]
         width = picks[:, column["width"]] if widths else np.zeros(len(picks), dtype=np.int64)
         keep = {}
+        narrowed = np.zeros(len(picks))
         for group in structure.groups:
-            axis = owner.get(("channels", group.name))
-            ratio = picks[:, column[axis.name]] if axis else np.zeros(len(picks), dtype=np.int64)
+            ratio = pick(picks, "channels", group.name)
             keep[group.name] = np.where(made[group.name][depth], tables[group.name][width, ratio], group.channels)
+            narrowed += 1 - keep[group.name] / group.channels
         channels = {group.name: group.channels for group in structure.groups}
-        size, operations = np.full(len(picks), float(overhead.base)), np.zeros(len(picks))
+        size, operations = np.zeros(len(picks)), np.zeros(len(picks))
+        weight_only, quantized, layers, regions = (np.zeros(len(picks), dtype=np.int64) for _ in range(4))
+        before = np.zeros(len(picks), dtype=bool)  # whether the layer before has 8-bit activations
         for layer in structure.layers:
             there = alive[layer.name][depth]
             outputs = np.full(len(picks), layer.weight_shape[0])
@@ -157,13 +266,21 @@ def many(
                         inputs = inputs - (n - n * keep[group_name] // channels[group_name])
             whole = layer.weight_shape[0] * layer.weight_shape[1]
             params = layer.params * outputs * inputs // whole
-            bits = chosen(picks, "weight_bits", layer.name, 32).astype(np.int64)
-            nonzero = params - np.rint(params * chosen(picks, "sparsity", layer.name, 0.0)).astype(np.int64)
-            packed = np.minimum(-(-params * bits // 8), -(-params // 8) + -(-nonzero * bits // 8))
-            both = (bits <= 8) & (chosen(picks, "activation_bits", layer.name, 32) == 8)
-            extra = np.where(both, overhead.per_quantized, np.where(bits < 32, overhead.per_weight_only, 0.0))
-            size += there * (packed + 4 * outputs * (int(layer.bias) + (bits <= 8)) + extra)
+            bit, zero = pick(picks, "weight_bits", layer.name), pick(picks, "sparsity", layer.name)
+            bits = choices("weight_bits", layer.name, 32).astype(np.int64)[bit]
+            nonzero = np.rint(params * kept[layer.name][bit, zero]).astype(np.int64)
+            size += there * (weight_bytes(params, bits, nonzero) + 4 * outputs * (int(layer.bias) + (bits <= 8)))
+            activations = choices("activation_bits", layer.name, 32)[pick(picks, "activation_bits", layer.name)]
+            eight = (bits <= 8) & (activations == 8)
+            weight_only += there & (bits < 32) & ~eight
+            quantized += there & eight
+            layers += there
+            regions += there & eight & ~before
+            before = np.where(there, eight, before)
             operations += there * (layer.macs * outputs * inputs // whole)
-        return {"size_bytes": np.rint(size), "macs": operations}
+        made_of = FileContents(
+            1, weight_only, quantized, layers, regions, quantized > 0, narrowed / max(1, len(channels))
+        )
+        return {"size_bytes": np.rint(size + overhead.of(made_of)), "macs": operations}
 
     return costs

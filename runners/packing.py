@@ -2,8 +2,18 @@
 
 `size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the ONNX
 model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`. Integer
-tensors take the width of their largest number (3-bit weights cost 3 bits), any tensor may be stored as a bitmap and
-its nonzero values, whichever is less; floats are kept as they are. Nothing is lost: `unpack(pack(model))` is `model`.
+tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any tensor is
+stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there are, how many
+of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will weigh.
+
+- `zeros`: nothing at all.
+- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte.
+- `bitmap`: a bit for each number, then those that are not zero. `index`: the positions of those that are not zero as
+  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With zero
+  out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
+
+Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and integers
+in a bitmap did not move; its files still load.
 
 The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
 its parts, written again, give the same bytes.
@@ -14,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +34,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtifactError
+from ..objectives.cost import bitmap_bytes, dense_bytes, index_bytes, position_bits, ternary_bytes
 
 FORMAT = "paretorch.packed"
-VERSION = 1
+VERSION = 2
 _SMALLEST = 16  # numbers; a smaller tensor stays in the graph
 _FLOATS: dict[int, type] = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.INT32: np.uint32}
+_POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.int16)
 _CODES = {TensorProto.INT8: 8, TensorProto.INT4: 4, TensorProto.INT2: 2}  # and the bits of a number in the ONNX file
 
 
@@ -61,35 +73,127 @@ def unpack_bits(data: bytes, bits: int, count: int) -> NDArray[np.uint8]:
     return values
 
 
-def _encode(values: NDArray[Any], bits: int) -> tuple[str, bytes]:
-    """`zeros`, `dense` or `bitmap` (which numbers are nonzero, then those), whichever is shortest."""
-
-    def body(part: NDArray[Any]) -> bytes:
-        return part.tobytes() if bits > 8 else pack_bits(part, bits)
-
-    nonzero = values != 0
-    if not nonzero.any():
-        return "zeros", b""
-    bitmap_size = -(-len(values) // 8) + -(-int(nonzero.sum()) * bits // 8)
-    if bitmap_size < -(-len(values) * bits // 8):
-        return "bitmap", pack_bits(nonzero.astype(np.uint8), 1) + body(values[nonzero])
-    return "dense", body(values)
+def _body(values: NDArray[Any], bits: int) -> bytes:
+    return values.tobytes() if bits > 8 else pack_bits(values, bits)
 
 
-def _decode(kind: str, data: bytes, bits: int, count: int, dtype: Any) -> NDArray[Any]:
-    def body(part: bytes, n: int) -> NDArray[Any]:
-        if len(part) != -(-n * bits // 8):
-            raise ValueError(f"{len(part)} bytes for {n} numbers of {bits} bits")
-        return np.frombuffer(part, dtype, n) if bits > 8 else unpack_bits(part, bits, n)
+def _values(data: bytes, bits: int, count: int, dtype: Any) -> NDArray[Any]:
+    """The reverse of `_body`."""
+    if len(data) != -(-count * bits // 8):
+        raise ValueError(f"{len(data)} bytes for {count} numbers of {bits} bits")
+    return np.frombuffer(data, dtype, count) if bits > 8 else unpack_bits(data, bits, count)
 
+
+def _signed(raw: NDArray[Any], bits: int) -> NDArray[np.int8]:
+    """Two's complement numbers of `bits` bits as int8."""
+    wide = raw.astype(np.int16)
+    return np.where(wide >= 2 ** (bits - 1), wide - 2**bits, wide).astype(np.int8)
+
+
+def pack_ternary(values: NDArray[np.int8]) -> bytes:
+    """Numbers of {-1, 0, 1}, five to a byte: its digits to base 3, the first the lowest.
+
+    >>> pack_ternary(np.array([1, 0, -1, -1, 1, 0], np.int8)).hex()
+    'a501'
+    """
+    digits = np.ones(-(-len(values) // 5) * 5, np.int8)
+    digits[: len(values)] += values
+    return bytes((digits.reshape(-1, 5) @ _POWERS_OF_3).astype(np.uint8))
+
+
+def unpack_ternary(data: bytes, count: int) -> NDArray[np.int8]:
+    """The reverse of `pack_ternary`."""
+    if len(data) != -(-count // 5):
+        raise ValueError(f"{len(data)} bytes for {count} numbers, five to a byte")
+    digits = np.frombuffer(data, np.uint8)[:, None] // _POWERS_OF_3 % 3
+    return (digits.reshape(-1)[:count] - 1).astype(np.int8)
+
+
+def pack_positions(positions: NDArray[np.int64], count: int) -> bytes:
+    """An increasing sequence of numbers below `count`, by Elias and Fano.
+
+    The low bits of each number stand one after the other; the high ones are counted in unary, which takes at most two
+    bits a number when as many low ones are taken as `position_bits` says.
+    """
+    low = position_bits(count, len(positions))
+    upper = np.zeros(len(positions) + (count - 1 >> low), np.uint8)
+    upper[(positions >> low) + np.arange(len(positions))] = 1
+    return pack_bits(positions & 2**low - 1, low) + pack_bits(upper, 1)
+
+
+def unpack_positions(data: bytes, count: int, nonzero: int) -> NDArray[np.int64]:
+    """The reverse of `pack_positions`."""
+    low = position_bits(count, nonzero)
+    middle = -(-nonzero * low // 8)
+    upper = _values(data[middle:], 1, nonzero + (count - 1 >> low), np.uint8)
+    high = np.flatnonzero(upper) - np.arange(nonzero)
+    found: NDArray[np.int64] = (high << low) | _values(data[:middle], low, nonzero, np.uint8)
+    return found
+
+
+# How long each way is, of `count` numbers of `bits` bits of which `nonzero` are not zero.
+_SIZES: dict[str, Callable[[int, int, int], Any]] = {
+    "zeros": lambda count, bits, nonzero: 0,
+    "dense": lambda count, bits, nonzero: dense_bytes(count, bits),
+    "ternary": lambda count, bits, nonzero: ternary_bytes(count),
+    "bitmap": bitmap_bytes,
+    "index": index_bytes,
+}
+
+
+def _encode(raw: NDArray[Any], integer: bool) -> tuple[list[Any], bytes]:
+    """A tensor's numbers in the fewest bytes, after the way, the bits of a number, and how many are not zero if it matters.
+
+    raw: int8, or the bits of floats as unsigned integers.
+    """
+    places = np.flatnonzero(raw)
+    found = raw[places]
+    if not len(found):
+        return ["zeros", 1], b""
+    wide = narrow = raw.dtype.itemsize * 8
+    if integer:
+        wide, narrow = width(raw), width(found - (found > 0))
+        found = (found - (found > 0)).view(np.uint8) & np.uint8(2**narrow - 1)
+    bits = {"dense": wide, "bitmap": narrow, "index": narrow}
+    if integer and raw.min() >= -1 and raw.max() <= 1:
+        bits["ternary"] = 2
+    sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(found)) for kind in bits}
+    kind = min(sizes, key=sizes.__getitem__)
+    match kind:
+        case "dense":
+            data = _body(raw.view(np.uint8) & np.uint8(2**wide - 1) if integer else raw, wide)
+        case "ternary":
+            data = pack_ternary(raw)
+        case "bitmap":
+            data = pack_bits((raw != 0).astype(np.uint8), 1) + _body(found, narrow)
+        case _:
+            data = pack_positions(places, len(raw)) + _body(found, narrow)
+    return [kind, bits[kind], *([len(found)] if kind in ("bitmap", "index") else [])], data
+
+
+def _decode(kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool) -> NDArray[Any]:
+    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: positive ones stand one lower among nonzeros."""
+    integer = dtype == np.int8
+    stored = np.uint8 if integer else dtype
     if kind == "zeros":
         return np.zeros(count, dtype)
+    if kind == "ternary":
+        return unpack_ternary(data, count)
     if kind == "dense":
-        return body(data, count)
-    head = -(-count // 8)
-    nonzero = unpack_bits(data[:head], 1, count).astype(bool)
+        raw = _values(data, bits, count, stored)
+        return _signed(raw, bits) if integer else raw
+    if kind == "index":
+        head = index_bytes(count, 0, nonzero)
+        places = unpack_positions(data[:head], count, nonzero)
+    else:
+        head = dense_bytes(count, 1)
+        places = np.flatnonzero(unpack_bits(data[:head], 1, count))
+    found = _values(data[head:], bits, len(places), stored)
+    if integer:
+        found = _signed(found, bits)
+        found = found + (found >= 0) if moved else found
     values = np.zeros(count, dtype)
-    values[nonzero] = body(data[head:], int(nonzero.sum()))
+    values[places] = found
     return values
 
 
@@ -97,6 +201,7 @@ def pack(model: onnx.ModelProto) -> bytes:
     """The packed file of a model. Equal models give equal bytes."""
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(model)
+    nibbles = _nibbles(skeleton)
     index: list[list[Any]] = []
     parts: list[bytes] = []
     for position, tensor in enumerate(skeleton.graph.initializer):
@@ -104,29 +209,32 @@ def pack(model: onnx.ModelProto) -> bytes:
         if count < _SMALLEST or not tensor.HasField("raw_data"):
             continue
         if tensor.data_type in _CODES:
-            signed = numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
-            bits = width(signed)
-            kind, data = _encode(signed.view(np.uint8) & np.uint8(2**bits - 1), bits)
+            codes = numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
+            way, data = _encode(codes, True)
+        elif tensor.name in nibbles:
+            way, data = _encode(nibbles_to_codes(tensor.raw_data), True)
         elif tensor.data_type in _FLOATS:
-            raw: NDArray[Any] = (
-                np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(_FLOATS[tensor.data_type])
-            )
-            bits = raw.dtype.itemsize * 8
-            kind, data = _encode(raw, bits)
+            raw: NDArray[Any] = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1)
+            way, data = _encode(raw.view(_FLOATS[tensor.data_type]), False)
         else:
             continue
         tensor.ClearField("raw_data")
-        index.append([position, kind, bits, len(data)])
+        index.append([position, *way])
         parts.append(data)
     graph = zlib.compress(skeleton.SerializeToString(deterministic=True), 9)
     listing = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     return _file({"graph": graph, "index": listing, "payload": b"".join(parts)})
 
 
-def _file(parts: Mapping[str, bytes]) -> bytes:
+def _nibbles(model: onnx.ModelProto) -> set[str]:
+    """The tensors that are weights of MatMulNBits: bytes to ONNX, but two numbers of 4 bits in each."""
+    return {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
+
+
+def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:
     """The safetensors file of byte tensors, in one form: sorted keys, no gaps, the header padded to 8 bytes."""
     digest = hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "sha256": digest}}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(version), "sha256": digest}}
     offset = 0
     for name in sorted(parts):
         end = offset + len(parts[name])
@@ -137,8 +245,8 @@ def _file(parts: Mapping[str, bytes]) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(parts[name] for name in sorted(parts))
 
 
-def _parts(data: bytes) -> dict[str, bytes]:
-    """The three parts of an intact file; raises `ArtifactError`."""
+def _parts(data: bytes) -> tuple[dict[str, bytes], int]:
+    """The three parts of an intact file, and its version; raises `ArtifactError`."""
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8:start])
@@ -155,41 +263,56 @@ def _parts(data: bytes) -> dict[str, bytes]:
         parts = {name: data[start + first : start + last] for name, (first, last) in spans.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"not a packed model: {error!r}") from error
-    if _file(parts) != data:
+    if _file(parts, version) != data:
         raise ArtifactError("the packed model is corrupted: its contents do not match its SHA-256")
-    return parts
+    return parts, version
 
 
 def unpack(data: bytes) -> onnx.ModelProto:
     """The model of a packed file; raises `ArtifactError` for anything that `pack` did not write."""
-    parts = _parts(data)
+    parts, version = _parts(data)
     model = onnx.ModelProto()
     try:
         model.ParseFromString(zlib.decompress(parts["graph"]))
-        _restore(model, json.loads(zlib.decompress(parts["index"])), parts["payload"])
+        _restore(model, json.loads(zlib.decompress(parts["index"])), parts["payload"], version)
     except (zlib.error, DecodeError, KeyError, IndexError, TypeError, ValueError) as error:
         # The digest fits: the file is whole, but something else wrote it.
         raise ArtifactError(f"not a packed model: {error!r}") from error
     return model
 
 
-def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes) -> None:
+def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
     """Give the graph's tensors their numbers back, in place."""
+    nibbles = _nibbles(model)
     offset = 0
-    for position, kind, bits, size in index:
+    for position, kind, bits, *rest in index:
         tensor = model.graph.initializer[position]
-        count = int(np.prod(tensor.dims))
+        half_bytes = tensor.name in nibbles
+        count = int(np.prod(tensor.dims)) * (2 if half_bytes else 1)
+        nonzero = int(rest[0]) if rest else 0
+        size = nonzero if version == 1 else int(_SIZES[kind](count, bits, nonzero))  # version 1 notes the size itself
         part = payload[offset : offset + size]
         offset += size
-        if tensor.data_type in _CODES:
-            raw = _decode(kind, part, bits, count, np.uint8).astype(np.int16)
-            signed = np.where(raw >= 2 ** (bits - 1), raw - 2**bits, raw).astype(np.int8)
-            tensor.raw_data = codes_to_raw(signed, tensor.data_type)
+        integer = half_bytes or tensor.data_type in _CODES
+        dtype = np.int8 if integer else _FLOATS[tensor.data_type]
+        values = _decode(kind, bits, part, count, dtype, nonzero, moved=version > 1)
+        if half_bytes:
+            tensor.raw_data = codes_to_nibbles(values)
         else:
-            tensor.raw_data = _decode(kind, part, bits, count, _FLOATS[tensor.data_type]).tobytes()
+            tensor.raw_data = codes_to_raw(values, tensor.data_type) if integer else values.tobytes()
 
 
 def codes_to_raw(values: NDArray[np.int8], data_type: int) -> bytes:
     """The bytes of an INT8, INT4 or INT2 ONNX tensor (several numbers in a byte, the first in its lowest bits)."""
     bits = _CODES[data_type]
     return values.tobytes() if bits == 8 else pack_bits(values.view(np.uint8) & np.uint8(2**bits - 1), bits)
+
+
+def codes_to_nibbles(values: NDArray[np.int8]) -> bytes:
+    """The bytes of a MatMulNBits weight: numbers of -8 to 7 less -8, two in a byte, the first in the low half."""
+    return pack_bits((values + np.int8(8)).view(np.uint8), 4)
+
+
+def nibbles_to_codes(data: bytes) -> NDArray[np.int8]:
+    """The reverse of `codes_to_nibbles`."""
+    return unpack_bits(data, 4, 2 * len(data)).view(np.int8) - np.int8(8)

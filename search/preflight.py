@@ -6,20 +6,25 @@ of the space, and exports, reloads and measures that too. Whatever would fail af
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
 from ..runners.local import LocalRunner
-from ..spaces.recipe import Quantize, Recipe, Recover
+from ..runners.operators.quantize import codes
+from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Student
 from ..spaces.space import Axis, Space
-from ..spaces.structure import Structure
+from ..spaces.structure import Structure, inside, kept_channels
 
 TOLERANCE = 0.01  # predicted bytes are right within 1%
+_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least, of a layer whose rounding is looked at beforehand
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,71 @@ def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str
         raise ConfigError(problems)
 
 
-def measure_overhead(runner: LocalRunner, baseline_size: int) -> cost.FileOverhead:
-    """The bytes around the layers' tensors, from the baseline and a weight-only and an int8 file."""
+def measure_overhead(runner: LocalRunner, baseline_size: int, axes: Sequence[Axis] = ()) -> cost.FileOverhead:
+    """The bytes around the layers' tensors, fitted to a few files, and what few bits round to zero at the axes' levels.
+
+    The files are the baseline and those of 8-bit weights with float, with 8-bit and with mixed activations, without the
+    blocks that can be left out, and with half of the channels.
+    """
     structure = runner.structure
-    count = len(structure.layers)
-    base = baseline_size - cost.layer_bytes(structure, Recipe())
-    extra = []
-    for activations in (32, 8):
-        recipe = Recipe(tuple(Quantize(layer.name, 8, activations) for layer in structure.layers))
-        extra.append((len(runner.build(recipe)) - cost.layer_bytes(structure, recipe) - base) / count)
-    return cost.FileOverhead(base, extra[0], extra[1])
+
+    def mixed(*modes: int, without: tuple[str, ...] = ()) -> list[Quantize]:
+        """Activation bits in turn for the layers that are there, 0 for none; weights of 8 and 4 bits in turn."""
+        names = [layer.name for layer in structure.layers if not inside(layer.name, without)]
+        steps = zip(names, itertools.cycle(modes), strict=False)
+        return [Quantize(name, 4 if i // len(modes) % 2 else 8, mode) for i, (name, mode) in enumerate(steps) if mode]
+
+    middle = structure.layers[len(structure.layers) // 2].name
+    recipes = [
+        Recipe(tuple(mixed(32))),
+        Recipe(tuple(mixed(8))),
+        Recipe(tuple(mixed(8, 32))),
+        Recipe((Quantize(middle, 8, 8),)),
+    ]
+    if structure.blocks:
+        recipes.append(Recipe((Student(structure.blocks), *mixed(8, without=structure.blocks))))
+    if structure.groups:
+        halves = [Prune(g.name, kept_channels(g.channels, 0.5, g.round_to)) for g in structure.groups]
+        narrower = [step for step in halves if step.keep < structure.group(step.group).channels]
+        recipes.append(Recipe((*narrower, *mixed(8, 32, 0, 0))))
+    sizes = [baseline_size, *(len(runner.build(recipe, recovery=False)) for recipe in recipes)]
+    shares = cost.FileOverhead(nonzero=nonzero_shares(runner, axes))
+    rest = [
+        size - cost.layer_bytes(structure, recipe, shares)
+        for size, recipe in zip(sizes, [Recipe(), *recipes], strict=True)
+    ]
+    made_of = [vars(cost.contents(structure, recipe)) for recipe in [Recipe(), *recipes]]
+    # Least squares of the least norm: where nothing tells two coefficients apart, they share.
+    fitted, *_ = np.linalg.lstsq(np.array([list(row.values()) for row in made_of], float), np.array(rest), rcond=None)
+    coefficients = dict(zip(made_of[0], map(float, fitted), strict=True))
+    return cost.FileOverhead(**coefficients, nonzero=shares.nonzero)
+
+
+def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[str, float]]:
+    """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
+
+    Of a large layer some output channels stand for all: each has a scale of its own.
+    """
+    choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
+    found: dict[str, dict[str, float]] = {}
+    for layer in runner.structure.layers:
+        levels = {(4, 0.0), (8, 0.0)}  # those of the files that the overhead is fitted to
+        levels |= set(
+            itertools.product(
+                choices.get(("weight_bits", layer.name), ()), choices.get(("sparsity", layer.name), (0.0,))
+            )
+        )
+        weight = runner.model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
+        count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
+        weight = weight[:: max(1, len(weight) // count)]
+        for bits, ratio in sorted(levels):
+            if bits <= 8:
+                mask, scale = runner.library.shaped(weight, bits, ratio)
+                assert scale is not None
+                whole = codes(weight if mask is None else weight * mask, scale.clamp_min(1e-12), bits)
+                share = float(whole.count_nonzero()) / whole.numel()
+                found.setdefault(layer.name, {})[cost.level(bits, ratio)] = share
+    return found
 
 
 def smallest_recipe(
@@ -95,7 +155,7 @@ def preflight(
     structure = runner.structure
     axes = space.axes(structure)
     say("compressing every kind of layer once")
-    overhead = measure_overhead(runner, int(baseline.value("size_bytes")))
+    overhead = measure_overhead(runner, int(baseline.value("size_bytes")), axes)
     smallest = smallest_recipe(space, structure, overhead)
     problems, warnings = [], []
     try:

@@ -5,9 +5,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load
 from torch import nn
 
-from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, many, shapes, size_bytes, weight_bytes
+from paretorch.objectives.cost import (
+    FileContents,
+    FileOverhead,
+    contents,
+    layer_bytes,
+    level,
+    macs,
+    many,
+    shapes,
+    size_bytes,
+    weight_bytes,
+)
+from paretorch.runners.packing import pack
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Group, Layer, Structure
@@ -96,27 +110,56 @@ def test_a_dropped_block_costs_nothing():
     assert layer_bytes(structure, recipe) == 2 * (4 * 16 + 4 * 4)
 
 
-def packed(values, bits):
-    """Bits in a row, filled up to a byte at the end."""
-    flat = (np.asarray(values, dtype=np.uint64)[:, None] >> np.arange(bits, dtype=np.uint64)) & 1
-    return len(np.packbits(flat.astype(np.uint8).reshape(-1)).tobytes())
+def packed(values, kind):
+    """Bytes of the payload of a packed file that holds one such tensor."""
+    if kind == TensorProto.INT8:
+        raw = np.asarray(values, np.int8)
+        part = helper.make_tensor("t", kind, raw.shape, raw.tobytes(), raw=True)
+    else:
+        part = numpy_helper.from_array(
+            np.asarray(values, np.float16 if kind == TensorProto.FLOAT16 else np.float32), "t"
+        )
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    model = helper.make_model(helper.make_graph([], "g", [value], [value], [part]))
+    return len(load(pack(model))["payload"])
 
 
-@settings(deadline=None, max_examples=80)
-@given(st.integers(1, 3000), st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16, 32)), st.floats(0, 0.99))
-def test_weight_bytes_is_what_packing_takes(params, bits, sparsity):
-    mask = np.ones(params, dtype=int)
-    mask[: round(params * sparsity)] = 0
-    dense = packed(mask, bits)
-    bitmap = packed(mask, 1) + packed(mask[mask > 0], bits)
-    assert weight_bytes(params, bits, sparsity) == min(dense, bitmap)
+KINDS = {16: TensorProto.FLOAT16, 32: TensorProto.FLOAT}
 
 
-@given(st.integers(1, 5000), st.integers(2, 8), st.floats(0, 0.99), st.floats(0, 0.99))
+@settings(deadline=None, max_examples=120)
+@given(
+    st.integers(16, 3000),
+    st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16, 32)),
+    st.floats(0, 0.99) | st.sampled_from((0.5, 0.8, 0.9, 0.95)),
+    st.integers(0, 99),
+)
+def test_weight_bytes_is_what_packing_takes(params, bits, sparsity, seed):
+    nonzero = max(2, params - round(params * sparsity))
+    rng = np.random.default_rng(seed)
+    top = 2 ** (bits - 1) - 1 if bits <= 8 else 3
+    values = np.zeros(params)
+    values[:nonzero] = rng.choice([-1, 1], nonzero) * rng.integers(1, top + 1, nonzero)
+    values[:2] = -top, top
+    rng.shuffle(values)
+    assert weight_bytes(params, bits, nonzero) == packed(values, KINDS.get(bits, TensorProto.INT8))
+
+
+@given(st.integers(1, 5000), st.integers(2, 8), st.integers(0, 5000), st.integers(0, 5000))
 def test_weight_bytes_falls_with_bits_and_zeros(params, bits, one, two):
-    low, high = sorted((one, two))
-    assert weight_bytes(params, bits, high) <= weight_bytes(params, bits, low)
-    assert weight_bytes(params, bits, low) <= weight_bytes(params, bits + 1, low)
+    few, many = sorted((min(one, params), min(two, params)))
+    assert weight_bytes(params, bits, few) <= weight_bytes(params, bits, many) + 1  # bytes that are begun
+    assert weight_bytes(params, bits, few) <= weight_bytes(params, bits + 1, few)
+
+
+def test_weights_that_rounding_makes_zero_are_counted_as_measured():
+    """Half of the weights at 2 bits: a bitmap and a sign for each of the others, instead of five to a byte."""
+    structure = Structure((Layer("fc", "linear", (50, 40), 2000, bias=False),))
+    recipe = Recipe((Quantize("fc", 2), Sparsify("fc", 0.25)))
+    measured = FileOverhead(nonzero={"fc": {level(2, 0.25): 0.5}})
+    assert layer_bytes(structure, recipe, measured) == 2000 // 8 + 1000 // 8 + 4 * 50
+    assert layer_bytes(structure, recipe) == 2000 // 5 + 4 * 50
+    assert size_bytes(structure, recipe, measured) == 2000 // 8 + 1000 // 8 + 4 * 50
 
 
 @pytest.mark.parametrize(("bits", "scales"), [(3, 4 * 5), (8, 4 * 5), (16, 0)])
@@ -130,10 +173,21 @@ def test_scales_and_biases_are_counted(bits, scales):
 
 
 def test_the_overhead_of_the_file_depends_on_how_layers_are_run():
+    layers = tuple(Layer(name, "linear", (4, 4), 16, output=name) for name in "abcde")
+    structure = Structure(layers, (Group("a", 4, 1), Group("b", 4, 1)), blocks=("e",))
+    overhead = FileOverhead(1000, 10, 100, 7, 30, 200, -40)
+    assert size_bytes(structure, Recipe(), overhead) == layer_bytes(structure, Recipe()) + 1000 + 5 * 7
+    steps = (Quantize("a", 8, 8), Quantize("b", 4, 8), Quantize("c", 4), Sparsify("c", 0.5), Quantize("d", 8, 8))
+    recipe = Recipe((*steps, Recover("batchnorm"), Student(("e",)), Prune("b", 2)))
+    assert contents(structure, recipe) == FileContents(1, 1, 3, 4, 2, True, 0.25)
+    rest = 1000 + 10 + 3 * 100 + 4 * 7 + 2 * 30 + 200 - 40 / 4
+    assert size_bytes(structure, recipe, overhead) == layer_bytes(structure, recipe) + rest
+
+
+def test_an_overhead_that_an_older_study_stored_still_counts():
     structure = Structure(tuple(Layer(name, "linear", (4, 4), 16) for name in "abc"))
-    overhead = FileOverhead(base=1000, per_weight_only=10, per_quantized=100)
-    recipe = Recipe((Quantize("a", 8, 8), Quantize("b", 4), Sparsify("c", 0.5), Recover("batchnorm")))
-    assert size_bytes(structure, Recipe(), overhead) == layer_bytes(structure, Recipe()) + 1000
+    overhead = FileOverhead(**{"base": 1000, "per_weight_only": 10, "per_quantized": 100})
+    recipe = Recipe((Quantize("a", 8, 8), Quantize("b", 4)))
     assert size_bytes(structure, recipe, overhead) == layer_bytes(structure, recipe) + 1110
 
 
@@ -152,8 +206,13 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         recovery=(None, Recover("batchnorm")),
     )
     axes = space.axes(structure)
-    overhead = FileOverhead(base=1234.5, per_weight_only=10.25, per_quantized=100.125)
     random = np.random.default_rng(seed)
+    names = [layer.name for layer in structure.layers]
+    shares = {
+        name: {level(bits, ratio): random.random() for bits in (2, 3, 4, 8) for ratio in (0.0, 0.3, 0.9)}
+        for name in names[1:]
+    }
+    overhead = FileOverhead(1234.5, 10.25, 100.125, 70.5, 30.25, 200.5, -40.125, shares)
     picks = random.integers(0, [len(axis.choices) for axis in axes], (20, len(axes)))
     found = many(structure, axes, overhead)(picks)
     for row, size, operations in zip(picks, found["size_bytes"], found["macs"], strict=True):
