@@ -50,17 +50,18 @@ class Inverted(nn.Module):
         return x + self.body(x)
 
 
-def mobile():
+def mobile(c=16, e=48):
+    d = 2 * c
     return nn.Sequential(
-        conv(3, 16, 3, 2, act=nn.ReLU6), Inverted(16, 48), conv(16, 32, 1, act=nn.ReLU6), conv(32, 32, 3, 2, 32, nn.ReLU6),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(32, 10),
+        conv(3, c, 3, 2, act=nn.ReLU6), Inverted(c, e), conv(c, d, 1, act=nn.ReLU6), conv(d, d, 3, 2, d, nn.ReLU6),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(d, 10),
     )  # fmt: skip
 
 
-def perceptron():
+def perceptron(a=64, b=48):
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(192, 64), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.Linear(64, 48, bias=False), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 10),
+        nn.Flatten(), nn.Linear(192, a), nn.BatchNorm1d(a), nn.ReLU(),
+        nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, 10),
     )  # fmt: skip
 
 
@@ -89,10 +90,10 @@ def sound():
 class Tokens(nn.Module):
     """Linear layers over `[n, tokens, features]`."""
 
-    def __init__(self):
+    def __init__(self, c=32):
         super().__init__()
-        self.embed, self.norm = nn.Linear(12, 32), nn.LayerNorm(32)
-        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 10)
+        self.embed, self.norm = nn.Linear(12, c), nn.LayerNorm(c)
+        self.up, self.down, self.head = nn.Linear(c, 2 * c), nn.Linear(2 * c, c), nn.Linear(c, 10)
 
     def forward(self, x):
         x = self.embed(x)

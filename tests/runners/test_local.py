@@ -1,7 +1,5 @@
 """The whole way of a recipe: equal bytes for equal recipes, bytes as foretold, numbers of the file that was written."""
 
-import random
-
 import pytest
 import torch
 from onnx import numpy_helper
@@ -15,11 +13,8 @@ from paretorch.runners import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.onnx_export import operators, session
 from paretorch.runners.task import Task
-from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
-from paretorch.spaces.structure import inside
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 MIXED = Recipe(
     (Student(("layer1.1",)), Prune("down", 16), Sparsify("fc", 0.5), Quantize("stem", 8, 8), Quantize("down", 3),
      Quantize("fc", 16))
@@ -92,46 +87,6 @@ def test_zeros_stay_in_the_file_after_training(runner):
     tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     assert (tensors["down.weight"] == 0).sum() == round(0.75 * tensors["down.weight"].size)
     assert (tensors["stem.weight_q"] == 0).sum() >= round(0.5 * tensors["stem.weight_q"].size)
-
-
-def random_recipe(structure, rng):
-    """Any bits, activations, sparsity, channels and blocks; often the same bits everywhere, as a search's recipes have."""
-    drop = tuple(block for block in structure.blocks if rng.random() < 0.2)
-    alive = [layer for layer in structure.layers if not inside(layer.name, drop)]
-    made = {layer.output for layer in alive}
-    steps = [Student(drop)] if drop else []
-    if rng.random() < 0.5:
-        steps += [
-            Prune(g.name, rng.randrange(g.round_to, g.channels + 1, g.round_to))
-            for g in structure.groups
-            if g.name in made
-        ]
-    shared = (rng.choice(BITS), rng.choice((8, 32)))
-    uniform = rng.random() < 0.3
-    for layer in alive:
-        if rng.random() < 0.4:
-            steps.append(Sparsify(layer.name, rng.choice((0.3, 0.5, 0.7, 0.9))))
-        bits, activations = shared if uniform else (rng.choice(BITS), rng.choice((8, 32)))
-        if bits < 32:
-            steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
-    return Recipe(tuple(steps))
-
-
-@pytest.mark.parametrize(("arguments", "count"), [(("residual", 24, 48), 45), (("mobile",), 25)])
-def test_bytes_are_foretold_within_a_per_cent(arguments, count, network, task_of, tmp_path):
-    """Of the file, or 400 bytes, which is what the deflated graphs of unlike recipes differ by."""
-    model, x = network(*arguments)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
-    structure = runner.structure
-    overhead = measure_overhead(runner, len(runner.build(Recipe())))
-    rng = random.Random(0)
-    worst = (0.0, 0, "")
-    for _ in range(count):
-        recipe = random_recipe(structure, rng)
-        real = len(runner.build(recipe, recovery=False))
-        error = cost.size_bytes(structure, recipe, overhead) - real
-        worst = max(worst, (abs(error) / max(0.01 * real, 400), error, recipe.describe()))
-    assert worst[0] <= 1, worst
 
 
 def steered_task():

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretorch.errors import ExportFailed
-from paretorch.runners import packing
-from paretorch.runners.compress import compress, freeze
+from paretorch.objectives import cost
+from paretorch.runners import onnx_export, packing
+from paretorch.runners.compress import FrozenWeight, compress, freeze
 from paretorch.runners.onnx_export import (
     DISABLED_OPTIMIZERS,
     batch_of,
@@ -209,6 +210,55 @@ def test_two_bits_in_opset_25_run_as_the_same_codes_in_opset_21(name, traced):
             tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, TensorProto.INT4, tensor.dims, raw, raw=True))
     assert operators(graph) == operators(wider)
     assert np.array_equal(run(graph, x), run(wider, x))
+
+
+@pytest.mark.parametrize(("outputs", "bits"), [(4096, 3), (4095, 4), (4096, 2)])
+def test_large_linear_layers_of_3_and_4_bits_stay_packed(outputs, bits, tmp_path):
+    """From 8 million weights on: the same product, but no floats of the weights, neither in the file nor in memory."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(2048, outputs), nn.ReLU(), nn.Linear(outputs, 4)).eval(), torch.randn(8, 2048)
+    top = 2 ** (bits - 1) - 1
+    codes, scale = torch.randint(-top, top + 1, (outputs, 2048)).float(), torch.rand(outputs) + 0.5
+    with torch.no_grad():
+        model[0].weight.copy_(codes * scale[:, None])
+        expected = model(x).numpy()
+    graph = quantized_graph(model, x, {"0": FrozenWeight(bits, 32, codes, scale)}, {}, [x])
+    onnx.checker.check_model(graph, full_check=True)
+    stays = outputs == 4096 and bits in (3, 4)
+    assert [node.op_type for node in graph.graph.node].count("MatMulNBits") == stays
+    packed = packing.pack(graph)
+    graph = packing.unpack(packed)
+    weights = outputs * 2048
+    floats = 4 * (6 * outputs + 4)  # scales, biases, and the second layer
+    assert graph.ByteSize() == pytest.approx(floats + weights * (2 if bits == 2 else 4) / 8, abs=2000)
+    least = cost.weight_bytes(weights, bits, int(codes.count_nonzero()))
+    assert len(packed) == pytest.approx(floats + least, abs=2000)
+    np.testing.assert_allclose(run(graph, x, (1, 2)), expected, atol=1e-5 * expected.std())
+    running = optimized(graph, tmp_path)
+    assert {node.op_type for node in running.graph.node} >= ({"MatMulNBits"} if stays else {"FusedGemm"})
+    largest = max(len(tensor.raw_data) for tensor in running.graph.initializer)
+    assert largest == (weights // 2 if stays else weights * 4)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tokens"])
+def test_layers_that_stay_packed_compute_the_same(name, traced, monkeypatch):
+    """With and without a bias, BatchNorm's negative factors, tokens, zeros, beside layers of int8 and of float."""
+    monkeypatch.setattr(onnx_export, "_STAYS_PACKED", 32 * 32)
+    model, x, structure = traced(name)
+    names = [layer.name for layer in structure.layers]
+    steps = [Quantize(n, 3 + i % 2) for i, n in enumerate(names)] + [Sparsify(names[1], 0.5)]
+    graph, reference = export(model, x, Recipe(tuple(steps)), structure)
+    graph = packing.unpack(packing.pack(graph))
+    expected = reference(x).detach().numpy()
+    kinds = operators(graph)
+    assert kinds["MatMulNBits"] == 2
+    assert not {"Expand", "Cast"} & set(kinds)
+    np.testing.assert_allclose(run(graph, x), expected, atol=1e-4 * np.abs(expected).max())
+    mixed = [Quantize(names[0], 8, 8), Quantize(names[1], 4), Quantize(names[2], 8, 8)]
+    graph, reference = export(model, x, Recipe(tuple(mixed)), structure)
+    expected = reference(x).detach().numpy()
+    assert operators(graph)["MatMulNBits"] == 1
+    assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()
 
 
 def test_channels_and_blocks_are_really_gone(network):

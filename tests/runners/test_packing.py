@@ -131,7 +131,10 @@ def test_ternary_numbers_are_digits_to_base_3(values):
     assert packing.unpack_ternary(data, len(values)).tolist() == values
 
 
-@given(st.sets(st.integers(0, 3000), min_size=1), st.integers(3001, 5000))
+@given(
+    st.sets(st.integers(0, 3000), min_size=1) | st.just(set(range(0, 3000, 3)) | set(range(2990))),
+    st.integers(3001, 5000),
+)
 def test_positions_come_back_from_at_most_two_bits_beyond_their_low_ones(places, count):
     """Elias's bound: a position takes its low bits and two more, within the bytes that are begun."""
     positions = np.array(sorted(places))
@@ -139,7 +142,7 @@ def test_positions_come_back_from_at_most_two_bits_beyond_their_low_ones(places,
     low = int(position_bits(count, len(places)))
     assert low == min(8, math.floor(math.log2(count / len(places))))
     assert packing.unpack_positions(data, count, len(places)).tolist() == positions.tolist()
-    if low < 8:
+    if low < 8:  # (a mean gap above 512 would ask for more)
         assert 8 * len(data) <= len(places) * (low + 3) + 16
     assert len(data) == index_bytes(count, 0, len(places))
 
