@@ -160,7 +160,7 @@ def _cells(candidate: Candidate, front: Front, member: bool) -> list[Any]:
     if candidate.measurement is None:
         return [str(candidate.number), state, "-", "-", "-", Text(candidate.reason.replace("\n", " "))]
     metric = next(
-        n for n in candidate.measurement.metrics if n not in ("size_bytes", "onnx_bytes", "macs", "latency_ms")
+        n for n in candidate.measurement.metrics if not n.endswith("_bytes") and n not in ("macs", "latency_ms")
     )
     size, latency = candidate.measurement.value("size_bytes"), candidate.measurement.value("latency_ms")
     faster = front.baseline.value("latency_ms") / latency

@@ -176,7 +176,7 @@ def show(metric: str, value: float) -> str:
         return f"{100 * value:.2f}%"
     if metric == "latency_ms":
         return f"{value:.3g} ms" if abs(value) < 999.5 else f"{value:.0f} ms"
-    if metric in ("size_bytes", "macs", "onnx_bytes"):
+    if metric == "macs" or metric.endswith("_bytes"):
         units = ("", "k", "M", "G", "T") if metric == "macs" else ("B", "kB", "MB", "GB", "TB")
         step = 0
         while abs(value) >= 999.5 and step < 4:
@@ -200,7 +200,7 @@ def against(name: str, metric: Metric, base: Metric) -> str:
             return "same speed"
         ratio = base.value / metric.value
         return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    if name in COSTS or name == "onnx_bytes":
+    if name in COSTS or name.endswith("_bytes"):
         return f"{100 * metric.value / base.value:.3g}% of baseline" if base.value else ""
     if name == "accuracy":
         return f"{100 * (metric.value - base.value):+.2f} points"

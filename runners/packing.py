@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,11 +145,12 @@ _SIZES: dict[str, Callable[[int, int, int], Any]] = {
 }
 
 
-def _encode(raw: NDArray[Any], integer: bool) -> tuple[list[Any], bytes]:
+def _encode(raw: NDArray[Any]) -> tuple[list[Any], bytes]:
     """A tensor's numbers in the fewest bytes, after the way, the bits of a number, and how many are not zero if it matters.
 
     raw: int8, or the bits of floats as unsigned integers.
     """
+    integer = raw.dtype == np.int8
     places = np.flatnonzero(raw)
     found = raw[places]
     if not len(found):
@@ -205,29 +206,34 @@ def pack(model: onnx.ModelProto) -> bytes:
     """The packed file of a model. Equal models give equal bytes."""
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(model)
-    nibbles = _nibbles(skeleton)
     index: list[list[Any]] = []
     parts: list[bytes] = []
-    for position, tensor in enumerate(skeleton.graph.initializer):
-        count = int(np.prod(tensor.dims))
-        if count < _SMALLEST or not tensor.HasField("raw_data"):
-            continue
-        if tensor.data_type in _CODES:
-            codes = numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
-            way, data = _encode(codes, True)
-        elif tensor.name in nibbles:
-            way, data = _encode(nibbles_to_codes(tensor.raw_data), True)
-        elif tensor.data_type in _FLOATS:
-            raw: NDArray[Any] = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1)
-            way, data = _encode(raw.view(_FLOATS[tensor.data_type]), False)
-        else:
-            continue
-        tensor.ClearField("raw_data")
+    for position, raw in large_tensors(model):
+        way, data = _encode(raw)
+        skeleton.graph.initializer[position].ClearField("raw_data")
         index.append([position, *way])
         parts.append(data)
     graph = zlib.compress(skeleton.SerializeToString(deterministic=True), 9)
     listing = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     return _file({"graph": graph, "index": listing, "payload": b"".join(parts)})
+
+
+def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The tensors that are stored outside the graph: position, and the numbers.
+
+    Integers are int8, floats their bits as unsigned integers.
+    """
+    nibbles = _nibbles(model)
+    for position, tensor in enumerate(model.graph.initializer):
+        if int(np.prod(tensor.dims)) < _SMALLEST or not tensor.HasField("raw_data"):
+            continue
+        if tensor.data_type in _CODES:
+            yield position, numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
+        elif tensor.name in nibbles:
+            yield position, nibbles_to_codes(tensor.raw_data)
+        elif tensor.data_type in _FLOATS:
+            floats: NDArray[Any] = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1)
+            yield position, floats.view(_FLOATS[tensor.data_type])
 
 
 def _nibbles(model: onnx.ModelProto) -> set[str]:
@@ -270,6 +276,11 @@ def _parts(data: bytes) -> tuple[dict[str, bytes], int]:
     if _file(parts, version) != data:
         raise ArtifactError("the packed model is corrupted: its contents do not match its SHA-256")
     return parts, version
+
+
+def payload_size(data: bytes) -> int:
+    """The bytes of the tensors that are stored outside the graph; raises `ArtifactError`."""
+    return len(_parts(data)[0]["payload"])
 
 
 def unpack(data: bytes) -> onnx.ModelProto:

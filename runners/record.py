@@ -161,6 +161,8 @@ def rows(
 _EXACT = {
     "size_bytes": "the length of weights.safetensors, which holds the whole model; exact",
     "onnx_bytes": "the length of model.onnx; exact",
+    "zstd_bytes": "the length of the packed file entropy-coded by zstd in the shortest of three forms, level 19 for networks "
+    f"of up to {1 << 19:,} weights and level 1 for larger ones; exact for one version of zstd",
     "macs": "multiply-adds for one input, counted from the layers' shapes; exact",
 }
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _Cell = tuple[str, str, str]
 
 FILES = ("front.html", "front.png", "front.csv", "front.json", "report.md")
-_NAMES = {"size_bytes": "size", "latency_ms": "latency", "macs": "MACs"}
+_NAMES = {"size_bytes": "size", "zstd_bytes": "size, zstd", "latency_ms": "latency", "macs": "MACs"}
 # What a point on a plot is: legend, colour, plotly's and matplotlib's marker.
 _ROLES = {
     "other": ("candidate", "#9aa5b1", "circle", "o"),
@@ -325,6 +325,8 @@ def _cells(front: Front) -> tuple[list[str], list[list[_Cell]]]:
     """Heads and cells of the front's table, for markdown and HTML: value, interval, against the baseline."""
     quality, costs = quality_metric(front), _costs(front)
     names = [name for name in (quality, *costs) if name in front.baseline.metrics]
+    if "zstd_bytes" in front.baseline.metrics:
+        names.insert(names.index("size_bytes") + 1 if "size_bytes" in names else len(names), "zstd_bytes")
     tested = any(quality in member.test for member in front.members)
     heads = ["#", *(_NAMES.get(name, name) for name in names), *([f"test {quality}"] if tested else []), "what"]
     out = []

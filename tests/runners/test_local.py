@@ -61,7 +61,7 @@ def test_a_measurement_is_that_of_the_file(runner):
     assert found.metrics["accuracy"].n == total
     assert found.metrics["latency_ms"].low <= found.value("latency_ms") <= found.metrics["latency_ms"].high
     assert [phase for phase, _ in heard] == ["compressing", "exporting", "timing", "evaluating"]
-    assert heard[-1][1] == {"size_bytes", "onnx_bytes", "macs", "latency_ms"}
+    assert heard[-1][1] == {"size_bytes", "onnx_bytes", "zstd_bytes", "macs", "latency_ms"}
     again = runner.measure_again(data)
     assert again["accuracy"].value == found.value("accuracy")
 
@@ -87,6 +87,19 @@ def test_zeros_stay_in_the_file_after_training(runner):
     tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     assert (tensors["down.weight"] == 0).sum() == round(0.75 * tensors["down.weight"].size)
     assert (tensors["stem.weight_q"] == 0).sum() >= round(0.5 * tensors["stem.weight_q"].size)
+
+
+@pytest.mark.parametrize("activations", [8, 32])
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.28), (4, 0.17), (2, 0.10)])
+def test_bits_of_a_network_of_a_megabyte_show_in_both_files(bits, share, activations, network, task_of, tmp_path):
+    model, x = network("residual", 48, 96)
+    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    float_packed = runner.build(Recipe())
+    assert len(float_packed) > 1_000_000
+    steps = tuple(Quantize(layer.name, bits, activations) for layer in runner.structure.layers)
+    packed = runner.build(Recipe(steps), recovery=False)
+    assert len(packed) <= share * len(float_packed)
+    assert packing.unpack(packed).ByteSize() <= share * packing.unpack(float_packed).ByteSize()
 
 
 def steered_task():
