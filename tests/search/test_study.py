@@ -670,7 +670,10 @@ def test_with_rungs_everybody_begins_untrained_and_the_best_climb(tmp_path, fake
     names = [[step.epochs for step in c.recipe.of(Recover)] for c in found.candidates if not c.label]
     untrained, once, twice = ([i for i, n in enumerate(names) if n == epochs] for epochs in ([0], [0.25], [0.25, 0.5]))
     assert len(untrained) + len(once) + len(twice) == len(names)
-    assert len(untrained) > len(once) >= len(twice) > 0
+    given = sum(
+        c.label != "" and c.picks is not None for c in found.candidates
+    )  # they stand on the foot too, and may climb
+    assert len(untrained) + given > len(once) >= len(twice) > 0
     began = {}
     for c in found.candidates:
         if c.picks is None:
