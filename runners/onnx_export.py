@@ -16,7 +16,7 @@ activation ranges are measured on this graph too.
   in every block. Where weights no longer fit into the caches, reading them is what takes the time: measured on one
   thread, 2.2 to 2.6 times as fast as folded floats at batch 1, 1.1 to 1.3 at 8 and 32, in a fifth of the memory. Below, it
   loses where inputs come in batches (4 million weights: 0.8 to 1.0 at batch 8; 1 million: 0.5), and at 8 and 2 bits it
-  loses everywhere (0.03 to 0.4). With accuracy_level 4 it is 2 to 5 times as fast, but rounds its inputs to 8 bits, 3% of
+  loses everywhere (0.03 to 0.6). With accuracy_level 4 it is 2 to 5 times as fast, but rounds its inputs to 8 bits, 3% of
   the outputs' deviation off: not what a recipe with float activations says. `benchmarks/matmulnbits.py` prints the table.
 - ONNX Runtime's `WeightBiasQuantization` would quietly turn a float layer between two int8 layers into an int8 one;
   `session_options` turns it off, and so must any other program that runs a mixed file.
