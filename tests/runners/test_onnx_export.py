@@ -328,6 +328,13 @@ def test_a_network_with_attention_is_exported_around_it(capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_what_the_older_exporter_cannot_do_is_not_printed(capfd):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(100, 2)), torch.randn(4, 3, 9, 9)  # fmt: skip
+    found = run(export_float(model.eval(), x[:2]), x, (1,))
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_newer_exporter_steps_in_where_the_older_one_fails(monkeypatch, network):
     original = torch.onnx.export
 
