@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,19 @@ class FrozenWeight:
 _Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None], None]
 
 
+class Skip(nn.Module):
+    """What a block that is left out leaves behind: its first input, whatever else it was given (masks, for one)."""
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        return x
+
+
 def drop_blocks(
     model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
 ) -> None:
     for step in recipe.of(Student):
         for name in step.drop:
-            model.set_submodule(name, nn.Identity())
+            model.set_submodule(name, Skip())
 
 
 def remove_channels(

@@ -37,6 +37,7 @@ from .files import write_atomic
 from .library import LayerLibrary
 from .measure import latency
 from .onnx_export import batch_of, quantized_graph, session
+from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .recover import finetune
 from .task import Task, batches, dataset, example_input, inputs
@@ -119,7 +120,7 @@ class LocalRunner:
             raise TaskError(
                 f"task {task.name!r}: its model function returned {type(model).__name__}, not a torch module"
             )
-        self.model = model.eval()
+        self.model = open_attention(model.eval())
         self.example = example_input(task)
         self.calibration = inputs(task, "train", calibration_images, seed)
         self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))

@@ -24,8 +24,11 @@ activation ranges are measured on this graph too.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
+import os
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -72,11 +75,12 @@ def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
         warnings.simplefilter("ignore")
         try:
             # Initializers are inputs too (until `_tidy`), or layers of equal weights would come out as sharing one.
-            torch.onnx.export(
-                model, (example,), buffer, dynamo=False,  # type: ignore[arg-type]
-                opset_version=20, do_constant_folding=True,
-                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, keep_initializers_as_inputs=True, **names,
-            )  # fmt: skip
+            with _quiet():
+                torch.onnx.export(
+                    model, (example,), buffer, dynamo=False,  # type: ignore[arg-type]
+                    opset_version=20, do_constant_folding=True,
+                    dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, keep_initializers_as_inputs=True, **names,
+                )  # fmt: skip
             graph = onnx.load_from_string(buffer.getvalue())
         except Exception as first:  # the exporter raises whatever fails inside
             try:
@@ -102,6 +106,21 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pages that the older exporter prints, past Python, of a graph that it cannot convert; the newer one does it then."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ from ..errors import ExportFailed, TaskError, TrialError
 from ..objectives.cost import shapes
 from ..spaces.recipe import Prune, Recipe, Student
 from ..spaces.structure import Group, Layer, Structure, inside, kept_channels
-from .compress import compress
+from .compress import Skip, compress
 from .operators.fold import fold_batchnorms
 from .operators.prune import channel_groups
 
@@ -199,16 +199,31 @@ def _blocks(
         own_class = not isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in module.children())
         if names[module] and own_class and x.shape == y.shape:
             change[names[module]] = float((y - x).norm() / x.norm().clamp_min(1e-12))
-    outermost = [n for n in change if not any(n.startswith(f"{other}.") for other in change)]
+    total = sum(p.numel() for p in model.parameters())
+
+    def parts(within: Sequence[str]) -> list[str]:
+        """The outermost of them; what holds most of the network is no block of it, but may hold some."""
+        found = []
+        for name in within:
+            if any(name.startswith(f"{other}.") for other in within):
+                continue
+            inner = [other for other in change if other.startswith(f"{name}.")]
+            large = sum(p.numel() for p in model.get_submodule(name).parameters()) > total / 2
+            found += parts(inner) if large and len(inner) > 1 else [name]
+        return found
 
     def removable(name: str) -> bool:
         other = copy.deepcopy(model)
-        other.set_submodule(name, nn.Identity())
-        with torch.no_grad():
-            result = other(example[:2])
+        other.set_submodule(name, Skip())
+        try:
+            with torch.no_grad():
+                result = other(example[:2])
+        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
+            # Whatever a network raises without a part of it (torch's encoder asks its first layer for its attention).
+            return False
         return isinstance(result, Tensor) and bool(result.isfinite().all())
 
-    return tuple(sorted((name for name in outermost if removable(name)), key=lambda name: change[name]))
+    return tuple(sorted((name for name in parts(list(change)) if removable(name)), key=lambda name: change[name]))
 
 
 def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> Structure:

@@ -26,6 +26,7 @@ from paretorch.runners.onnx_export import (
     session_options,
 )
 from paretorch.runners.operators.fold import fold_batchnorms
+from paretorch.runners.simulate import Simulation
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 
@@ -253,6 +254,7 @@ def test_layers_that_stay_packed_compute_the_same(name, traced, monkeypatch):
     kinds = operators(graph)
     assert kinds["MatMulNBits"] == 2
     assert not {"Expand", "Cast"} & set(kinds)
+    np.testing.assert_allclose(Simulation(graph)(x[:40]).numpy(), expected[:40], atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(run(graph, x), expected, atol=1e-4 * np.abs(expected).max())
     mixed = [Quantize(names[0], 8, 8), Quantize(names[1], 4), Quantize(names[2], 8, 8)]
     graph, reference = export(model, x, Recipe(tuple(mixed)), structure)
@@ -394,6 +396,13 @@ def test_a_network_with_attention_is_exported_around_it(capfd):
     expected = reference(x).detach().numpy()
     assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()
     assert capfd.readouterr().out == ""
+
+
+def test_what_the_older_exporter_cannot_do_is_not_printed(capfd):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(100, 2)), torch.randn(4, 3, 9, 9)  # fmt: skip
+    found = run(export_float(model.eval(), x[:2]), x, (1,))
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_newer_exporter_steps_in_where_the_older_one_fails(monkeypatch, network):

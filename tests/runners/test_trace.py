@@ -355,3 +355,13 @@ def test_resnet18_at_half_its_channels_is_the_published_one():
     assert ours == counted(live, structure, x[:1])[1]
     # Theirs counts BatchNorm, ReLU and pooling too; ours is convolutions and the linear layer alone.
     assert 0 < published - ours < 0.02 * ours
+
+
+def test_the_layers_of_an_encoder_are_blocks_and_not_the_encoder():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
+    model = nn.Sequential(nn.Linear(12, 16), encoder, nn.Flatten(), nn.Linear(80, 4))
+    assert set(trace(model, torch.randn(8, 5, 12)).blocks) == {
+        "1.layers.1",
+        "1.layers.2",
+    }  # torch's encoder needs its first

@@ -1,0 +1,193 @@
+"""What an exported graph means, computed without the runtime that ships it: the other side of the parity check.
+
+Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
+floats), every layer computes on floats, nothing is fused. ONNX's own reference implementation does this node by node; the
+few operators that it takes minutes for are torch's here. ONNX Runtime fuses the same graph into integer kernels, and
+`agreement` says how often both come to the same answer.
+
+Bit for bit they never will: sums are added in another order, and a number at the border of two steps falls to the other
+side. So answers are compared, and the size of the differences is told beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops._op_list import MaxPool as ReferenceMaxPool
+from torch import Tensor
+from torch.nn import functional
+
+from . import packing
+from .runtime import session
+
+AGREE = 0.995  # the share of equal answers that a file must reach
+INPUTS = 1000  # on which it is measured, where there are as many
+_BATCH = 16  # the reference keeps every tensor of the network until the end
+_CONV = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+_POOL = {3: functional.max_pool1d, 4: functional.max_pool2d, 5: functional.max_pool3d}
+
+
+class Conv(OpRun):  # type: ignore[misc]
+    """Convolution by torch."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[no-untyped-def]
+        self, x, w, b=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None
+    ):
+        if auto_pad not in (None, b"NOTSET", "NOTSET"):
+            raise NotImplementedError(f"auto_pad = {auto_pad!r}; torch's exporters write pads instead")
+        dims = x.ndim - 2
+        padded = functional.pad(_tensor(x), _torch_pads(pads, dims))
+        bias = None if b is None else _tensor(b)
+        return (_CONV[x.ndim](padded, _tensor(w), bias, strides or 1, 0, dilations or 1, group or 1).numpy(),)
+
+
+class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+    """Max pooling by torch, where torch means the same."""
+
+    op_domain = ""
+
+    def _run(self, x, **attributes):  # type: ignore[no-untyped-def]
+        given = {name: value for name, value in attributes.items() if value is not None}
+        plain = given.get("auto_pad") in (None, b"NOTSET", "NOTSET") and not given.get("ceil_mode")
+        if not plain or x.dtype != np.float32 or len(self.output) > 1:
+            return super()._run(x, **attributes)
+        padded = functional.pad(_tensor(x), _torch_pads(given.get("pads"), x.ndim - 2), value=-torch.inf)
+        kernel, strides = tuple(given["kernel_shape"]), tuple(given.get("strides") or [1] * (x.ndim - 2))
+        return (_POOL[x.ndim](padded, kernel, strides, 0, tuple(given.get("dilations") or [1] * (x.ndim - 2))).numpy(),)
+
+
+class Gemm(OpRun):  # type: ignore[misc]
+    """Matrix product by torch: all threads, in float32 as it is written."""
+
+    op_domain = ""
+
+    def _run(self, a, b, c=None, alpha=None, beta=None, transA=None, transB=None):  # type: ignore[no-untyped-def] # noqa: N803
+        left, right = (_tensor(m).T if turned else _tensor(m) for m, turned in ((a, transA), (b, transB)))
+        product = (1.0 if alpha is None else alpha) * (left @ right)
+        return ((product if c is None else product + (1.0 if beta is None else beta) * _tensor(c)).numpy(),)
+
+
+class MatMul(OpRun):  # type: ignore[misc]
+    """Matrix product by torch."""
+
+    op_domain = ""
+
+    def _run(self, a, b):  # type: ignore[no-untyped-def]
+        return (torch.matmul(_tensor(a), _tensor(b)).numpy(),)
+
+
+class MatMulNBits(OpRun):  # type: ignore[misc]
+    """ONNX Runtime's product with packed 4-bit weights, which ONNX does not know, by torch on the unpacked ones."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a, b, scales, *rest, **attributes):  # type: ignore[no-untyped-def]
+        outputs, block = attributes["N"], attributes["block_size"]
+        if attributes["bits"] != 4 or any(given is not None for given in rest[:2]):
+            raise NotImplementedError("MatMulNBits with other bits than 4, with zero points or groups")
+        codes = packing.nibbles_to_codes(b.tobytes()).reshape(outputs, -1, block)
+        weight = _tensor((codes * scales.reshape(outputs, -1, 1)).reshape(outputs, -1))
+        product = torch.matmul(_tensor(a), weight.T)
+        return ((product + _tensor(rest[2]) if len(rest) > 2 else product).numpy(),)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of arrays that must not be written
+
+
+def _torch_pads(pads: Sequence[int] | None, dims: int) -> list[int]:
+    """ONNX lists all begins, then all ends; torch lists begin and end of the last axis, then of the one before."""
+    listed = list(pads or [0] * (2 * dims))
+    return [listed[axis + end * dims] for axis in reversed(range(dims)) for end in (0, 1)]
+
+
+class Simulation:
+    """An ONNX graph, computed as it is written. One float input, the first output counts.
+
+    >>> from onnx import TensorProto, helper
+    >>> x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 3]) for n in "xy")
+    >>> graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    >>> Simulation(helper.make_model(graph))(torch.tensor([[-1.0, 0.0, 2.0]]))
+    tensor([[0., 0., 2.]])
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._evaluator = ReferenceEvaluator(model, new_ops=[Conv, MaxPool, Gemm, MatMul, MatMulNBits])
+        self._input = model.graph.input[0].name
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = [self._evaluator.run(None, {self._input: part.numpy()})[0] for part in x.contiguous().split(_BATCH)]  # type: ignore[no-untyped-call]
+        return torch.from_numpy(np.concatenate(parts))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A file in ONNX Runtime against the simulation of its graph.
+
+    n: inputs. answers: how many answers were compared (one per input, more where outputs have positions); 0 for outputs
+    without classes. agree: the share of equal ones. mean_difference, max_difference: of the outputs, as a share of the
+    largest simulated output.
+    """
+
+    n: int
+    answers: int
+    agree: float
+    mean_difference: float
+    max_difference: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file gives the simulation's answers, or without answers outputs within 5% on average."""
+        return self.agree >= AGREE if self.answers else self.mean_difference <= 0.05
+
+
+def agreement(packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS) -> tuple[Agreement, Tensor, Tensor]:
+    """Compare a packed file in ONNX Runtime with the simulation of its graph on the first `limit` of the inputs.
+
+    Gives the comparison, the simulated outputs and the runtime's, each `[n, ...]`. The answer to an input is the class
+    (second axis) of the largest output. Raises `ArtifactError`, and `ExportFailed` when the file does not load.
+    """
+    model = packing.unpack(packed)
+    simulation, runtime = Simulation(model), session(model)
+    name = runtime.get_inputs()[0].name
+    simulated: list[Tensor] = []
+    found: list[Tensor] = []
+    left = limit
+    for x in inputs:
+        part = x[:left].contiguous()
+        simulated.append(simulation(part))
+        found.append(torch.from_numpy(runtime.run(None, {name: part.numpy()})[0]))
+        left -= len(part)
+        if left <= 0:
+            break
+    expected, outputs = torch.cat(simulated), torch.cat(found)
+    return compared(expected, outputs), expected, outputs
+
+
+def compared(expected: Tensor, outputs: Tensor) -> Agreement:
+    """Outputs against expected outputs of the same shape, `[n, classes, ...]`.
+
+    >>> compared(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 0.9], [0.0, 0.1]])).agree
+    0.5
+    """
+    difference = (outputs - expected).abs() / expected.abs().max().clamp_min(1e-12)
+    classes = expected.ndim > 1 and expected.shape[1] > 1
+    equal = (expected.argmax(1) == outputs.argmax(1)).float() if classes else torch.ones(0)
+    return Agreement(
+        len(expected),
+        equal.numel(),
+        float(equal.mean()) if classes else 1.0,
+        float(difference.mean()),
+        float(difference.max()),
+    )
