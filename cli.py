@@ -65,9 +65,9 @@ def _console() -> Console:
 
 
 def _study(config: Config, listener: Any) -> Study:
+    from .configs.accelerator import load_target
     from .configs.load import config_dict
     from .configs.plugins import load_task
-    from .configs.profile import load_target
     from .search.study import Study
 
     target = load_target(config.measure.target, config.folder)
@@ -527,9 +527,9 @@ def apply_(
 
 def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, Protocol]:
     """The task of the options, and how to measure it: as the configuration says, or as was measured before."""
+    from .configs.accelerator import load_target
     from .configs.load import load, parse
     from .configs.plugins import load_task
-    from .configs.profile import load_target
     from .errors import ConfigError
     from .runners.record import Protocol
 
@@ -679,7 +679,7 @@ def retarget_(
     Outputs are compared with ONNX Runtime's. With the study's task (--task or --config) that happens on validation inputs
     instead of made-up ones, and the metric is measured there, too.
     """
-    from .configs.profile import load_target
+    from .configs.accelerator import load_target
     from .console import Watcher
     from .errors import StudyError
     from .search.retarget import FOLDER, retarget
