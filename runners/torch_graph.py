@@ -187,9 +187,10 @@ def _pad(i: Inputs, a: Attributes) -> Tensor:
     flat = [size for axis in reversed(range(x.ndim)) for size in sides.get(axis, (0, 0))]
     if mode == "constant":
         return F.pad(x, flat, value=float(i[2]) if _at(i, 2) is not None else 0.0)
-    while flat[-2:] == [0, 0] and len(flat) > 2:
-        del flat[-2:]
-    return F.pad(x, flat, mode={"reflect": "reflect", "edge": "replicate"}[mode])
+    inner = 2 * (x.ndim - 2)  # torch reflects and repeats over all but the batch and the channels
+    if any(flat[inner:]):
+        raise ValueError(f"Pad with mode {mode} over the batch or the channels")
+    return F.pad(x, flat[:inner], mode={"reflect": "reflect", "edge": "replicate"}[mode])
 
 
 def _reduced(function: Callable[..., Tensor]) -> Callable[[Inputs, Attributes], Tensor]:
