@@ -7,13 +7,15 @@ from the file instead of running it there; what it predicts is then that of ONNX
 
 What each one is good for, and its traps (all measured, on x86 with VNNI and AMX):
 
-- `onnxruntime`: the yardstick and the default; the fastest for small networks, because a call costs it the least.
-- `openvino`: int8 and large networks (an int8 resnet18 twice as fast as in ONNX Runtime). It would compute floats in
-  bfloat16 and the activations of weight-only linear layers in int8 by itself, whatever the file says; both are turned
-  off here. A call costs about 0.02 ms. It fuses a convolution with the Add behind it and rounds once where ONNX Runtime
-  rounds twice, so that outputs of int8 residual networks differ by about 1%.
-- `torch`, `torch-cuda`: the float file, node by node, as a program in eager PyTorch would run. There are no int8 kernels
-  there: 8-bit activations are refused; weights of few bits are unpacked when the file is loaded and compute as floats.
+- `onnxruntime`: the default, and the fastest for small networks, because a call costs it the least.
+- `openvino`: large networks; an int8 resnet18 takes 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime, floats
+  the same (`benchmarks/targets.py`). Left to itself it computes floats in bfloat16, and the activations of weight-only
+  linear layers in int8, whatever the file says; both are turned off here, and whoever deploys must do the same. A call
+  costs about 0.02 ms. It fuses a convolution with the Add behind it, without the rounding between the two, so that
+  outputs of int8 networks with skips differ by about 1% of the largest.
+- `torch`, `torch-cuda`: the float file node by node, as a program in eager PyTorch runs; twice to four times as long as in
+  ONNX Runtime. There are no int8 kernels there, so 8-bit activations are refused; weights of few bits are unpacked when
+  the file is loaded and compute as floats. `torch-cuda` was never run: no machine with such a device was at hand.
 
 ExecuTorch is no target: it compiles torch programs and not the ONNX file that ships, and what it compiled of a CIFAR
 ResNet did not run (`slice_copy: tensors have different dim orders`).

@@ -223,7 +223,7 @@ class Study:
             "rungs": self.rungs,
             "seed": self.seed,
             # Studies of ONNX Runtime say nothing of it, as before there were others.
-            "measure": self.measure | ({} if self.target.name == DEFAULT else {"target": self.target.spec}),
+            "measure": ({} if self.target.name == DEFAULT else {"target": self.target.spec}) | self.measure,
         }
         return json.loads(json.dumps(recipe))  # type: ignore[no-any-return]
 
