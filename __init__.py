@@ -14,10 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from paretorch.configs.accelerator import load_target
     from paretorch.errors import ArtifactError, ConfigError, ParetorchError, TrialError
     from paretorch.objectives.measurement import Measurement, Metric
     from paretorch.objectives.objective import Budget, Objective
     from paretorch.runners.artifact import load
+    from paretorch.runners.check import check_target
+    from paretorch.runners.target import Target
     from paretorch.runners.task import Task, accuracy
     from paretorch.search.candidate import Candidate
     from paretorch.search.front import Front
@@ -46,10 +49,13 @@ _HOME = {
     "Sparsify": "spaces.recipe",
     "Student": "spaces.recipe",
     "Study": "search.study",
+    "Target": "runners.target",
     "Task": "runners.task",
     "TrialError": "errors",
     "accuracy": "runners.task",
+    "check_target": "runners.check",
     "load": "runners.artifact",
+    "load_target": "configs.accelerator",
 }
 __all__ = [
     "ArtifactError",
@@ -70,10 +76,13 @@ __all__ = [
     "Sparsify",
     "Student",
     "Study",
+    "Target",
     "Task",
     "TrialError",
     "accuracy",
+    "check_target",
     "load",
+    "load_target",
 ]
 
 

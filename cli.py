@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .search.explain import Explanation
     from .search.front import Front
     from .search.preflight import Preflight
+    from .search.retarget import Retargeted
     from .search.study import Study
     from .spaces.recipe import Recipe
 
@@ -66,9 +67,12 @@ def _console() -> Console:
 
 
 def _study(config: Config, listener: Any) -> Study:
+    from .configs.accelerator import load_target
     from .configs.load import config_dict
     from .configs.plugins import load_task
     from .search.study import Study
+
+    target = load_target(config.measure.target, config.folder)
 
     listener.phase("loading the task")
     task = load_task(config)
@@ -86,6 +90,7 @@ def _study(config: Config, listener: Any) -> Study:
         batch=config.measure.batch,
         seconds=config.measure.seconds,
         calibration_images=config.measure.calibration_images,
+        target=target,
         mlflow=config.mlflow.uri,
         experiment=config.mlflow.experiment,
         listener=listener,
@@ -619,6 +624,7 @@ def apply_(
 
 def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, Protocol]:
     """The task of the options, and how to measure it: as the configuration says, or as was measured before."""
+    from .configs.accelerator import load_target
     from .configs.load import load, parse
     from .configs.plugins import load_task
     from .errors import ConfigError
@@ -628,7 +634,8 @@ def _task(task: str | None, config: Path | None, recorded: Record | None) -> tup
         raise ConfigError("--task and --config both name a task; write one of them", "options")
     if config:
         loaded = load(config)
-        return load_task(loaded), Protocol(**loaded.measure.model_dump(), seed=loaded.search.seed)
+        asked = loaded.measure.model_dump() | {"target": load_target(loaded.measure.target, loaded.folder).spec}
+        return load_task(loaded), Protocol(**asked, seed=loaded.search.seed)
     known = recorded.protocol if recorded else None
     return load_task(parse({"task": task})), known or Protocol()
 
@@ -750,6 +757,86 @@ def _measured(files: list[Path], found: compare.Comparison, precision: float) ->
         f"{about['threads']} thread{'s' * (about['threads'] != '1')}, {cores}, {about['clock']}; {inputs}",
     ]  # fmt: skip
     return lines
+
+
+@app.command("retarget", short_help="Measure a front again, on another target.")
+def retarget_(
+    study: StudyFolder,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", metavar="NAME", help="onnxruntime, openvino, torch, torch-cuda, or a profile's .yaml."
+        ),
+    ],
+    task: TaskFunction = None,
+    config: TaskConfig = None,
+) -> None:
+    """Measure the files of a study's front on another target, in turns with the baseline's there; nothing is searched.
+
+    Outputs are compared with ONNX Runtime's. With the study's task (--task or --config) that happens on validation inputs
+    instead of made-up ones, and the metric is measured there, too.
+    """
+    from .configs.accelerator import load_target
+    from .console import Watcher
+    from .errors import StudyError
+    from .search.retarget import FOLDER, retarget
+    from .search.tracking import add_targets
+
+    console = _console()
+    chosen = load_target(target)
+    watcher = Watcher(console)
+    with watcher.watching():
+        watcher.phase("loading the task")
+        loaded = _task(task, config, None)[0] if task or config else None
+        found = retarget(study, chosen, loaded, lambda text: watcher.phase(f"measuring {text} on {chosen.name}"))
+    path = found.write(study)
+    _show_retargeted(console, found)
+    console.print(f"\nwrote {path}", markup=False)
+    try:
+        if add_targets(study):
+            console.print(f"the study's MLflow run has it, too: {FOLDER}/{path.name}", markup=False)
+    except StudyError as error:  # the file is on disk, and a mirror must not fail what it mirrors
+        console.print(f"warning: {error}. The study's MLflow run gets it when the search runs again", markup=False)
+
+
+def _show_retargeted(console: Console, found: Retargeted) -> None:
+    from .objectives.objective import show, spread
+
+    def share(metric: Metric) -> str:
+        within = f" [{metric.low:.3g}, {metric.high:.3g}]" if metric.low != metric.high else ""
+        return f"{metric.value:.3g}{within}"
+
+    base = found.baseline_ms
+    lines = [("-", "1", f"{show('latency_ms', base.value)} {spread('latency_ms', base)}", "1", "", "", "")]
+    refused: dict[str, list[str]] = {}
+    for member in found.members:
+        before = f"{member.before.value:.3g}"
+        if member.latency_ms is None or member.ratio is None:
+            refused.setdefault(member.reason, []).append(f"#{member.number}")
+            lines.append((str(member.number), before, "cannot run", "", "", "", ""))
+            continue
+        speed = {"faster": f"{1 / member.ratio.value:.3g}x faster", "slower": f"{member.ratio.value:.3g}x slower"}
+        same = f"{100 * member.agreement.top1:.4g}%" if member.agreement else "-"
+        on = "front" if member.on_front else member.reason or "beaten"
+        latency = show("latency_ms", member.latency_ms.value)
+        lines.append((str(member.number), before, latency, share(member.ratio), speed.get(member.verdict, "same speed"), on, same))  # fmt: skip
+    _show_cells(console, ("#", "before", f"on {found.target}", "of the baseline", "", "there", "same class"), lines)
+    notes = ["", f"before: the share of the baseline's latency on {found.found_on}"]
+    notes += [f"{', '.join(numbers)} cannot run there: {reason}" for reason, numbers in refused.items()]
+    stay = sum(member.on_front for member in found.members)
+    notes.append(f"{stay} of {len(found.members)} stay on the front there, by {', '.join(found.judged_by)}")
+    if "latency_ms" not in found.judged_by:
+        notes[-1] += "; latency_ms is neither an objective nor limited"
+    if found.pareto:
+        notes.append(f"the front of the metric and the latency alone: {', '.join(f'#{n}' for n in found.pareto)}")
+    if compared := [member.agreement for member in found.members if member.agreement]:
+        least, most = min(a.top1 for a in compared), max(a.difference for a in compared)
+        notes.append(f"outputs beside ONNX Runtime's on {found.inputs}: the same class for {100 * least:.4g}% or more, "
+                     f"apart by {most:.1g} of the largest output or less")  # fmt: skip
+    if not found.timed:
+        notes.append("computed from the profile: nothing was timed, and the files were not run there")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=False)
 
 
 @app.command(short_help="Open a study in the MLflow UI.")

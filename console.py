@@ -16,7 +16,7 @@ from rich.text import Text
 from .objectives.objective import duration
 
 if TYPE_CHECKING:
-    from .objectives.measurement import Measurement, Metric
+    from .objectives.measurement import Measurement
     from .search.candidate import Candidate
     from .search.front import Front
     from .search.preflight import Preflight
@@ -59,6 +59,7 @@ class Watcher:
 
     def checked(self, found: Preflight, study: Study) -> None:
         from .objectives.objective import show
+        from .runners.target import DEFAULT
 
         base = found.baseline
         small = found.smallest_measured
@@ -69,6 +70,10 @@ class Watcher:
         self.say(
             f"network   {layers} layers, {groups} channel groups, {blocks} removable blocks; {dimensions} decisions"
         )
+        if study.target.name != DEFAULT:
+            self.say(
+                f"target    {study.target.name}: latency {'computed for it' if study.target.milliseconds else 'and metric measured there'}"
+            )
         self.say(f"baseline  {numbers(base, None, study.task.metric_name)}")
         self.say(f"smallest  {show('size_bytes', small.value('size_bytes'))}, {show('latency_ms', small.value('latency_ms'))} "
                  f"({found.smallest.describe()})")  # fmt: skip
@@ -133,18 +138,13 @@ class Steps:
 
 def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> str:
     """A measurement in one line, with spreads, and against the baseline where there is one."""
-    from .objectives.objective import show
+    from .objectives.objective import show, spread
 
     quality, size, latency = (measurement.metrics[name] for name in (metric, "size_bytes", "latency_ms"))
-    text = f"{metric} {show(metric, quality.value)} {_half(metric, quality)}, {show('size_bytes', size.value)}"
+    text = f"{metric} {show(metric, quality.value)} {spread(metric, quality)}, {show('size_bytes', size.value)}"
     if base:
         text += f" ({100 * size.value / base.value('size_bytes'):.1f}%)"
-    return text + f", {show('latency_ms', latency.value)} {_half('latency_ms', latency)}"
-
-
-def _half(name: str, metric: Metric) -> str:
-    half = (metric.high - metric.low) / 2
-    return f"±{100 * half:.2f}" if name == "accuracy" else f"±{half:.2g}"
+    return text + f", {show('latency_ms', latency.value)} {spread('latency_ms', latency)}".rstrip()
 
 
 def _cells(candidate: Candidate, front: Front, member: bool) -> list[Any]:

@@ -45,7 +45,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         10
     """
     path = Path(path)
-    data = _read(path)
+    data = read_yaml(
+        path,
+        "it needs at least `task: my_task.py:task`",
+        "start with `task:`",
+        "`paretorch init DIR` writes one to start from",
+    )
     problems: list[str] = []
     for override in overrides:
         try:
@@ -75,8 +80,7 @@ def parse(data: Mapping[str, Any], source: Path | None = None) -> Config:
     try:
         config = Config.model_validate(filled)
     except ValidationError as error:
-        problems = [_problem(entry) for entry in error.errors(include_url=False)]
-        raise ConfigError(problems, str(source) if source else None) from error
+        raise ConfigError(problems_of(error), str(source) if source else None) from error
     config._source = source.resolve() if source else None
     return config
 
@@ -151,7 +155,8 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, needs: str, start: str, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `ConfigError`, with advice: for an empty file, for no mapping, for no file."""
     source = str(path)
     if path.is_dir():
         found = sorted(entry.name for entry in path.glob("*.y*ml"))
@@ -163,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         near = sorted(entry.name for entry in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, near, 1)
-        hint = f"did you mean {path.parent / close[0]}?" if close else "`paretorch init DIR` writes one to start from"
+        hint = f"did you mean {path.parent / close[0]}?" if close else example
         raise ConfigError(f"there is no such file; {hint}", source) from error
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror or error}", source) from error
@@ -174,10 +179,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid YAML: {_yaml_reason(error)}", source) from error
     if data is None:
-        raise ConfigError("is empty; it needs at least `task: my_task.py:task`", source)
+        raise ConfigError(f"is empty; {needs}", source)
     if not isinstance(data, dict):
         raise ConfigError(
-            f"must hold `key: value` lines (a mapping) at the top level, not {_short(data)}; start with `task:`", source
+            f"must hold `key: value` lines (a mapping) at the top level, not {_short(data)}; {start}", source
         )
     return data
 
@@ -193,7 +198,12 @@ def _yaml_reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _problem(entry: ErrorDetails) -> str:
+def problems_of(error: ValidationError, root: type[BaseModel] = Config) -> list[str]:
+    """Every mistake that pydantic found in a mapping that should be a `root`, for people."""
+    return [_problem(entry, root) for entry in error.errors(include_url=False)]
+
+
+def _problem(entry: ErrorDetails, root: type[BaseModel]) -> str:
     loc, kind, value = entry["loc"], entry["type"], entry["input"]
     path = ".".join(str(part) for part in loc if not str(part).startswith("<"))
     if kind == "paretorch":
@@ -201,7 +211,7 @@ def _problem(entry: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: is required"
     if kind == "extra_forbidden":
-        keys = list(_fields_at(loc[:-1]))
+        keys = list(_fields_at(loc[:-1], root))
         close = difflib.get_close_matches(str(loc[-1]), keys, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{path} = {_short(value)}: unknown key; {hint}keys here: {', '.join(keys)}"
@@ -214,9 +224,9 @@ def _problem(entry: ErrorDetails) -> str:
     return f"{path} = {_short(value)}: {rule}"
 
 
-def _fields_at(loc: Sequence[int | str]) -> Sequence[str]:
+def _fields_at(loc: Sequence[int | str], root: type[BaseModel]) -> Sequence[str]:
     """The keys of the mapping at a key path, which pydantic's error does not name."""
-    annotation: Any = Config
+    annotation: Any = root
     for part in loc:
         for model in _models(annotation):
             if part in model.model_fields:

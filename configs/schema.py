@@ -11,6 +11,7 @@ as soon as one of its keys is wrong.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -43,6 +44,8 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"".join(rf"(?:(\d+(?:\.\d*)?){unit})?" for unit in _SECONDS))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
+# The names of `runners.target.TARGETS` (a test compares them), which would import ONNX Runtime.
+TARGETS = ("onnxruntime", "openvino", "torch", "torch-cuda")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -124,6 +127,14 @@ def _checked_name(text: str) -> str:
 def _checked_function(text: str) -> str:
     if not _FUNCTION.fullmatch(text):
         raise _fail(f"task {text!r}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, such as my_task.py:task")
+    return text
+
+
+def _checked_target(text: str) -> str:
+    if text not in TARGETS and not text.endswith((".yaml", ".yml")):
+        close = difflib.get_close_matches(text, TARGETS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise _fail(f"target {text!r}: choose from {', '.join(TARGETS)}, or name the .yaml file of a profile{hint}")
     return text
 
 
@@ -385,6 +396,10 @@ class Measure(Strict):
     four times as much for the finalists. Default: 0.5."""
     calibration_images: Annotated[int, Field(ge=16), _NUMBER] = 512
     """Training inputs that set activation ranges and BatchNorm statistics. Default: 512."""
+    target: Annotated[str, AfterValidator(_checked_target)] = "onnxruntime"
+    """What runs the files while latency and the metric are measured: onnxruntime, openvino, torch, torch-cuda; or the
+    .yaml file of an accelerator's profile, relative to this file, from which the latency is computed.
+    Default: onnxruntime."""
 
 
 class MLflow(Strict):

@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +266,11 @@ def _pin(threads: int) -> list[int]:
 
 
 def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clock: Callable[[], int]) -> Timer:
+    run = partial(runtime.run, None, arrays)
+
     def once() -> int:
         begin = clock()
-        runtime.run(None, arrays)
+        run()
         return clock() - begin
 
     try:
@@ -277,7 +280,7 @@ def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clo
         raise ArtifactError(f"{file} does not run on {shapes}: {error}; check --batch and --shape") from error
     runs = max(1, math.ceil(_BLOCK / max(min(once(), once()), 1)))
 
-    return lambda: block(runtime, arrays, runs, clock) / runs / 1e6
+    return lambda: block(run, runs, clock) / runs / 1e6
 
 
 def _main() -> None:

@@ -1,6 +1,6 @@
 """Files evaluated as fast as this machine can, with the same predictions.
 
-One ONNX Runtime session with a thread per core is the obvious way, and rarely the fastest: small networks gain more from
+One network with a thread per core is the obvious way, and rarely the fastest: small networks gain more from
 several images in flight, each on a core of its own, and every network has a batch size that fits the caches. `fastest`
 tries the ways on real files and images at the start of a study, and drops each whose outputs differ from the obvious
 way's by more than rounding, or in a single score.
@@ -20,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ExportFailed, TaskError
+from ..errors import TaskError
 from ..objectives.paired import FIRST
 from . import packing
-from .onnx_export import session
+from .target import Network
 from .task import Task, scores
 
 # Hears of the scores of the first samples; what it raises ends an evaluation.
@@ -63,16 +62,12 @@ def cores() -> int:
 
 
 def predictions(
-    runtime: ort.InferenceSession, batches: Iterable[tuple[Tensor, Tensor]], workers: int = 1
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], workers: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(outputs, targets)` of a session, batch by batch and in order; raises `ExportFailed` when it does not run."""
-    name = runtime.get_inputs()[0].name
+    """`(outputs, targets)` of a network, batch by batch and in order; raises `ExportFailed` when it does not run."""
 
     def run(x: Tensor) -> Tensor:
-        try:
-            return torch.from_numpy(runtime.run(None, {name: x.contiguous().numpy()})[0])
-        except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-            raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
+        return torch.from_numpy(network(x.contiguous().numpy()))
 
     if workers == 1:
         for x, y in batches:
@@ -90,7 +85,7 @@ def predictions(
 
 
 def evaluate(
-    runtime: ort.InferenceSession,
+    network: Network,
     task: Task,
     batches: Iterable[tuple[Tensor, Tensor]],
     way: Way | None = None,
@@ -103,7 +98,7 @@ def evaluate(
     way = way or Way()
     found: list[NDArray[np.float64]] = []
     seen, look = 0, FIRST
-    for outputs, targets in predictions(runtime, rebatched(batches, way.batch), way.workers):
+    for outputs, targets in predictions(network, rebatched(batches, way.batch), way.workers):
         found.append(scores(task, outputs, targets))
         seen += len(outputs)
         if watch and seen >= look:
@@ -142,16 +137,22 @@ def rebatched(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[t
 
 
 def fastest(
-    files: Sequence[bytes], task: Task, batches: Iterable[tuple[Tensor, Tensor]], seconds: float = _TRIAL
+    files: Sequence[bytes],
+    task: Task,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    load: Callable[[bytes, int], Network],
+    seconds: float = _TRIAL,
 ) -> tuple[Way, float]:
     """The fastest way to evaluate packed files like these, and how many times as fast as the obvious way it is.
+
+    load: of the target that runs them.
 
     seconds: how long the obvious way may take for all the files together, which decides how many of the images are used;
     all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its outputs
     agree with the obvious way's to 1e-3 of the largest, and every score is the same.
     """
     graphs = [packing.unpack(data).SerializeToString() for data in files]
-    images = _some(graphs, batches, seconds)
+    images = _some(graphs, batches, load, seconds)
     count = sum(len(x) for x, _ in images)
     first = obvious()
     everything = {
@@ -160,27 +161,30 @@ def fastest(
         for batch in BATCHES
         if batch * workers <= count
     }
-    reference, base = _timed(first, graphs, images)
+    reference, base = _timed(first, graphs, images, load)
     expected = [scores(task, outputs, targets) for outputs, targets in reference]
     best, least = first, base
     for way in sorted(everything, key=lambda w: (w.workers, w.threads, w.batch)):
-        found, took = _timed(way, graphs, images)
+        found, took = _timed(way, graphs, images, load)
         if took < 0.95 * least and _same(reference, found, expected, task):
             best, least = way, took
     return best, base / least
 
 
 def _some(
-    graphs: Sequence[bytes], batches: Iterable[tuple[Tensor, Tensor]], seconds: float
+    graphs: Sequence[bytes],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    load: Callable[[bytes, int], Network],
+    seconds: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """The first images: as many as the obvious way takes the given time for, and one batch at least."""
-    runtimes = [session(graph, obvious().threads) for graph in graphs]
+    networks = [load(graph, obvious().threads) for graph in graphs]
     images: list[tuple[Tensor, Tensor]] = []
     spent = 0.0
     for x, y in batches:
         begin = time.perf_counter()
-        for runtime in runtimes:
-            list(predictions(runtime, [(x, y)]))
+        for network in networks:
+            list(predictions(network, [(x, y)]))
         spent += time.perf_counter() - begin
         images.append((x, y))
         if spent > seconds:
@@ -189,15 +193,18 @@ def _some(
 
 
 def _timed(
-    way: Way, graphs: Sequence[bytes], images: Sequence[tuple[Tensor, Tensor]]
+    way: Way,
+    graphs: Sequence[bytes],
+    images: Sequence[tuple[Tensor, Tensor]],
+    load: Callable[[bytes, int], Network],
 ) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """What each file gives for all images, and the seconds of the faster of two goes."""
-    runtimes = [session(graph, way.threads) for graph in graphs]
+    networks = [load(graph, way.threads) for graph in graphs]
     parts = list(rebatched(images, way.batch))
     took = []
     for _ in range(2):
         begin = time.perf_counter()
-        found = [list(predictions(runtime, parts, way.workers)) for runtime in runtimes]
+        found = [list(predictions(network, parts, way.workers)) for network in networks]
         took.append(time.perf_counter() - begin)
     joined = [(torch.cat([out for out, _ in pairs]), torch.cat([y for _, y in pairs])) for pairs in found]
     return joined, min(took)

@@ -1,7 +1,7 @@
 """Carries recipes out on this machine, one after the other, in this process.
 
 `LocalRunner.run(recipe)` compresses, recovers, exports, packs, and measures the packed file: it is read back, and what
-runs in ONNX Runtime is what was read. Equal recipes give equal bytes: everything random is seeded by the recipe.
+runs on the target is what was read. Equal recipes give equal bytes: everything random is seeded by the recipe.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -35,11 +36,11 @@ from .entropy import zstd_bytes
 from .evaluate import Watch, evaluate, fastest, obvious, predictions
 from .files import write_atomic
 from .library import LayerLibrary
-from .measure import latency
-from .onnx_export import batch_of, quantized_graph, session
+from .onnx_export import batch_of, quantized_graph
 from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .recover import finetune
+from .target import DEFAULT, Network, Target, as_target
 from .task import Task, batches, dataset, example_input, inputs
 from .trace import trace
 
@@ -63,7 +64,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
 
-def environment() -> dict[str, str]:
+def environment(target: Target | None = None) -> dict[str, str]:
     """What the numbers depend on outside the recipe."""
     return {
         "python": platform.python_version(),
@@ -72,7 +73,8 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
         "onnx": onnx.__version__,
-        "onnxruntime": ort.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        **(target.environment if target else {}),
     }
 
 
@@ -89,7 +91,8 @@ class LocalRunner:
     """Runs recipes of one task. Files go to `directory`, named by the recipe's key.
 
     threads, batch, seconds: how latency is measured (CPU threads, inputs per run, time box). calibration_images: how
-    many training inputs serve BatchNorm statistics and activation ranges. library: where compressed layers are kept; the
+    many training inputs serve BatchNorm statistics and activation ranges. target: what runs the files, see
+    `target.as_target`. library: where compressed layers are kept; the
     user's own when None. Raises `TaskError` when the task cannot be used.
     """
 
@@ -103,11 +106,13 @@ class LocalRunner:
         seconds: float = 0.5,
         calibration_images: int = 512,
         seed: int = 0,
+        target: Target | str | Mapping[str, Any] = DEFAULT,
         library: LayerLibrary | None = None,
     ) -> None:
         self.task, self.directory, self.seed = task, directory, seed
         self.library = LayerLibrary() if library is None else library
         self.threads, self.batch, self.seconds = threads, batch, seconds
+        self.target = as_target(target)
         try:
             model = task.model()
         except TaskError:
@@ -128,7 +133,7 @@ class LocalRunner:
         self.zstd_level = 19 if weights <= _ZSTD_19 else 1  # one level for a study, or its sizes could not be compared
         self._validation: list[tuple[Tensor, Tensor]] | None = None
         self.way = obvious()
-        self._baseline: ort.InferenceSession | None = None
+        self._baseline: Network | None = None
         self.baseline_ms: float | None = None
 
     def validation(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -198,7 +203,7 @@ class LocalRunner:
 
     def choose_way(self, files: Sequence[bytes]) -> float:
         """Evaluate from now on in the way that is fastest for such files; gives the gain over the obvious way."""
-        self.way, gain = fastest(files, self.task, self.validation())
+        self.way, gain = fastest(files, self.task, self.validation(), self.target.load)
         return gain
 
     def build(
@@ -255,22 +260,18 @@ class LocalRunner:
         started = time.perf_counter()
         data = self.build(Recipe())
         self.use_baseline(data)
-        assert self._baseline is not None
         self._check_parity()
-        (first, _), (second, _) = (
-            latency(self._baseline, self._baseline, self._batch(), None, self.seconds, self.threads) for _ in range(2)
-        )
-        self.baseline_ms = (first.value + second.value) / 2
-        spread = Metric(self.baseline_ms, min(first.low, second.low), max(first.high, second.high), first.n + second.n)
+        yardstick = self.target.yardstick(_model(data), self._batch(), self.seconds, self.threads)
+        self.baseline_ms = yardstick.value
         metrics = self._sizes(Recipe(), data) | {
-            "latency_ms": spread,
+            "latency_ms": yardstick,
             self.task.metric_name: self._keep_scores(Recipe(), self.scores(data)),
         }
-        return Measurement(metrics, {"total": time.perf_counter() - started}, environment()), data
+        return Measurement(metrics, {"total": time.perf_counter() - started}, environment(self.target)), data
 
     def use_baseline(self, data: bytes, milliseconds: float | None = None) -> None:
         """Take a packed baseline as the yardstick of latency; `milliseconds` is what it took when it was measured."""
-        self._baseline = session(packing.unpack(data), self.threads)
+        self._baseline = self.target.load(_model(data), self.threads)
         self.baseline_ms = milliseconds
 
     def _check_parity(self) -> None:
@@ -294,9 +295,9 @@ class LocalRunner:
 
     def scores(self, data: bytes, split: str = "validation", watch: Watch | None = None) -> NDArray[np.float64]:
         """The metric of a packed file on every sample of a split, in the split's order."""
-        runtime = session(packing.unpack(data), self.way.threads)
+        network = self.target.load(_model(data), self.way.threads)
         images = self.validation() if split == "validation" else batches(self.task, split)  # type: ignore[arg-type]
-        return evaluate(runtime, self.task, images, self.way, watch)
+        return evaluate(network, self.task, images, self.way, watch)
 
     def _sizes(self, recipe: Recipe, data: bytes) -> dict[str, Metric]:
         model = packing.unpack(data)
@@ -351,21 +352,25 @@ class LocalRunner:
         lap("evaluate")
         write_atomic(self.path(recipe), data)
         lap("store")
-        return Measurement(metrics, laps, environment())
+        return Measurement(metrics, laps, environment(self.target))
 
     def _latency(self, data: bytes, seconds: float | None = None) -> Metric:
         assert self._baseline is not None
-        candidate = session(packing.unpack(data), self.threads)
         box = self.seconds if seconds is None else seconds
-        found, ratio = latency(candidate, self._baseline, self._batch(), self.baseline_ms, box, self.threads)
+        found, ratio = self.target.latency(
+            _model(data), self._baseline, self._batch(), self.baseline_ms, box, self.threads
+        )
         if not ratio.value > 0:
             raise ExportFailed("the clock measured no time at all for the exported network")
         return found
 
     def measure_again(self, data: bytes, split: str = "test") -> dict[str, Metric]:
         """A stored file on another split, with a latency of four times the usual time box."""
-        assert self._baseline is not None
         found = Metric.of(self.scores(data, split))
-        candidate = session(packing.unpack(data), self.threads)
-        timed, _ = latency(candidate, self._baseline, self._batch(), self.baseline_ms, 4 * self.seconds, self.threads)
+        timed = self._latency(data, 4 * self.seconds)
         return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}
+
+
+def _model(data: bytes) -> bytes:
+    """The ONNX file in a packed one."""
+    return packing.unpack(data).SerializeToString()  # type: ignore[no-any-return]

@@ -28,6 +28,16 @@ class Protocol:
     seconds: float = 0.5
     calibration_images: int = 512
     seed: int = 0
+    target: str | Mapping[str, Any] = "onnxruntime"  # a name, or a profile; see `target.as_target`
+
+    @property
+    def runtime(self) -> str:
+        """What computes the outputs, for people."""
+        return _RUNTIMES.get(self.target, self.target) if isinstance(self.target, str) else _RUNTIMES["onnxruntime"]
+
+
+_ON_CPU = ("onnxruntime", "openvino", "torch")
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "torch-cuda": "PyTorch on CUDA"}
 
 
 @dataclass(frozen=True)
@@ -150,9 +160,9 @@ def rows(
             seconds = box if again is None else None if protocol is None else 4 * protocol.seconds
             parts.append(Row(name, "validation", again or metric, beside, _timing(protocol, seconds, beside)))
         elif metric.n:
-            parts.append(Row(name, "validation", metric, beside, _scoring("validation", metric)))
+            parts.append(Row(name, "validation", metric, beside, _scoring(protocol, "validation", metric)))
             if name in test:
-                parts.append(Row(name, "test", test[name], test_base, _scoring("test", test[name])))
+                parts.append(Row(name, "test", test[name], test_base, _scoring(protocol, "test", test[name])))
         else:
             parts.append(Row(name, "", metric, beside, _EXACT.get(name, "exact")))
     return tuple(parts)
@@ -167,8 +177,9 @@ _EXACT = {
 }
 
 
-def _scoring(split: str, metric: Metric) -> str:
-    return (f"the mean over the {metric.n} samples of the {split} split, computed by ONNX Runtime from the packed file read back; "
+def _scoring(protocol: Protocol | None, split: str, metric: Metric) -> str:
+    runtime = (protocol or Protocol()).runtime
+    return (f"the mean over the {metric.n} samples of the {split} split, computed by {runtime} from the packed file read back; "
             "95% interval")  # fmt: skip
 
 
@@ -176,9 +187,13 @@ def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | Non
     if protocol is None:
         return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"
     many = f"{protocol.batch} inputs" if protocol.batch > 1 else "one input"
-    clock = "the thread's CPU time" if protocol.threads == 1 else "the wall clock"
+    if not isinstance(protocol.target, str):
+        return (f"a run on {many}, computed layer by layer as a roofline from the profile of {protocol.target.get('name')}: what the hardware "
+                "could do at best; exact")  # fmt: skip
+    clock = "the thread's CPU time" if protocol.threads == 1 and protocol.target in _ON_CPU else "the wall clock"
+    place = protocol.runtime + (" on the CPU" if protocol.target in _ON_CPU else "")
     yardstick = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
-    return (f"a run on {many} of the validation split in ONNX Runtime on the CPU, {protocol.threads} "
+    return (f"a run on {many} of the validation split in {place}, {protocol.threads} "
             f"thread{'s' * (protocol.threads > 1)}, {clock}; in turns with the untouched network within a time box of "
             f"{protocol.seconds if seconds is None else seconds:g} s; the median of the pairs' ratios{yardstick}; 95% interval")  # fmt: skip
 

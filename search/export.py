@@ -34,11 +34,7 @@ def record_of(front: Front, candidate: Candidate) -> Record:
     """What a study knows of a measured candidate, and how it was measured; raises `StudyError`."""
     if front.directory is None or candidate.measurement is None:
         raise StudyError(f"candidate {candidate.number} was never measured")
-    try:
-        asked = json.loads((front.directory / "study.json").read_text())["snapshot"]
-        protocol, task = Protocol(**asked["measure"], seed=asked["seed"]), str(asked["task"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{front.directory / 'study.json'} does not say how was measured: {error!r}") from error
+    protocol, task = asked_of(front)
     wanted = {o.metric for o in front.objectives} | {limit.metric for limit in front.budget.limits}
     return Record(
         name=f"{front.directory.name} #{candidate.number}",
@@ -55,6 +51,17 @@ def record_of(front: Front, candidate: Candidate) -> Record:
         budget=tuple(limit.text for limit in front.budget.limits),
         over_budget={limit: value for limit, value in candidate.excess.items() if value > 0},
     )
+
+
+def asked_of(front: Front) -> tuple[Protocol, str]:
+    """How a study on disk measures, and the name of its task; raises `StudyError` when it does not say so."""
+    assert front.directory is not None
+    path = front.directory / "study.json"
+    try:
+        asked = json.loads(path.read_text())["snapshot"]
+        return Protocol(**asked["measure"], seed=asked["seed"]), str(asked["task"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path} does not say how was measured: {error!r}") from error
 
 
 def recorded_in(study: Path, recipe: Recipe) -> Record:

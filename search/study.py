@@ -43,6 +43,7 @@ from ..objectives.pareto import nondominated
 from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
+from ..runners.target import DEFAULT, Target, as_target
 from ..runners.task import Task, dataset
 from ..spaces.recipe import Recipe, Recover, plain
 from ..spaces.space import Axis, Space, anchors, default_space
@@ -50,7 +51,7 @@ from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .front import Front
 from .journal import Journal, locked, undisturbed
-from .preflight import TOLERANCE, Preflight, check_metrics, preflight
+from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, preflight, within
 from .racing import Rival, race
 from .rungs import PILOT, Ladder, Standing, ranked
 from .sampler import GENERATION, in_space, make_sampler
@@ -105,9 +106,10 @@ class Study:
     `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None. budget: limits such as
     `["size_bytes <= 25%", "accuracy >= -1%"]`. directory: the study's folder (`studies/<task name>` when None); a study
     that is there already goes on. rungs: whether every candidate begins untrained and only the best are trained, step by
-    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. mlflow:
-    tracking URI, None for a store in the folder, False for no MLflow. config, config_text, config_file: what was asked, with
-    every default filled in, as it was written, and where; kept with the results.
+    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. target: what
+    runs the files that are measured (`onnxruntime`, `openvino`, `torch`, `torch-cuda`, or a `Target`). mlflow: tracking URI,
+    None for a store in the folder, False for no MLflow. config, config_text, config_file: what was asked, with every default
+    filled in, as it was written, and where; kept with the results.
 
         >>> from paretorch import Study                                     # doctest: +SKIP
         >>> front = Study(task, budget=["size_bytes <= 25%"]).run(trials=40)   # doctest: +SKIP
@@ -130,6 +132,7 @@ class Study:
         batch: int = 1,
         seconds: float = 0.5,
         calibration_images: int = 512,
+        target: Target | str | Mapping[str, Any] = DEFAULT,
         mlflow: str | bool | None = None,
         experiment: str | None = None,
         listener: Listener | None = None,
@@ -152,6 +155,7 @@ class Study:
             "seconds": seconds,
             "calibration_images": calibration_images,
         }
+        self.target = as_target(target)
         self.mlflow, self.experiment = mlflow, experiment
         self.listener: Listener = listener or Quiet()
         self.config, self.config_text, self.config_file = config, config_text, config_file
@@ -177,9 +181,19 @@ class Study:
 
     def _load_runner(self, folder: Path) -> None:
         self.listener.phase("loading the network and the data, tracing")
-        self.runner = LocalRunner(self.task, folder, seed=self.seed, **self.measure)  # type: ignore[arg-type]
-        train_images = len(dataset(self.task, "train"))  # type: ignore[arg-type]
-        self._use(self.given_space or default_space(self.runner.structure, train_images))
+        self.runner = LocalRunner(self.task, folder, seed=self.seed, target=self.target, **self.measure)  # type: ignore[arg-type]
+        if self.given_space is None:
+            train_images = len(dataset(self.task, "train"))  # type: ignore[arg-type]
+            derived = default_space(self.runner.structure, train_images)
+            space, gone = within(derived, self.runner.structure, self.target)
+            if gone:
+                self.listener.say(
+                    f"target    {self.target.name} cannot run all of the derived space; left out: {'; '.join(gone)}"
+                )
+        else:
+            space = self.given_space
+        check_supported(space, self.runner.structure, self.target)
+        self._use(space)
 
     def _use(self, space: Space) -> None:
         self.space = space
@@ -210,7 +224,8 @@ class Study:
             "sampler": self.sampler_name,
             "rungs": self.rungs,
             "seed": self.seed,
-            "measure": self.measure,
+            # Studies of ONNX Runtime say nothing of it, as before there were others.
+            "measure": ({} if self.target.name == DEFAULT else {"target": self.target.spec}) | self.measure,
         }
         return json.loads(json.dumps(recipe))  # type: ignore[no-any-return]
 
@@ -254,7 +269,7 @@ class Study:
                 "way": asdict(self.runner.way),
                 "seconds": self.guessed,
                 "rungs": self.space.ladder,
-                "environment": environment(),
+                "environment": environment(self.target),
                 "objectives": [asdict(o) for o in self.objectives],
                 "config": self.config,
                 "config_file": str(self.config_file) if self.config_file else None,
@@ -527,10 +542,12 @@ class Study:
         return Front(everything, self.objectives, self.budget, self.baseline, self.directory, self.test_baseline)
 
     def _search(self, trials: int | None, started: float, time_limit: float | None) -> None:
+        trivial = anchors(self.space, self.runner.structure)
+        foreign = {label for label, recipe in trivial if any(map(self.target.supports, recipe.steps))}
+        if foreign:
+            self.listener.say(f"target    {self.target.name} cannot run the trivial baselines {', '.join(label for label, _ in trivial if label in foreign)}")  # fmt: skip
         pending = [
-            (label, recipe)
-            for label, recipe in anchors(self.space, self.runner.structure)
-            if recipe.key not in self.by_key
+            (label, recipe) for label, recipe in trivial if recipe.key not in self.by_key and label not in foreign
         ]
         repeats, begin, fresh = 0, time.perf_counter(), not self.candidates
 
@@ -660,7 +677,8 @@ class Study:
             return {position: found[metric] for position, metric in exact.items()}, excess
 
         reference = [self._outermost(objective) for objective in self.objectives]
-        noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms"]
+        computed = self.target.milliseconds is not None
+        noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms" and not computed]
         ladder = "recovery" if self.space.ladder else None
         sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder)
         in_space(sampler, self.distributions)
@@ -723,7 +741,7 @@ class Study:
             seconds = time.perf_counter() - begin if begin else 0.0
             metrics = known | {self.task.metric_name: stop.estimate}
             excess = self.budget.excess({name: metric.value for name, metric in metrics.items()}, base)
-            part = Measurement(metrics, {"total": seconds}, environment(), f"{stop.estimate.n} images")
+            part = Measurement(metrics, {"total": seconds}, environment(self.target), f"{stop.estimate.n} images")
             return Candidate(number, recipe, STOPPED, str(stop), part, excess, picks, label), seconds
         except TrialError as failure:
             seconds = time.perf_counter() - begin if begin else 0.0
@@ -895,6 +913,7 @@ class Study:
             "sampler": self.sampler_name,
             "seed": str(self.seed),
             "task": self.task.name,
+            "target": self.target.name,
             "dimensions": str(len(self.distributions)),
         }
         texts = {"study.json": about}
@@ -903,7 +922,7 @@ class Study:
         if self.config is not None:
             texts["config_resolved.json"] = json.dumps(self.config, indent=1)
         self.tracker = Tracker(self.directory.name, self.directory, uri, self.experiment)
-        self.tracker.start(params, texts, environment())
+        self.tracker.start(params, texts, environment(self.target))
         if mended := self._sync(self.tracker):
             self.listener.say(f"brought up to date in MLflow: {_count(mended)}")
 

@@ -302,6 +302,23 @@ class Store:
             return
         self._put_table(run_id, artifacts, "sensitivity/sensitivity_table.json", heat_rows(found), digits=3)
 
+    def _put_targets(self, run_id: str, artifacts: str, directory: Path) -> None:
+        """Write what a study's front was found to be on other targets, each as it is and as a table."""
+        from .retarget import FOLDER, table_rows
+
+        for path in sorted((directory / FOLDER).glob("*.json")):
+            text = path.read_text(errors="replace")
+            self._put(run_id, artifacts, f"{FOLDER}/{path.name}", text)
+            try:
+                data = table_rows(json.loads(text))
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # of a newer version, or edited by hand: the file is shown as it is
+                continue
+            self._put_table(run_id, artifacts, f"{FOLDER}/{path.stem}_table.json", data)
+
     def _put_table(
         self, run_id: str, artifacts: str, name: str, data: Sequence[Mapping[str, object]], digits: int = 6
     ) -> None:
@@ -446,6 +463,7 @@ class Tracker(Store):
             self._put(self.run_id, self._artifacts, name, text)
         self._put(self.run_id, self._artifacts, "environment.json", json.dumps(dict(environment), indent=1))
         self._put_sensitivity(self.run_id, self._artifacts, self.directory)
+        self._put_targets(self.run_id, self._artifacts, self.directory)
         return self.run_id
 
     def _find(self, study: str, run_id: str) -> Run | None:
@@ -585,6 +603,7 @@ class Tracker(Store):
                 self._put(self.run_id, self._artifacts, name, path.read_bytes())
         self._put_table(self.run_id, self._artifacts, "front_table.json", rows(front))
         self._put_sensitivity(self.run_id, self._artifacts, self.directory)
+        self._put_targets(self.run_id, self._artifacts, self.directory)
 
         members = {member.number for member in front.members}
         for candidate in front.candidates:
@@ -720,6 +739,16 @@ def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
         return False
     store, run = found
     store._put_sensitivity(run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
+    return True
+
+
+def add_targets(directory: Path, uri: str | None = None) -> bool:
+    """Put what `retarget` wrote into a study's folder into its MLflow run; False when it has none. As `add_sensitivity`."""
+    found = study_run(directory, uri)
+    if found is None:
+        return False
+    store, run = found
+    store._put_targets(run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
     return True
 
 

@@ -49,7 +49,9 @@ def test_the_defaults():
     config = parse(TASK)
     assert (config.name, config.objectives, config.budget, config.to_space()) == ("study", None, (), None)
     assert config.search.model_dump() == {"sampler": "ehvi", "trials": None, "time": None, "rungs": None, "seed": 0}
-    assert config.measure.model_dump() == {"threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512}
+    assert config.measure.model_dump() == {
+        "threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512, "target": "onnxruntime",
+    }  # fmt: skip
     assert config.mlflow.uri is None
     assert config.directory == Path.cwd() / "studies" / "study"
 

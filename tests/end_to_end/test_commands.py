@@ -198,7 +198,7 @@ def test_options_of_search(paretorch, folder):
     assert about["snapshot"]["seed"] == 4
     assert about["config"]["name"] == "other", "what was asked for is kept, options included"
     assert about["config"]["search"]["time"] == "1.0s"
-    assert not (folder / "studies").exists()
+    assert not (folder / "studies" / "blobs").exists()
 
 
 def test_check(paretorch, folder):
@@ -213,7 +213,7 @@ def test_check(paretorch, folder):
     ):
         assert text in done.text
     assert sorted(p.name for p in folder.iterdir() if p.suffix) == ["config.yaml", "task.py"]
-    assert not (folder / "studies").exists()
+    assert not (folder / "studies" / "blobs").exists()
 
 
 def test_schema(paretorch):
@@ -360,7 +360,7 @@ def test_bad_sensitivity(paretorch, folder, options, told):
     (folder / "taken").write_text("mine")
     done = paretorch("sensitivity", "config.yaml", *options, code=2)
     assert told in done.text
-    assert not (folder / "studies").exists()
+    assert not (folder / "studies" / "blobs").exists()
     assert (folder / "taken").read_text() == "mine"
 
 
@@ -414,3 +414,46 @@ def test_bad_measure(paretorch, study, folder, options, told):
     done = paretorch("measure", *options, code=2)
     assert told in done.text
     assert done.stderr.startswith("paretorch: ")
+
+
+def test_retarget(paretorch, study, folder):
+    """The front on eager PyTorch, with the task's own inputs, and on an accelerator that is not here."""
+    npu = "name: npu\noperations_per_second: {32x32: 1e9, 3x32: 1e9}\nbytes_per_second: 1e8\n"
+    (folder / "npu.yaml").write_text(npu)
+    done = paretorch("retarget", study, "--target", "torch", "--task", "task.py:task")
+    assert (
+        "stay on the front there, by accuracy, size_bytes; latency_ms is neither an objective nor limited" in done.text
+    )
+    assert "on 100 inputs of the validation split: the same class for 100% or more" in done.text
+    done = paretorch("retarget", study, "--target", "npu.yaml")
+    assert "cannot run there: npu has no unit for " in done.text
+    assert "computed from the profile: nothing was timed" in done.text
+    assert "the study's MLflow run has it, too: targets/npu.json" in done.text
+    found = json.loads((study / "targets" / "torch.json").read_text())
+    assert {m["metric"]["n"] for m in found["members"]} == {100}
+    assert {p.name for p in (study / "targets").iterdir()} == {"npu.json", "torch.json"}
+    (study / "targets" / "npu.json").unlink()
+
+    assert "choose from onnxruntime, openvino, torch, torch-cuda" in paretorch("retarget", study, "--target", "tensorrt", code=2).text  # fmt: skip
+    assert "there is no study in" in paretorch("retarget", "nowhere", "--target", "torch", code=2).text
+    (folder / "npu.yaml").write_text(npu.replace("1e8", "-1").replace("3x32", "three"))
+    assert "2 problems" in paretorch("retarget", study, "--target", "npu.yaml", code=2).text
+
+
+def test_a_search_on_another_target(paretorch, folder, look):
+    refused = paretorch(
+        "search", "config.yaml", "-s", "measure.target=torch", "-s", "space.activation_bits=[8]", code=2
+    )
+    assert (
+        "weights 8 bit, activations 8 bit on 0, 4: eager PyTorch has no kernels for 8-bit activations" in refused.text
+    )
+    assert not (folder / "studies" / "blobs").exists()
+    done = paretorch("search", "config.yaml", "-s", "measure.target=torch", "--trials", "4", "-s", "budget=[]")
+    assert "target    torch: latency and metric measured there" in done.stdout
+    found = look.finished(folder / "studies" / "blobs")
+    assert {c["measurement"]["environment"]["torch"] for c in found.values()}
+    changed = paretorch("search", "config.yaml", "--trials", "4", "-s", "budget=[]", code=2)
+    assert 'measure: {"target": "torch"' in changed.text
+    paretorch("export", "studies/blobs", "--pick", "2", "--to", "deploy")
+    assert "computed by PyTorch from the packed file" in (folder / "deploy" / "measurements.json").read_text()
+    assert "All that was measured agrees" in paretorch("verify", "deploy", "--task", "task.py:task", code=None).text

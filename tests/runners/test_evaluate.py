@@ -8,8 +8,13 @@ from paretorch.errors import ExportFailed, Stopped, TaskError
 from paretorch.runners import evaluate as module
 from paretorch.runners.evaluate import Way, evaluate, fastest, obvious, predictions, rebatched
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import export_float, session
+from paretorch.runners.onnx_export import export_float
+from paretorch.runners.target import as_target
 from paretorch.spaces.recipe import Quantize, Recipe
+
+
+def loaded(graph):
+    return as_target("onnxruntime").load(graph.SerializeToString(), 1)
 
 
 def parts(x, y, size):
@@ -19,7 +24,7 @@ def parts(x, y, size):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_outputs_come_in_order_whatever_runs_side_by_side(workers, network):
     model, x = network("perceptron")
-    runtime = session(export_float(model, x[:2]))
+    runtime = loaded(export_float(model, x[:2]))
     pairs = list(predictions(runtime, parts(x, torch.arange(len(x)), 7), workers))
     assert torch.equal(torch.cat([y for _, y in pairs]), torch.arange(len(x)))
     with torch.no_grad():
@@ -40,7 +45,7 @@ def test_the_watcher_sees_ever_more_and_may_end_it(network, task_of):
     model, x = network("perceptron")
     x = torch.randn(1200, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     task = task_of(model, x)
-    runtime = session(export_float(model, x[:2]))
+    runtime = loaded(export_float(model, x[:2]))
     labels = model(x).argmax(1)
     seen = []
     whole = evaluate(runtime, task, parts(x, labels, 100), Way(2, 1, 50), lambda scores: seen.append(len(scores)))
@@ -59,7 +64,7 @@ def test_the_watcher_sees_ever_more_and_may_end_it(network, task_of):
 
 def test_a_file_that_does_not_run_says_so_from_a_worker_too(network):
     model, x = network("perceptron")
-    runtime = session(export_float(model, x[:2]))
+    runtime = loaded(export_float(model, x[:2]))
     for workers in (1, 2):
         with pytest.raises(ExportFailed, match="does not run"):
             list(predictions(runtime, [(x[:2, :1], x[:2])], workers))
@@ -84,8 +89,8 @@ def test_a_way_whose_predictions_differ_is_not_taken(network, task_of, tmp_path,
     data = runner.build(Recipe())
     real = module._timed
 
-    def timed(way, graphs, images):
-        found, took = real(way, graphs, images)
+    def timed(way, graphs, images, load):
+        found, took = real(way, graphs, images, load)
         if way != obvious():
             outputs = found[0][0].clone()
             outputs[3] = outputs[3].roll(1)
@@ -93,10 +98,8 @@ def test_a_way_whose_predictions_differ_is_not_taken(network, task_of, tmp_path,
         return found, took
 
     monkeypatch.setattr(module, "_timed", timed)
-    assert fastest([data], runner.task, runner.validation())[0] == obvious()
-    monkeypatch.setattr(
-        module, "_timed", lambda way, graphs, images: (real(way, graphs, images)[0], 1 + (way == obvious()))
-    )
-    way, gain = fastest([data], runner.task, runner.validation())
+    assert fastest([data], runner.task, runner.validation(), runner.target.load)[0] == obvious()
+    monkeypatch.setattr(module, "_timed", lambda way, *more: (real(way, *more)[0], 1 + (way == obvious())))
+    way, gain = fastest([data], runner.task, runner.validation(), runner.target.load)
     assert way != obvious(), "it is the outputs that decide above, not the time"
     assert gain == 2

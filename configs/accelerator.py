@@ -1,0 +1,101 @@
+"""From what a configuration or a command says about the target to a `Target`: a name, or the YAML profile of an accelerator."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator
+
+from ..errors import ConfigError
+from .load import problems_of, read_yaml
+from .schema import Positive, Strict, _checked_name, _fail, _no_bool
+
+if TYPE_CHECKING:
+    from ..runners.target import Target
+
+_PAIR = re.compile(r"[1-9]\d?x[1-9]\d?")
+_NEEDED = "32x32"
+
+
+def _rate(value: object) -> object:
+    """YAML 1.1 reads 2e12 as a text; everybody else reads a number."""
+    _no_bool(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Rate = Annotated[Positive, BeforeValidator(_rate)]
+
+
+class Memories(Strict):
+    """Two memories that work at the same time."""
+
+    weights: Rate
+    """Bytes of weights per second. Required."""
+    activations: Rate
+    """Bytes of activations per second, read and written. Required."""
+
+
+class AcceleratorProfile(Strict):
+    """What an accelerator can do, from which latency is computed; see configs/accelerators/edge_npu.yaml."""
+
+    name: Annotated[str, AfterValidator(_checked_name)]
+    """Name of the accelerator and of its results: letters, digits, `-_.`. Required."""
+    operations_per_second: dict[str, Rate]
+    """By pair of widths, weights x activations in bits, such as 8x8: operations per second, a multiply-add being two.
+    A pair that is missing cannot be computed there; 32x32 is required, for the untouched network. Required."""
+    bytes_per_second: Annotated[
+        Annotated[Memories, Tag("<mapping>")] | Annotated[Rate, Tag("<number>")],
+        Discriminator(lambda value: "<mapping>" if isinstance(value, dict | Memories) else "<number>"),
+    ]
+    """Bytes per second of the memory, or of two: `{weights: ..., activations: ...}`. Required."""
+    seconds_per_layer: Annotated[float, Field(ge=0), BeforeValidator(_rate)] = 0.0
+    """Seconds that it takes to start a layer. Default: 0."""
+
+    @field_validator("operations_per_second")
+    @classmethod
+    def _pairs(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = [pair for pair in value if not _PAIR.fullmatch(pair)]
+        if wrong:
+            raise _fail(f"{', '.join(map(repr, wrong))}: write pairs of widths in bits, weights x activations, such as 8x8")  # fmt: skip
+        if _NEEDED not in value:
+            raise _fail(f"the pair {_NEEDED} is missing: the untouched network, with which all is compared, computes on it")  # fmt: skip
+        return value
+
+
+def load_target(text: str, folder: Path | None = None) -> Target:
+    """The target that a text stands for: a name such as `openvino`, or the `.yaml` file of a profile, relative to `folder`.
+
+    Raises `ConfigError` with all mistakes of a profile, and `TargetError` for an unknown name or a missing runtime.
+
+        >>> load_target("configs/accelerators/edge_npu.yaml").name  # doctest: +SKIP
+        'edge-npu'
+    """
+    from ..runners.analytic import Profile, analytic
+    from ..runners.target import TARGETS, as_target
+
+    if not text.endswith((".yaml", ".yml")):
+        return as_target(text)
+    path = Path(folder or Path(), Path(text).expanduser())
+    needs = "it needs name, operations_per_second and bytes_per_second"
+    data = read_yaml(path, needs, "start with `name:`", "configs/accelerators/edge_npu.yaml is an example")
+    try:
+        found = AcceleratorProfile.model_validate(data)
+        if found.name in TARGETS:
+            raise ConfigError(
+                f"name = {found.name!r}: a target of that name is there already; choose another", str(path)
+            )
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, AcceleratorProfile), str(path)) from error
+    memory = found.bytes_per_second
+    shared = not isinstance(memory, Memories)
+    weights, activations = (memory, memory) if shared else (memory.weights, memory.activations)  # type: ignore[union-attr]
+    return analytic(
+        Profile(found.name, dict(found.operations_per_second), weights, activations, shared, found.seconds_per_layer)  # type: ignore[arg-type]
+    )
