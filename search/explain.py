@@ -26,7 +26,6 @@ from ..objectives.objective import Budget
 from ..objectives.paired import difference
 from ..runners.evaluate import predictions, rebatched
 from ..runners.local import LocalRunner
-from ..runners.onnx_export import session
 from ..runners.packing import unpack
 from ..runners.sensitivity import divergence
 from ..runners.task import batches, scores
@@ -196,7 +195,8 @@ class _Bench:
         packed = self.runner.build(recipe)
         way = self.runner.way
         outputs, points = [], []
-        for out, targets in predictions(session(unpack(packed), way.threads), rebatched(self.batches, way.batch), way.workers):  # fmt: skip
+        network = self.runner.target.load(unpack(packed).SerializeToString(), way.threads)
+        for out, targets in predictions(network, rebatched(self.batches, way.batch), way.workers):
             outputs.append(out)
             points.append(scores(self.runner.task, out, targets))
         return torch.cat(outputs), np.concatenate(points), len(packed)
