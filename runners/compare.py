@@ -210,7 +210,7 @@ def precise(found: Metric, precision: float) -> bool:
 
 def _measure(request: dict[str, Any]) -> Comparison:
     threads: int = request["threads"]
-    cores = _pin(threads)
+    cores = pin(threads)
     files = request["files"]
     runtimes = []
     for file in files:
@@ -230,7 +230,7 @@ def _measure(request: dict[str, Any]) -> Comparison:
             raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     gc.disable()
-    timers = [_timer(*entry, clock) for entry in zip(files, runtimes, feeds, strict=True)]
+    timers = [timer_of(*entry, clock) for entry in zip(files, runtimes, feeds, strict=True)]
     warm_up(timers, request["seconds"] / 10)
     started = time.perf_counter()
     times = sample(timers, request["precision"], request["seconds"], request["seed"])
@@ -254,7 +254,7 @@ def _measure(request: dict[str, Any]) -> Comparison:
     )
 
 
-def _pin(threads: int) -> list[int]:
+def pin(threads: int) -> list[int]:
     """Bind this process, and so the threads that it starts later, to as many cores; which ones, none if not allowed."""
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     try:
@@ -264,7 +264,7 @@ def _pin(threads: int) -> list[int]:
     return cores
 
 
-def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clock: Callable[[], int]) -> Timer:
+def timer_of(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clock: Callable[[], int]) -> Timer:
     def once() -> int:
         begin = clock()
         runtime.run(None, arrays)

@@ -37,7 +37,7 @@ def test_what_a_search_prints(searched, study, look, store):
     assert lines[5].startswith("evaluates ")
     assert lines[6].startswith("plan      about 12 candidates (")
     assert [line.split("/")[0].strip() for line in lines[7:19]] == [str(n) for n in range(1, 13)]
-    assert "paretorch export studies/blobs --pick knee --to deploy" in searched.done.text
+    assert "paretorch export studies/blobs --pick recommended --to deploy" in searched.done.text
     assert not searched.done.stderr
     assert look.runs(store, study)[0] == ["FINISHED"]
     assert len(look.runs(store, study)[1]) == 12
@@ -83,7 +83,17 @@ def test_front(paretorch, study, searched, folder):
 
 
 @pytest.mark.parametrize(
-    "pick", ["knee", "accuracy", "size_bytes", "2", "0", "size_bytes <= 50%", "size_bytes <= 1.7kB and accuracy >= 0.5"]
+    "pick",
+    [
+        "knee",
+        "recommended",
+        "accuracy",
+        "size_bytes",
+        "2",
+        "0",
+        "size_bytes <= 50%",
+        "size_bytes <= 1.7kB and accuracy >= 0.5",
+    ],
 )
 def test_export(paretorch, study, folder, pick):
     done = paretorch("export", study, "--pick", pick, "--to", "deploy")
@@ -118,7 +128,10 @@ def test_export(paretorch, study, folder, pick):
 @pytest.mark.parametrize(
     ("pick", "told"),
     [
-        ("best", "--pick 'best': write knee, a candidate's number, an objective (accuracy, size_bytes) or a limit"),
+        (
+            "best",
+            "--pick 'best': write knee, recommended, a candidate's number, an objective (accuracy, size_bytes) or a limit",
+        ),
         ("99", "there is no candidate 99; the front has"),
         ("size_bytes <= 1B", "no member of the front keeps it"),
         ("speed <= 1", "unknown metric 'speed'"),
