@@ -568,7 +568,7 @@ def test_what_is_lost_of_the_finalists_is_measured_again_and_nothing_else(tmp_pa
     """Scores that somebody deleted, a comparison with the simulation that a kill prevented, a study of an older version."""
     asked = []
     monkeypatch.setattr(FakeProcess, "scores", lambda self, path, *_: asked.append(path.stem) or np.repeat([1.0, 0.0], [90, 10]))  # fmt: skip
-    study(tmp_path).run(9)
+    study(tmp_path, budget=()).run(20)
     path = tmp_path / "finalists.json"
     whole = path.read_text()
     members = [m.recipe.key for m in open_front(tmp_path).members]
@@ -576,7 +576,7 @@ def test_what_is_lost_of_the_finalists_is_measured_again_and_nothing_else(tmp_pa
 
     def resumed():
         asked.clear()
-        study(tmp_path).run(9)
+        study(tmp_path, budget=()).run(20)
         assert json.loads(path.read_text()) == json.loads(whole)
         return list(asked)
 
@@ -586,7 +586,7 @@ def test_what_is_lost_of_the_finalists_is_measured_again_and_nothing_else(tmp_pa
     known = json.loads(whole)
     path.write_text(json.dumps({key: entry if key != members[1] else {} for key, entry in known.items()}))
     asked.clear()
-    study(tmp_path).run(9)
+    study(tmp_path, budget=()).run(20)
     assert asked == [], "what did not compute is not tried again"
     half = {name: metric for name, metric in known[members[1]].items() if not name.startswith("parity")}
     path.write_text(json.dumps({**known, members[1]: half}))
