@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from .runners.local import LocalRunner, Report
     from .runners.record import Comparison, Protocol, Record, Row
     from .runners.task import Task
+    from .search.explain import Explanation
     from .search.front import Front
     from .search.preflight import Preflight
     from .search.study import Study
+    from .spaces.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
                   help="Search bits x sparsity x architecture of a trained network under a real budget.")  # fmt: skip
@@ -92,6 +94,7 @@ def _study(config: Config, listener: Any) -> Study:
         listener=listener,
         config=config_dict(config),
         config_text=text,
+        config_file=config.source.absolute() if config.source else None,
     )
 
 
@@ -351,6 +354,100 @@ def front(
     if plot is not None:
         write_report(found, plot, name=study.resolve().name)
         typer.echo(f"wrote {plot}/front.html, front.png, front.csv, front.json, report.md")
+
+
+@app.command("explain", short_help="Tell which decision of a candidate cost how much.")
+def explain_(
+    study: StudyFolder,
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="The candidate, as the front numbers it.")],
+    task: TaskFunction = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="CONFIG.yaml", help="The study's configuration [default: where it was]."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=16, help="Validation images.")] = 1000,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Decisions to print, the dearest first.")] = 12,
+) -> None:
+    """Take every decision of a candidate back alone, without training, and say what it cost; with one suggestion."""
+    import tempfile
+    from dataclasses import asdict
+
+    import yaml
+
+    from .console import Steps, Watcher
+    from .errors import StudyError
+    from .runners.evaluate import Way
+    from .runners.files import write_atomic
+    from .runners.local import LocalRunner
+    from .search.explain import explain
+    from .search.export import record_of
+    from .search.study import digest, open_front, read_about
+
+    found = open_front(study)
+    candidate = next((c for c in found.candidates if c.number == number), None)
+    if candidate is None or candidate.measurement is None or not candidate.recipe.steps:
+        why = ("there is no such candidate" if candidate is None else
+               "it is the untouched network" if not candidate.recipe.steps else f"it was never measured ({candidate.reason})")  # fmt: skip
+        raise StudyError(
+            f"candidate {number} of {study} cannot be explained: {why}; paretorch front {study} lists the front"
+        )
+    about = read_about(study.absolute() / "study.json")
+    if not (task or config):
+        config = Path(about["config_file"]) if about.get("config_file") else None
+        if config is None or not config.exists():
+            raise StudyError(f"the configuration that the study in {study} was made with is not at {config}; name it with --config "
+                             "CONFIG.yaml, or the task with --task FILE.py:FUNCTION")  # fmt: skip
+    loaded, protocol = _task(task, config, record_of(found, candidate))
+    console = _console()
+    watcher = Watcher(console)
+    with tempfile.TemporaryDirectory() as temporary, watcher.watching():
+        watcher.phase("loading the network and the data, tracing")
+        runner = LocalRunner(loaded, Path(temporary), **asdict(protocol))
+        if digest(runner) != about["snapshot"]["weights"]:
+            raise StudyError(f"the network of task {loaded.name!r} has not the weights that the study in {study} was made with; "
+                             "name its task, with the same checkpoint")  # fmt: skip
+        runner.way = Way(**about["way"])
+        baseline = {name: metric.value for name, metric in found.baseline.metrics.items()}
+        told = explain(runner, candidate.recipe, found.budget, baseline, images, Steps(watcher))
+    _show_explanation(console, number, candidate.recipe, loaded.metric_name, told, rows)
+    if told.suggestion:
+        folder = study / "explain"
+        folder.mkdir(exist_ok=True)
+        kept = folder / f"{number}.yaml"
+        write_atomic(kept, yaml.safe_dump(told.suggestion.recipe.to_dict(), sort_keys=False))
+        option = f"--task {task}" if task else f"--config {config}"
+        console.print("\nNext:")
+        console.print(f"  paretorch apply {kept} {option} --to suggested", markup=False)
+
+
+def _show_explanation(console: Console, number: int, recipe: Recipe, metric: str, told: Explanation, rows: int) -> None:
+    from .objectives.objective import show
+    from .spaces.recipe import Recover
+
+    def points(found: Metric) -> str:
+        half, percent = (found.high - found.low) / 2, metric == "accuracy"
+        return f"{100 * found.value:+.2f} ±{100 * half:.2f}" if percent else f"{found.value:+.4g} ±{half:.2g}"
+
+    trained = any(step.epochs for step in recipe.of(Recover))
+    console.print(f"#{number}: {recipe.describe()}", markup=False, soft_wrap=False)
+    console.print(f"{'before its training: ' if trained else ''}{metric} {show(metric, told.metric.value)} on {told.images} validation images, "
+                  f"divergence {told.divergence:.3g}, {show('size_bytes', told.size_bytes)}", markup=False, soft_wrap=False)  # fmt: skip
+    shown = told.costs[:rows]
+    lines = [
+        (c.what, points(c.metric), f"{100 * c.divergence / told.divergence:+.0f}%" if told.divergence else "-",
+         f"{'-' if c.size_bytes >= 0 else '+'}{show('size_bytes', abs(c.size_bytes))}")
+        for c in shown
+    ]  # fmt: skip
+    _show_cells(console, ("decision", f"costs {metric}", "of the divergence", "bytes"), lines)
+    if len(shown) < len(told.costs):
+        console.print(f"and {len(told.costs) - len(shown)} that cost less (--rows)", markup=False)
+    if told.suggestion is None:
+        console.print("\nNo milder decision brings the outputs nearer to the untouched network's.", markup=False)
+        return
+    best = told.suggestion
+    kept = "the limits on bytes and MACs still hold" if told.keeps else "it breaks a limit on bytes or MACs"
+    console.print(f"\nSuggestion: {best.what}. {points(best.metric)} {metric}, {100 * best.divergence / told.divergence:.0f}% less "
+                  f"divergence, {show('size_bytes', abs(best.size_bytes))} {'more' if best.size_bytes >= 0 else 'less'}; {kept}.", markup=False, soft_wrap=False)  # fmt: skip
 
 
 @app.command(short_help="Write one candidate for production.")

@@ -67,15 +67,34 @@ class Truth:
         """The error, and the bytes as a share of the largest recipe's."""
         return 1.0 - float(self.accuracy[picks]), self.size(picks) / sum(max(row) for row in self.bytes)
 
-    def total(self) -> float:
-        """The hypervolume of all recipes together."""
+    def front(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Errors, falling, and sizes, rising, of the recipes that no other beats."""
         grids = np.meshgrid(*[np.asarray(row) for row in self.bytes], indexing="ij")
         size = sum(grids).ravel() / sum(max(row) for row in self.bytes)
         error = 1.0 - self.accuracy.ravel()
         order = np.lexsort((error, size))
         best = np.minimum.accumulate(error[order])
         first = np.r_[True, best[1:] < best[:-1]]
-        return hypervolume(np.c_[error[order][first], size[order][first]], self.reference)
+        return error[order][first], size[order][first]
+
+    def total(self) -> float:
+        """The hypervolume of all recipes together."""
+        return hypervolume(np.stack(self.front(), axis=1), self.reference)
+
+    def fewest(self, share: float) -> int:
+        """How few recipes have a share of the hypervolume: what somebody would need who knew the front.
+
+        The best `k` points of a front of two objectives, by a dynamic programme over the last one chosen.
+        """
+        worst_error, worst_size = self.reference
+        error, size = (values[self.front()[0] < worst_error] for values in self.front())
+        alone = (worst_error - error) * (worst_size - size)
+        best, count = alone, 1
+        while best.max() < share * self.total():
+            # Both boxes less what they share: the last point's size, the error of the one before it.
+            joined = [(best[:j] - (worst_error - error[:j]) * (worst_size - size[j])).max(initial=-1.0) for j in range(len(size))]  # fmt: skip
+            best, count = alone + joined, count + 1
+        return count
 
 
 class Net(nn.Module):

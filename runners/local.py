@@ -35,6 +35,7 @@ from .files import read_scores, write_atomic, write_scores
 from .library import LayerLibrary
 from .measure import latency
 from .onnx_export import batch_of, quantized_graph, session
+from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .recover import finetune
 from .task import Task, batches, dataset, example_input, inputs
@@ -114,7 +115,7 @@ class LocalRunner:
             raise TaskError(
                 f"task {task.name!r}: its model function returned {type(model).__name__}, not a torch module"
             )
-        self.model = model.eval()
+        self.model = open_attention(model.eval())
         self.example = example_input(task)
         self.calibration = inputs(task, "train", calibration_images, seed)
         self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))

@@ -45,7 +45,7 @@ from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.task import Task, dataset
-from ..spaces.recipe import Recipe, Recover
+from ..spaces.recipe import Recipe, Recover, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
@@ -107,8 +107,9 @@ class Study:
     `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None. budget: limits such as
     `["size_bytes <= 25%", "accuracy >= -1%"]`. directory: the study's folder (`studies/<task name>` when None); a study
     that is there already goes on. rungs: whether every candidate begins untrained and only the best are trained, step by
-    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. mlflow: tracking URI, None for a store in the folder, False for no MLflow. config,
-    config_text: what was asked, with every default filled in and as it was written, kept with the results.
+    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. mlflow:
+    tracking URI, None for a store in the folder, False for no MLflow. config, config_text, config_file: what was asked, with
+    every default filled in, as it was written, and where; kept with the results.
 
         >>> from paretorch import Study                                     # doctest: +SKIP
         >>> front = Study(task, budget=["size_bytes <= 25%"]).run(trials=40)   # doctest: +SKIP
@@ -136,6 +137,7 @@ class Study:
         listener: Listener | None = None,
         config: Mapping[str, Any] | None = None,
         config_text: str = "",
+        config_file: Path | None = None,
     ) -> None:
         self.task, self.given_space, self.sampler_name, self.seed = task, space, sampler, seed
         self.objectives = tuple(Objective.parse(text) for text in objectives or (task.metric_name, "size_bytes"))
@@ -154,7 +156,7 @@ class Study:
         }
         self.mlflow, self.experiment = mlflow, experiment
         self.listener: Listener = listener or Quiet()
-        self.config, self.config_text = config, config_text
+        self.config, self.config_text, self.config_file = config, config_text, config_file
         self.candidates: list[Candidate] = []
         self.test_baseline: Metric | None = None
         self.tracker: Tracker | None = None
@@ -202,9 +204,9 @@ class Study:
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
-            "weights": _digest(self.runner),
+            "weights": digest(self.runner),
             "data": {split: len(dataset(self.task, split)) for split in ("train", "validation")},  # type: ignore[arg-type]
-            "space": asdict(self.space),
+            "space": plain(self.space),
             "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
             "budget": [limit.text for limit in self.budget.limits],
             "sampler": self.sampler_name,
@@ -229,7 +231,7 @@ class Study:
         self._load_runner(self.directory / "candidates")
         snapshot = self._snapshot()
         if about.exists():
-            stored = _read_about(about)
+            stored = read_about(about)
             changed = [key for key in snapshot if stored["snapshot"].get(key) != snapshot[key]]
             if changed:
                 raise StudyError(_changed(self.directory, changed, stored["snapshot"], snapshot))
@@ -257,6 +259,7 @@ class Study:
                 "environment": environment(),
                 "objectives": [asdict(o) for o in self.objectives],
                 "config": self.config,
+                "config_file": str(self.config_file) if self.config_file else None,
             }
             write_atomic(about, json.dumps(record, indent=1))
         self._rebuild(self.journal.read(mend=True))
@@ -945,7 +948,7 @@ def _take_away(directory: Path) -> None:
             folder.rmdir()
 
 
-def _digest(runner: LocalRunner) -> str:
+def digest(runner: LocalRunner) -> str:
     """A hash of the network's weights: a resumed study must not mix two checkpoints."""
     digest = hashlib.sha256()
     for name, tensor in sorted(runner.model.state_dict().items()):
@@ -994,7 +997,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise StudyError(f"{path} is damaged ({error}); restore it from a backup, or move the study's folder away and start anew") from error  # fmt: skip
 
 
-def _read_about(path: Path) -> dict[str, Any]:
+def read_about(path: Path) -> dict[str, Any]:
     try:
         stored = _read_json(path)
         if stored["version"] > VERSION:
@@ -1010,7 +1013,7 @@ def _read_about(path: Path) -> dict[str, Any]:
 def open_front(directory: str | Path) -> Front:
     """The front of a study on disk, without its task; raises `StudyError` when there is none."""
     folder = Path(directory).absolute()
-    stored = _read_about(folder / "study.json")
+    stored = read_about(folder / "study.json")
     records = Journal(folder / "trials.jsonl").read()
     candidates = [Candidate.from_dict(record["candidate"]) for record in records if "candidate" in record]
     candidates, test = with_tests(candidates, folder)

@@ -285,3 +285,34 @@ def test_apply_refuses_what_it_must_not_replace_and_what_was_changed(paretorch, 
     assert "recipe.yaml was changed after it was exported" in done.text
     assert "to use an edited recipe, copy it out of the artifact" in done.text
     assert not (ready / "mine").exists()
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_is_explained_and_the_suggestion_can_be_applied(paretorch, ready):
+    front = json.loads((ready / "studies/blobs/study.json").read_text())
+    assert front["config_file"].endswith("config.yaml")
+    about = ready / "studies/blobs/study.json"  # the copy of a study knows where the original's configuration was
+    about.write_text(json.dumps(front | {"config_file": str(ready / "config.yaml")}))
+    done = paretorch("explain", "studies/blobs", "4")
+    assert done.text.startswith("#4: weights 4 bit, BatchNorm re-estimated")
+    assert "0: weights of 4 bits" in done.text
+    assert "of the divergence" in done.text
+    assert "Suggestion: 5 bits in " in done.text
+    assert max(map(len, done.stdout.partition("Next:")[0].splitlines())) <= 80
+    paretorch("apply", "studies/blobs/explain/4.yaml", "--config", "config.yaml", "--to", "suggested")
+    assert "5" in (ready / "suggested/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [("0", "it is the untouched network"), ("99", "there is no such candidate")]
+)
+def test_what_cannot_be_explained(paretorch, ready, number, why):
+    done = paretorch("explain", "studies/blobs", number, code=2)
+    assert why in done.text
+
+
+def test_the_explanation_of_another_checkpoint_is_refused(paretorch, ready):
+    done = paretorch("explain", "studies/blobs", "4", "--task", "newer.py:task", code=2)
+    assert "has not the weights that the study in studies/blobs was made with" in done.text
