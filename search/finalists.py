@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 START = 2.0  # seconds that the clean process takes to start
-PARITY_SECONDS = 60.0  # after which a file is compared with its simulation on fewer inputs
+PARITY_SECONDS = 20.0  # after which a file is compared with its simulation on fewer inputs
 
 
 class Listener(Protocol):
@@ -60,11 +60,12 @@ def measure_finalists(
     path_of: Callable[[Candidate], Path],
     runner: LocalRunner,
     listener: Listener,
+    parity_seconds: float = PARITY_SECONDS,
 ) -> None:
     """Measure the study's baseline and those members that were not measured yet, and write down each at once.
 
     `path_of` gives the packed file of a candidate. Without a test split the files are only compared with their
-    simulation. A file that does not compute is said and has no numbers.
+    simulation, in about `parity_seconds` at most. A file that does not compute is said and has no numbers.
     """
     task = runner.task
     known = read_finalists(directory)
@@ -106,7 +107,7 @@ def measure_finalists(
                     entry |= found
                 if key != BASELINE:
                     listener.phase(f"{names[key]} against its simulation {place}")
-                    entry |= _parity(path.read_bytes(), task)
+                    entry |= _parity(path.read_bytes(), task, parity_seconds)
             except TrialError as error:
                 listener.say(f"warning: {names[key]} has no numbers as a finalist: {error}")
             flat = {key: {name: vars(metric) for name, metric in entry.items()} for key, entry in known.items()}
@@ -125,14 +126,14 @@ def _beside_baseline(
     return found
 
 
-def _parity(packed: bytes, task: Task) -> dict[str, Metric]:
+def _parity(packed: bytes, task: Task, seconds: float) -> dict[str, Metric]:
     """A packed file in ONNX Runtime beside the simulation of its graph, on the same inputs, drawn from a split."""
     split: Split = "validation" if task.test is None else "test"
     targets: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:
-        end = time.perf_counter() + PARITY_SECONDS
-        for x, y in batches(task, split, limit=INPUTS, shuffle=0):
+        end = time.perf_counter() + seconds
+        for x, y in batches(task, split, batch_size=16, limit=INPUTS, shuffle=0):
             targets.append(y)
             yield x
             if time.perf_counter() > end:
@@ -154,15 +155,16 @@ def _parity(packed: bytes, task: Task) -> dict[str, Metric]:
 def unlike(candidate: Candidate) -> str:
     """In what a finalist's file is not the network that was simulated; empty where it is, or where nobody has looked.
 
-    At least 99.5% of the answers must be the same (without classes: the outputs within 5% of the largest, on average),
-    and the file's metric must not differ from the simulation's beyond chance (paired 95% interval) and beyond what the
-    inputs tell of it (the 95% interval of the simulation's).
+    At least 99.5% of 1,000 answers must be the same; of fewer the share must not be surely below that, by its 95%
+    interval. (Without classes: the outputs within 5% of the largest, on average.) And the file's metric must not differ
+    from the simulation's beyond chance (paired 95% interval) and beyond what the inputs tell of it (the 95% interval of
+    the simulation's).
     """
     known, found = candidate.test, []
     if "parity_metric" not in known:
         return ""
     if (answers := known.get("parity_agreement")) is not None:
-        if answers.value < AGREE:
+        if (answers.value if answers.n >= INPUTS else answers.high) < AGREE:
             found.append(f"{100 * answers.value:.2f}% of {answers.n} answers are the simulation's (at least {100 * AGREE:g}% are asked)")  # fmt: skip
     elif (mean := known["parity_mean_output"].value) > CLOSE:
         found.append(f"its outputs are {100 * mean:.3g}% of the largest off the simulation's on average (at most {100 * CLOSE:g}% are allowed)")  # fmt: skip

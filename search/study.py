@@ -49,7 +49,7 @@ from ..spaces.recipe import Recipe, Recover, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
-from .finalists import START, measure_finalists, seconds_of_parity, with_tests
+from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
 from .front import Front
 from .journal import Journal, locked, undisturbed
 from .preflight import TOLERANCE, Preflight, check_metrics, preflight
@@ -69,6 +69,7 @@ UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and n
 _REPORT = 7.0  # seconds that the report and the end of the MLflow run take
 _PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
 _FINALISTS = 12  # guessed before there is a front
+_PARITY_AT_LEAST = 2.0  # seconds for the comparison of a finalist with its simulation, however short the time
 _PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
 
 
@@ -278,7 +279,7 @@ class Study:
         told = f", {gain:.1f} times as fast as one batch on all threads, with the same predictions" if gain > 1 else ""
         self.listener.say(f"evaluates {self.runner.way.describe()}{told}")
         laps = found.smallest_measured.seconds
-        parity = seconds_of_parity(smallest.read_bytes() if works else packed, self.runner.calibration[:16])
+        parity = seconds_of_parity(smallest.read_bytes() if works else packed, self.runner.calibration[:4])
         self.guessed = {"trial": math.fsum(laps.values()), "evaluate": laps.get("evaluate", 0.0), "epoch": 0.0,
                         "parity": parity}  # fmt: skip
         longest = max(choice.epochs if choice else 0.0 for choice in self.space.recovery)
@@ -490,7 +491,7 @@ class Study:
                 self._search(trials, started, time_limit)
                 if self.space.ladder:
                     self.listener.say(f"rungs     {self.ladder.describe()}")
-                self._finalists()
+                self._finalists(math.inf if time_limit is None else time_limit - (time.perf_counter() - started))
                 self._finish("FINISHED")
             except BaseException as error:
                 self._stopped(error)
@@ -614,8 +615,8 @@ class Study:
         by_time = seconds / max(self._per_trial(), 1e-3)
         return max(0.0, min(by_time, math.inf if trials is None else trials - len(self.candidates)))
 
-    def _reserve(self) -> float:
-        """Seconds to keep for the finalists and the report."""
+    def _reserve(self, parity: float | None = None) -> float:
+        """Seconds to keep for the finalists and the report; `parity`: for the comparison of one with its simulation."""
         images = len(dataset(self.task, "test")) / len(dataset(self.task, "validation")) if self.task.test else 0.0  # type: ignore[arg-type]
         evaluations = [
             m.seconds["evaluate"] for c in self.candidates if (m := c.measurement) and "evaluate" in m.seconds
@@ -623,7 +624,8 @@ class Study:
         one = (statistics.median(evaluations) if evaluations else self.guessed["evaluate"]) * images
         one += 4 * float(self.measure["seconds"]) if self.task.test else 0.0
         members = len(self.front.members) if self.candidates else _FINALISTS
-        parity = float(self.guessed.get("parity", 0.0))  # an older study does not know it
+        if parity is None:
+            parity = float(self.guessed.get("parity", 0.0))  # an older study does not know it
         return 1.1 * (one * (1 + members) + parity * members) + START + _REPORT
 
     def _plan(self, trials: int | None, seconds: float) -> None:
@@ -845,13 +847,19 @@ class Study:
 
     # --------------------------------------------------------------------------------------------- the end
 
-    def _finalists(self) -> None:
-        """The front's members and the baseline on the test split, read from their files; each of them once."""
+    def _finalists(self, left: float = math.inf) -> None:
+        """The front's members and the baseline on the test split, read from their files; each of them once.
+
+        left: seconds for all that is still to be done; where they are few, parity is looked at on fewer inputs.
+        """
         if self.task.test is None:
             self.listener.say(
                 "the task has no test data: the front's numbers are the validation split's, on which it was selected"
             )
-        measure_finalists(self.directory, self.front.members, self._packed, self.runner, self.listener)
+        members = self.front.members
+        each = (left - self._reserve(parity=0.0)) / max(1, len(members))
+        seconds = min(PARITY_SECONDS, max(_PARITY_AT_LEAST, each))
+        measure_finalists(self.directory, members, self._packed, self.runner, self.listener, seconds)
         self._apply_finalists()
 
     def _packed(self, candidate: Candidate) -> Path:

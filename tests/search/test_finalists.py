@@ -136,6 +136,8 @@ def parity(agree=1.0, difference=0.0, half=0.005, simulated=0.9, n=1000):
         (parity(), ""),
         (parity(0.995), ""),
         (parity(0.994), "99.40% of 1000 answers are the simulation's (at least 99.5% are asked)"),
+        (parity(0.99, n=400), ""),  # of 400 answers four may be chance
+        (parity(0.98, n=400), "98.00% of 400 answers are the simulation's (at least 99.5% are asked)"),
         (parity(difference=0.01), ""),  # beyond chance, but less than the inputs tell of the metric
         (parity(difference=0.03, half=0.04), ""),  # it may be chance
         (parity(difference=-0.03), "its metric is -0.03 [-0.035, -0.025] beside the simulation's 0.9"),

@@ -116,7 +116,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(Fake, "fails", None)
     monkeypatch.setattr(FakeProcess, "refuses", None)
     monkeypatch.setattr(finalists, "CleanProcess", FakeProcess)
-    monkeypatch.setattr(finalists, "_parity", lambda packed, task: {"parity_metric": Metric(0, -0.01, 0.01, 100),
+    monkeypatch.setattr(finalists, "_parity", lambda packed, task, seconds: {"parity_metric": Metric(0, -0.01, 0.01, 100),
                                                                      "parity_simulated": Metric.rate(90, 100),
                                                                      "parity_agreement": Metric.rate(100, 100)})  # fmt: skip
     monkeypatch.setattr(study_module, "seconds_of_parity", lambda packed, inputs: 0.0)
