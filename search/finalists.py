@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import StudyError, TrialError
+from ..errors import ArtifactError, StudyError, TrialError
 from ..objectives.measurement import Z95, Metric
 from ..objectives.objective import COSTS
 from ..objectives.paired import paired
@@ -108,7 +108,7 @@ def measure_finalists(
                 if key != BASELINE:
                     listener.phase(f"{names[key]} against its simulation {place}")
                     entry |= _parity(path.read_bytes(), task, parity_seconds)
-            except TrialError as error:
+            except (ArtifactError, TrialError) as error:
                 listener.say(f"warning: {names[key]} has no numbers as a finalist: {error}")
             flat = {key: {name: vars(metric) for name, metric in entry.items()} for key, entry in known.items()}
             write_atomic(directory / "finalists.json", json.dumps(flat, indent=1))
