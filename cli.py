@@ -47,7 +47,10 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key, such as search.seed=1. Repeatable."),
 ]
 StudyFolder = Annotated[Path, typer.Argument(help="The study's folder, such as studies/digits.", metavar="STUDY")]
-PICK = "knee, a candidate's number, an objective's name, or 'size_bytes <= 80kB'."
+PICK = "knee, recommended (the knee, or the cheapest one that the test split cannot tell from it), a candidate's number, an objective's name, or 'size_bytes <= 80kB'."
+Force = Annotated[
+    bool, typer.Option("--force", help="Also a candidate whose file does not compute what was simulated.")
+]
 TaskFunction = Annotated[
     str | None, typer.Option("--task", metavar="FILE.py:FUNCTION", help="The task: network, data and metric.")
 ]
@@ -152,7 +155,7 @@ def _age() -> float:
 def _show_front(console: Console, front: Front, directory: Path) -> None:
     from rich.text import Text
 
-    from .search.report import front_table, least_violating_table
+    from .search.report import front_table, least_violating_table, preferred
 
     console.print()
     if front.members:
@@ -166,7 +169,11 @@ def _show_front(console: Console, front: Front, directory: Path) -> None:
     folder = os.path.relpath(directory)
     folder = folder if len(folder) < len(str(directory)) else str(directory)
     pick = (
-        "knee" if front.members else str(front.least_violating(1)[0].number) if front.least_violating(1) else "NUMBER"
+        preferred(front)
+        if front.members
+        else str(front.least_violating(1)[0].number)
+        if front.least_violating(1)
+        else "NUMBER"
     )
     console.print("\nNext:")
     console.print(Text(f"  paretorch ui {folder}                  # every candidate, in the MLflow UI"))
@@ -180,6 +187,9 @@ def _summary(console: Console, front: Front) -> None:
 
     from rich.text import Text
 
+    from .search.finalists import described_clusters, described_optimism
+    from .search.report import warned
+
     refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
     over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
     failed = [c for c in front.candidates if c.state == "failed"]
@@ -190,16 +200,12 @@ def _summary(console: Console, front: Front) -> None:
                        f"{refused} refused by arithmetic, {f'{stopped} given up early, ' if stopped else ''}{len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
     for candidate in failed[:5]:
         console.print(Text(f"  #{candidate.number} failed: {candidate.reason.splitlines()[0]}", style="red"))
-    if front.test_baseline and front.members:
-        metric = next(n for n in front.members[0].test if n not in ("latency_ms", "size_bytes"))
-        drop = [
-            (m.measurement.value(metric) - m.test[metric].value)
-            for m in front.members
-            if m.measurement and metric in m.test
-        ]
-        gap = sum(drop) / len(drop) - (front.baseline.value(metric) - front.test_baseline.value)
-        console.print(Text(f"Selection made the front look better by {100 * gap:+.2f} points (validation less test, beyond the baseline's)"
-                           if metric == "accuracy" else f"Optimism of selection: {gap:+.4g} {metric}"))  # fmt: skip
+    for line in described_clusters(front):
+        console.print(Text(line))
+    if line := described_optimism(front):
+        console.print(Text(line))
+    for line in warned(front):
+        console.print(Text(line, style="yellow"))
 
 
 @app.command(short_help="Tell in seconds whether a search will work.")
@@ -454,13 +460,14 @@ def export(
     study: StudyFolder,
     to: Annotated[Path, typer.Option("--to", help="The directory to write; an older artifact there is replaced.")],
     pick: Annotated[str, typer.Option("--pick", help=PICK)] = "knee",
+    force: Force = False,
 ) -> None:
     """Write one candidate for production: ONNX, packed weights, recipe, measurements, environment, model card."""
     from .search.study import open_front
 
     found = open_front(study)
     candidate = found.select(pick)
-    path = found.export(str(candidate.number), to)
+    path = found.export(str(candidate.number), to, force)
     typer.echo(f"wrote candidate {candidate.number} ({candidate.recipe.describe()}) to {path}")
     for item in sorted(path.iterdir()):
         typer.echo(f"  {item.name:<20} {item.stat().st_size:>10,} bytes")
@@ -479,6 +486,7 @@ def register(
     uri: Annotated[
         str | None, typer.Option("--uri", help="The MLflow store [default: the one that the study was logged to].")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Put one candidate into the MLflow model registry, to be loaded and served without paretorch and torch."""
     from shlex import quote
@@ -488,7 +496,7 @@ def register(
 
     found = open_front(study)
     candidate = found.select(pick)
-    model = put(found, candidate, name, alias, uri)
+    model = put(found, candidate, name, alias, uri, force)
     typer.echo(
         f"registered candidate {candidate.number} ({candidate.recipe.describe()}) as version {model.version} of {name}"
     )

@@ -393,7 +393,7 @@ class Measure(Strict):
     """Inputs per call while latency is measured. Default: 1."""
     seconds: Positive = 0.5
     """Time spent on one latency measurement, in seconds; a fifth where latency is neither an objective nor limited, and
-    four times as much for the finalists. Default: 0.5."""
+    up to four times as much for the finalists. Default: 0.5."""
     calibration_images: Annotated[int, Field(ge=16), _NUMBER] = 512
     """Training inputs that set activation ranges and BatchNorm statistics. Default: 512."""
     target: Annotated[str, AfterValidator(_checked_target)] = "onnxruntime"

@@ -26,6 +26,10 @@ class Metric:
     def exact(cls, value: float) -> Metric:
         return cls(float(value), float(value), float(value))
 
+    def times(self, factor: float) -> Metric:
+        """The same in another unit."""
+        return Metric(factor * self.value, factor * self.low, factor * self.high, self.n)
+
     @classmethod
     def rate(cls, hits: float, n: int) -> Metric:
         """A share of successes with Wilson's interval (Wilson 1927), which holds at 0 and 1 too.
@@ -79,3 +83,17 @@ class Measurement:
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
         metrics = {name: Metric(**entry) for name, entry in data["metrics"].items()}
         return cls(metrics, data.get("seconds", {}), data.get("environment", {}), data.get("fidelity", "full"))
+
+
+def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Values with the ends of their intervals, where they have one, for tables.
+
+    >>> flat({"size_bytes": Metric.exact(10), "accuracy": Metric(0.9, 0.8, 0.95, 40)})
+    {'size_bytes': 10.0, 'accuracy': 0.9, 'accuracy_low': 0.8, 'accuracy_high': 0.95}
+    """
+    found: dict[str, float] = {}
+    for name, metric in metrics.items():
+        found[name] = metric.value
+        if metric.low != metric.high:
+            found[f"{name}_low"], found[f"{name}_high"] = metric.low, metric.high
+    return found

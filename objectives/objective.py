@@ -22,6 +22,7 @@ _UNITS = {
     "latency_ms": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "macs": {"K": 1e3, "M": 1e6, "G": 1e9},
 }
+_SHARES = ("accuracy", "parity_agreement")
 _LIMIT = re.compile(
     r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$"
 )
@@ -172,8 +173,10 @@ def show(metric: str, value: float) -> str:
     """
     if value != value:
         return "-"
-    if metric == "accuracy":
+    if metric in _SHARES:
         return f"{100 * value:.2f}%"
+    if metric == "accuracy_difference":
+        return f"{100 * value:+.2f} points"
     if metric == "latency_ms":
         return f"{value:.3g} ms" if abs(value) < 999.5 else f"{value:.0f} ms"
     if metric == "macs" or metric.endswith("_bytes"):
@@ -190,16 +193,21 @@ def spread(name: str, metric: Metric) -> str:
     if metric.low == metric.high:
         return ""
     half = (metric.high - metric.low) / 2
-    return f"±{100 * half:.2f}" if name == "accuracy" else f"±{half:.2g}"
+    return f"±{100 * half:.2f}" if name in (*_SHARES, "accuracy_difference") else f"±{half:.2g}"
+
+
+def speed(latency: Metric, base: Metric) -> str:
+    """What the intervals say of a latency beside another: `faster`, `slower`, or `same speed` where they overlap."""
+    return "faster" if latency.high < base.low else "slower" if latency.low > base.high else "same speed"
 
 
 def against(name: str, metric: Metric, base: Metric) -> str:
     """A number beside the baseline's: `14% of baseline`, `2.1x faster`, `-0.41 points`."""
-    if name == "latency_ms":
-        if metric.low <= base.high and base.low <= metric.high:
-            return "same speed"
-        ratio = base.value / metric.value
-        return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    if name in ("latency_ms", "latency_ratio"):
+        verdict = speed(metric, base)
+        if verdict == "same speed":
+            return verdict
+        return f"{base.value / metric.value if verdict == 'faster' else metric.value / base.value:.2f}x {verdict}"
     if name in COSTS or name.endswith("_bytes"):
         return f"{100 * metric.value / base.value:.3g}% of baseline" if base.value else ""
     if name == "accuracy":

@@ -71,7 +71,7 @@ def measure_again(
 ) -> tuple[Row, ...]:
     """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign task."""
     metric = runner.task.metric_name
-    known = [row.metric for row in recorded.rows if row.split and row.metric != "latency_ms"]
+    known = [row.metric for row in recorded.rows if row.split and row.baseline and not row.metric.startswith("latency")]
     if known and metric not in known:
         raise TaskError(f"task {runner.task.name!r} measures {metric}, but {', '.join(dict.fromkeys(known))} is recorded; "
                         "name the task that the artifact was made for")  # fmt: skip

@@ -211,7 +211,7 @@ def precise(found: Metric, precision: float) -> bool:
 
 def _measure(request: dict[str, Any]) -> Comparison:
     threads: int = request["threads"]
-    cores = _pin(threads)
+    cores = pin(threads)
     files = request["files"]
     runtimes = []
     for file in files:
@@ -231,7 +231,10 @@ def _measure(request: dict[str, Any]) -> Comparison:
             raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     gc.disable()
-    timers = [_timer(*entry, clock) for entry in zip(files, runtimes, feeds, strict=True)]
+    timers = [
+        timer_of(file, partial(runtime.run, None, arrays), _told(arrays), clock)
+        for file, runtime, arrays in zip(files, runtimes, feeds, strict=True)
+    ]
     warm_up(timers, request["seconds"] / 10)
     started = time.perf_counter()
     times = sample(timers, request["precision"], request["seconds"], request["seed"])
@@ -255,7 +258,7 @@ def _measure(request: dict[str, Any]) -> Comparison:
     )
 
 
-def _pin(threads: int) -> list[int]:
+def pin(threads: int) -> list[int]:
     """Bind this process, and so the threads that it starts later, to as many cores; which ones, none if not allowed."""
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     try:
@@ -265,8 +268,12 @@ def _pin(threads: int) -> list[int]:
     return cores
 
 
-def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clock: Callable[[], int]) -> Timer:
-    run = partial(runtime.run, None, arrays)
+def _told(arrays: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {list(x.shape)}" for name, x in arrays.items())
+
+
+def timer_of(file: str, run: Callable[[], object], inputs: str, clock: Callable[[], int]) -> Timer:
+    """What times a row of runs of a file's network; `inputs` is what it is given, for people."""
 
     def once() -> int:
         begin = clock()
@@ -276,8 +283,7 @@ def _timer(file: str, runtime: ort.InferenceSession, arrays: dict[str, Any], clo
     try:
         once()
     except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-        shapes = ", ".join(f"{name} = {list(x.shape)}" for name, x in arrays.items())
-        raise ArtifactError(f"{file} does not run on {shapes}: {error}; check --batch and --shape") from error
+        raise ArtifactError(f"{file} does not run on {inputs}: {error}; check --batch and --shape") from error
     runs = max(1, math.ceil(_BLOCK / max(min(once(), once()), 1)))
 
     return lambda: block(run, runs, clock) / runs / 1e6

@@ -7,7 +7,6 @@ runs on the target is what was read. Equal recipes give equal bytes: everything 
 from __future__ import annotations
 
 import copy
-import io
 import os
 import platform
 import time
@@ -34,7 +33,7 @@ from . import packing
 from .compress import chunks, compress, freeze
 from .entropy import zstd_bytes
 from .evaluate import Watch, evaluate, fastest, obvious, predictions
-from .files import write_atomic
+from .files import read_scores, write_atomic, write_scores
 from .library import LayerLibrary
 from .onnx_export import batch_of, quantized_graph
 from .operators.attention import open_attention
@@ -177,17 +176,10 @@ class LocalRunner:
 
     def stored_scores(self, recipe: Recipe) -> NDArray[np.floating] | None:
         """What was scored on every validation sample, if that is still there and readable."""
-        try:
-            found = np.load(self.scores_path(recipe), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        return found if found.ndim == 1 else None
+        return read_scores(self.scores_path(recipe))
 
     def _keep_scores(self, recipe: Recipe, scores: NDArray[np.float64]) -> Metric:
-        buffer = io.BytesIO()
-        binary = bool(((scores == 0) | (scores == 1)).all())
-        np.save(buffer, scores.astype(np.uint8 if binary else np.float32), allow_pickle=False)
-        write_atomic(self.scores_path(recipe), buffer.getvalue())
+        write_scores(self.scores_path(recipe), scores)
         return Metric.of(scores)
 
     def seconds_per_epoch(self, seconds: float = 1.0) -> float:

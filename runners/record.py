@@ -146,7 +146,8 @@ def rows(
     test_base: Metric | None = None,
     box: float | None = None,
 ) -> tuple[Row, ...]:
-    """A file's measurement as rows; `test` is what `LocalRunner.measure_again` gave for it on the test split.
+    """A file's measurement as rows; `test` is what `LocalRunner.measure_again` gave for it on the test split, or a
+    study for a finalist (`search.finalists`).
 
     test_base: the untouched network's metric there. box: seconds that the latency in `found` was measured for.
     """
@@ -158,14 +159,32 @@ def rows(
             # Where a file was timed twice, the longer time counts.
             again = test.get(name)
             seconds = box if again is None else None if protocol is None else 4 * protocol.seconds
-            parts.append(Row(name, "validation", again or metric, beside, _timing(protocol, seconds, beside)))
+            clean = "latency_ratio" in test
+            parts.append(Row(name, "validation", again or metric, beside, _timing(protocol, seconds, beside, clean)))
         elif metric.n:
             parts.append(Row(name, "validation", metric, beside, _scoring(protocol, "validation", metric)))
             if name in test:
                 parts.append(Row(name, "test", test[name], test_base, _scoring(protocol, "test", test[name])))
         else:
             parts.append(Row(name, "", metric, beside, _EXACT.get(name, "exact")))
+    scored = "test" if any(metric.n and name in test for name, metric in found.metrics.items() if name != "latency_ms") else "validation"  # fmt: skip
+    for name, metric in test.items():
+        if name not in found.metrics:
+            beside, split = (Metric.exact(1.0), "validation") if name == "latency_ratio" else (None, scored)
+            parts.append(Row(name, split, metric, beside, _FINALIST.get(name, _PAIRED)))
     return tuple(parts)
+
+
+_PAIRED = ("the metric less the untouched network's on the same samples; 95% interval for pairs (Bonett & Price 2012 where "
+           "scores are 0 or 1, else normal)")  # fmt: skip
+_FINALIST = {
+    "latency_ratio": "the latency as a share of the untouched network's, timed as latency_ms says; 95% interval",
+    "parity_agreement": "the share of equal answers of the packed file in ONNX Runtime and of a simulation of its graph; 95% interval",
+    "parity_metric": "the metric of the packed file less that of the simulation on the same inputs; 95% interval for pairs",
+    "parity_simulated": "the metric of the simulation on these inputs; 95% interval",
+    "parity_mean_output": "how far the outputs are off the simulation's, as a share of its largest, on average",
+    "parity_max_output": "the same, at most",
+}
 
 
 _EXACT = {
@@ -183,7 +202,7 @@ def _scoring(protocol: Protocol | None, split: str, metric: Metric) -> str:
             "95% interval")  # fmt: skip
 
 
-def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | None) -> str:
+def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | None, clean: bool = False) -> str:
     if protocol is None:
         return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"
     many = f"{protocol.batch} inputs" if protocol.batch > 1 else "one input"
@@ -193,9 +212,14 @@ def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | Non
     clock = "the thread's CPU time" if protocol.threads == 1 and protocol.target in _ON_CPU else "the wall clock"
     place = protocol.runtime + (" on the CPU" if protocol.target in _ON_CPU else "")
     yardstick = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
+    box = protocol.seconds if seconds is None else seconds
+    turns = f"in turns with the untouched network within a time box of {box:g} s"
+    if clean:
+        turns = (
+            f"in a clean process, pinned, in random order with the untouched network, until ±1% or {box:g} s are over"
+        )
     return (f"a run on {many} of the validation split in {place}, {protocol.threads} "
-            f"thread{'s' * (protocol.threads > 1)}, {clock}; in turns with the untouched network within a time box of "
-            f"{protocol.seconds if seconds is None else seconds:g} s; the median of the pairs' ratios{yardstick}; 95% interval")  # fmt: skip
+            f"thread{'s' * (protocol.threads > 1)}, {clock}; {turns}; the median of the pairs' ratios{yardstick}; 95% interval")  # fmt: skip
 
 
 @dataclass(frozen=True)

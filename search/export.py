@@ -6,17 +6,23 @@ import json
 from pathlib import Path
 
 from ..errors import StudyError
-from ..objectives.objective import show
+from ..objectives.objective import show, spread
 from ..runners.artifact import card, write
 from ..runners.record import Protocol, Record, rows
 from ..spaces.recipe import Recipe
 from .candidate import Candidate
+from .finalists import check_parity
 from .front import Front
 from .study import UNTIMED, open_front
 
 
-def export_candidate(front: Front, candidate: Candidate, to: Path) -> Path:
-    """Write a candidate's artifact; raises `StudyError` when its packed file was not kept."""
+def export_candidate(front: Front, candidate: Candidate, to: Path, force: bool = False) -> Path:
+    """Write a candidate's artifact.
+
+    Raises `StudyError` when its packed file was not kept, or does not compute what was simulated, unless `force`.
+    """
+    if not force:
+        check_parity(candidate)
     if front.directory is None or candidate.measurement is None:
         raise StudyError(f"candidate {candidate.number} has no file")
     path = front.directory / "candidates" / f"{candidate.recipe.key}.safetensors"
@@ -82,6 +88,9 @@ def compared(front: Front, candidate: Candidate) -> list[tuple[str, str, str]]:
         value = show(name, metric.value) + (
             f" (test: {show(name, test.value)})" if test and name not in ("size_bytes",) else ""
         )
+        if (paired := candidate.test.get(f"{name}_difference")) is not None:
+            kind = f"{name}_difference"
+            value += f", {show(kind, paired.value)} {spread(kind, paired)} against the baseline there"
         base = front.baseline.metrics.get(name)
         rows.append((name, value, show(name, base.value) if base else "-"))
     return rows

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, StudyError
-from ..objectives.measurement import Measurement, Metric
-from ..objectives.objective import Budget, Objective
+from ..objectives.measurement import Measurement, Metric, flat
+from ..objectives.objective import COSTS, Budget, Objective, speed
 from ..objectives.pareto import hypervolume, knee, nondominated
 from .candidate import OK, OVER_BUDGET, STOPPED, Candidate
+from .finalists import clusters, unlike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,9 +55,53 @@ class Front:
     def _inside(self) -> list[Candidate]:
         return [c for c in self.candidates if c.state == OK and c.measurement is not None]
 
+    @property
+    def quality(self) -> str:
+        """The metric that is not a cost: the first such objective, else the first such metric that was measured."""
+        names = [o.metric for o in self.objectives] + [m for m in self.baseline.metrics if not m.endswith("_bytes")]
+        return next((name for name in names if name not in COSTS), self.objectives[0].metric)
+
+    def maximizes(self, metric: str) -> bool:
+        """Whether more of a metric is better."""
+        return next((o.maximize for o in self.objectives if o.metric == metric), metric not in COSTS)
+
+    def latency(self, candidate: Candidate) -> tuple[Metric, Metric] | None:
+        """A candidate's latency and the baseline's, to be compared; None where it was not measured.
+
+        Of a finalist that is the ratio that the clean process has measured, and 1.
+        """
+        if (ratio := candidate.test.get("latency_ratio")) is not None:
+            return ratio, Metric.exact(1.0)
+        found = candidate.measurement.metrics.get("latency_ms") if candidate.measurement else None
+        base = self.baseline.metrics.get("latency_ms")
+        return None if found is None or base is None else (found, base)
+
+    def speed(self, candidate: Candidate) -> str:
+        """`faster`, `same speed` or `slower` than the baseline by the 95% intervals; empty where it was not measured."""
+        pair = self.latency(candidate)
+        return speed(*pair) if pair else ""
+
+    @cached_property
+    def clusters(self) -> dict[int, int]:
+        """Members that the test split cannot tell apart; see `search.finalists.clusters`."""
+        return clusters(self)
+
     def knee(self) -> Candidate:
         """The member farthest below the plane through the front's extremes."""
-        return self._chosen(self.members)[knee([self.losses(c) for c in self.members])]
+        return self._knee(self.members)
+
+    def _knee(self, members: tuple[Candidate, ...]) -> Candidate:
+        return self._chosen(members)[knee([self.losses(c) for c in members])]
+
+    def recommended(self) -> Candidate:
+        """The knee, or the cheapest member that the test split cannot tell from it.
+
+        Members whose file is not what was simulated are passed over, unless all are.
+        """
+        sound = tuple(m for m in self.members if not unlike(m))
+        found = self._knee(sound or self.members)
+        number = self.clusters.get(found.number, found.number)
+        return next(m for m in self.members if m.number == number)
 
     def best(self, metric: str) -> Candidate:
         """The member that is best in one objective."""
@@ -68,13 +113,15 @@ class Front:
         return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
 
     def select(self, pick: str) -> Candidate:
-        """One candidate by `knee`, a number, an objective's name (its best), or limits such as `size_bytes <= 80kB`.
+        """One candidate: `knee`, `recommended`, a number, an objective's name (its best), or limits (`size_bytes <= 80kB`).
 
         Under limits (joined by `and`) the member best in the first objective is taken. Raises `ConfigError`.
         """
         text = pick.strip()
         if text == "knee":
             return self.knee()
+        if text == "recommended":
+            return self.recommended()
         if text.isdecimal():
             found = next((c for c in self.candidates if c.number == int(text)), None)
             if found is None or found.measurement is None or found.state == STOPPED:
@@ -95,8 +142,8 @@ class Front:
                     f"--pick {pick!r}: no member of the front keeps it; members: {_numbers(self.members)}"
                 )
             return min(inside, key=lambda c: self.losses(c)[0])
-        close = difflib.get_close_matches(text, ["knee", *(o.metric for o in self.objectives)], 1)
-        raise ConfigError(f"--pick {pick!r}: write knee, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
+        close = difflib.get_close_matches(text, ["knee", "recommended", *(o.metric for o in self.objectives)], 1)
+        raise ConfigError(f"--pick {pick!r}: write knee, recommended, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
                           f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}")  # fmt: skip
 
     def _keeps(self, limits: Budget, candidate: Candidate) -> bool:
@@ -138,21 +185,32 @@ class Front:
         for c in self.candidates:
             row: dict[str, object] = {
                 "number": c.number, "state": c.state, "front": c.number in members, "label": c.label, "reason": c.reason,
+                "speed": self.speed(c), **(self.verdicts(c) if c.number in members else {}),
             }  # fmt: skip
             for prefix, metrics in (("", c.measurement.metrics if c.measurement else {}), ("test_", c.test)):
-                for name, metric in metrics.items():
-                    row[prefix + name] = metric.value
-                    if metric.low != metric.high:
-                        row[f"{prefix}{name}_low"], row[f"{prefix}{name}_high"] = metric.low, metric.high
+                row |= {prefix + name: value for name, value in flat(metrics).items()}
             row["recipe"] = c.recipe.to_json()
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def export(self, pick: str, to: str | Path) -> Path:
-        """Write the picked candidate as an artifact directory; see `paretorch.runners.artifact.write`."""
+    def verdicts(self, member: Candidate) -> dict[str, object]:
+        """What is said of a member in one word each; what is not known is not in it.
+
+        speed: as `speed`. cluster: the number of the one that is recommended in its place, its own if it is that.
+        parity: `passed`, or `failed: ` and in what its file is not what was simulated.
+        """
+        said: dict[str, object] = {"speed": self.speed(member)} if self.speed(member) else {}
+        if member.number in self.clusters:
+            said["cluster"] = self.clusters[member.number]
+        if "parity_metric" in member.test:
+            said["parity"] = f"failed: {why}" if (why := unlike(member)) else "passed"
+        return said
+
+    def export(self, pick: str, to: str | Path, force: bool = False) -> Path:
+        """Write the picked candidate as an artifact directory; see `paretorch.search.export.export_candidate`."""
         from .export import export_candidate
 
-        return export_candidate(self, self.select(pick), Path(to))
+        return export_candidate(self, self.select(pick), Path(to), force)
 
 
 def _numbers(members: Sequence[Candidate]) -> str:

@@ -60,19 +60,25 @@ class Registered:
 
 
 def register(
-    front: Front, candidate: Candidate, name: str, alias: str | None = None, uri: str | None = None
+    front: Front,
+    candidate: Candidate,
+    name: str,
+    alias: str | None = None,
+    uri: str | None = None,
+    force: bool = False,
 ) -> Registered:
     """Register a candidate as the next version of `name`, and let `alias` point to it.
 
     The store is `uri`, or the one that the study was logged to; a study without MLflow takes `MLFLOW_TRACKING_URI`, or
     a store in its folder. A candidate's run in that store becomes the model's source. Raises `ConfigError` for names
-    that cannot be used, and `StudyError` when the candidate's file was not kept or the store cannot be used.
+    that cannot be used, and `StudyError` when the candidate's file was not kept, does not compute what was simulated (unless
+    `force`), or the store cannot be used.
     """
     _check_names(name, alias)
     if front.directory is None:
         raise StudyError(f"candidate {candidate.number} has no file")
     with tempfile.TemporaryDirectory() as folder:
-        exported = export_candidate(front, candidate, Path(folder) / "exported")
+        exported = export_candidate(front, candidate, Path(folder) / "exported", force)
         store, experiment, run = _open(front.directory, candidate, uri)
         return _Registration(store, experiment, run).write(front, candidate, exported, name, alias)
 

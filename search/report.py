@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import numpy as np
-
-from ..objectives.measurement import Metric
+from ..objectives.measurement import Metric, flat
 from ..objectives.objective import COSTS, Limit, show
 from ..objectives.objective import against as _against
 from ..objectives.objective import spread as _spread
 from ..objectives.pareto import hypervolume, nondominated
 from ..spaces.recipe import Recipe
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
+from .finalists import described_clusters, optimism, unlike
 from .front import Front
 
 if TYPE_CHECKING:
@@ -56,14 +55,12 @@ def write_report(
     name: str,
     config_text: str = "",
     budget_lines: Sequence[str] = (),
-    optimism: float | None = None,
     notes: Sequence[str] = (),
 ) -> str:
     """Write `front.csv`, `front.json`, `front.png`, `front.html` and `report.md` into a folder; returns the markdown.
 
-    `budget_lines` describe the limits (default: the front's own). `optimism` is by how much the finalists lost more
-    than the baseline from validation to test, in the metric's unit (default: worked out where both were measured).
-    `notes` are further remarks, a paragraph each. Every file is replaced whole or not at all.
+    `budget_lines` describe the limits (default: the front's own), `notes` are further remarks, a paragraph each. Every
+    file is replaced whole or not at all.
 
     Raises OSError when the folder cannot be written.
     """
@@ -71,7 +68,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     budget = list(budget_lines) or front.budget.describe(_values(front))
     notes = [*_sensitivity(front, folder), *notes]
-    text = _markdown(front, name, config_text, budget, _optimism(front) if optimism is None else optimism, notes)
+    text = _markdown(front, name, config_text, budget, notes)
     write_whole(folder / "front.csv", _csv(front).encode())
     write_whole(folder / "front.json", json.dumps(_json(front, name, budget), indent=1).encode())
     write_whole(folder / "front.png", _png(front, name))
@@ -94,24 +91,14 @@ def write_whole(path: Path, data: bytes) -> None:
 # ---- numbers in words ------------------------------------------------------------------------------------------------
 
 
-def quality_metric(front: Front) -> str:
-    """The metric that is not a cost: the first such objective, else the first such metric that was measured."""
-    names = [o.metric for o in front.objectives] + [m for m in front.baseline.metrics if not m.endswith("_bytes")]
-    return next((name for name in names if name not in COSTS), front.objectives[0].metric)
-
-
 def _costs(front: Front) -> list[str]:
     """The costs that were measured, other than the metric itself; MACs only where nothing else says what it costs."""
-    quality = quality_metric(front)
+    quality = front.quality
     known = [name for name in ("size_bytes", "latency_ms") if name in front.baseline.metrics and name != quality]
     wanted = [o.metric for o in front.objectives if o.metric in COSTS] + [x.metric for x in front.budget.limits]
     if "macs" in front.baseline.metrics and quality != "macs" and ("macs" in wanted or not known):
         known.append("macs")
     return known
-
-
-def _maximize(front: Front, metric: str) -> bool:
-    return next((o.maximize for o in front.objectives if o.metric == metric), metric not in COSTS)
 
 
 def _values(front: Front) -> dict[str, float]:
@@ -178,15 +165,42 @@ def _nearest(front: Front, count: int) -> list[Candidate]:
     return front.least_violating(count) or sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
 
-def _optimism(front: Front) -> float | None:
-    """By how much the front's members lost more than the baseline between validation and test, on average."""
-    name = quality_metric(front)
-    pairs = [(m, c.test[name]) for c in front.members if name in c.test and (m := _metric(c, name))]
-    if not pairs or front.test_baseline is None or name not in front.baseline.metrics:
-        return None
-    usual = front.baseline.value(name) - front.test_baseline.value
-    sign = 1.0 if _maximize(front, name) else -1.0
-    return sign * float(np.mean([measured.value - test.value - usual for measured, test in pairs]))
+def _of(front: Front, member: Candidate, name: str) -> Metric | None:
+    """The number that counts: a finalist's latency is that of the clean process."""
+    found = _metric(member, name)
+    return member.test.get(name, found) if name == "latency_ms" else found
+
+
+def _beside(front: Front, member: Candidate, name: str) -> str:
+    """A member's number beside the baseline's: `14% of baseline`, `2.1x faster`."""
+    metric = _metric(member, name)
+    if name == "latency_ms" and (pair := front.latency(member)):
+        return _against(name, *pair)
+    return _against(name, metric, front.baseline.metrics[name]) if metric and name in front.baseline.metrics else ""
+
+
+def marks(front: Front, member: Candidate) -> list[str]:
+    """What a table says of a member behind its recipe: `knee`, `recommended`, `like #3`, `not what was simulated`."""
+    said = ["knee"] if member.number == front.knee().number else []
+    cluster = list(front.clusters.values())
+    head = front.clusters.get(member.number)
+    if head == member.number and cluster.count(head) > 1:
+        said.append("recommended")
+    elif head not in (None, member.number):
+        said.append(f"like #{head}")
+    return [*said, *(["not what was simulated"] if unlike(member) else [])]
+
+
+def preferred(front: Front) -> str:
+    """What to pick by default: the knee, or what stands for it where the test split has been looked at."""
+    return "recommended" if front.clusters else "knee"
+
+
+def warned(front: Front) -> list[str]:
+    """What one should know before a member is taken: which are slower than the baseline, whose file is another network."""
+    slower = [f"#{m.number}" for m in front.members if front.speed(m) == "slower"]
+    said = [f"Slower than the untouched network: {', '.join(slower)}"] if slower else []
+    return said + [f"#{m.number} is not what was simulated: {why}" for m in front.members if (why := unlike(m))]
 
 
 def hypervolume_curve(front: Front) -> list[float]:
@@ -209,16 +223,14 @@ def rows(front: Front) -> list[dict[str, Any]]:
     out = []
     for member in front.members:
         row: dict[str, Any] = {"number": member.number}
-        for name in (quality_metric(front), *_costs(front)):
+        for name in (front.quality, *_costs(front)):
             metric = _metric(member, name)
             if metric is None:
                 continue
-            row[name] = metric.value
-            if metric.low != metric.high:
-                row[f"{name}_low"], row[f"{name}_high"] = metric.low, metric.high
-            row[f"{name} against baseline"] = _against(name, metric, front.baseline.metrics[name])
-        for name, metric in member.test.items():
-            row[f"test_{name}"], row[f"test_{name}_low"], row[f"test_{name}_high"] = metric.value, metric.low, metric.high  # fmt: skip
+            row |= flat({name: metric})
+            row[f"{name} against baseline"] = _beside(front, member, name)
+        row |= {f"test_{name}": value for name, value in flat(member.test).items()}
+        row |= front.verdicts(member)
         row["what"] = member.recipe.describe()
         row["label"] = member.label
         out.append(row)
@@ -246,7 +258,8 @@ def _json(front: Front, name: str, budget: Sequence[str]) -> dict[str, Any]:
         "candidates": dict(states),
         "hypervolume": front.hypervolume(),
         "knee": front.knee().number if front.members else None,
-        "members": [member.to_dict() for member in front.members],
+        "recommended": front.recommended().number if front.members else None,
+        "members": [member.to_dict() | front.verdicts(member) for member in front.members],
     }  # fmt: skip
 
 
@@ -257,43 +270,51 @@ def front_table(front: Front) -> Table:
     """The front for a terminal of 80 columns: each number over its spread or its share of the baseline."""
     from rich.table import Table
 
-    quality, costs = quality_metric(front), _costs(front)
+    quality, costs = front.quality, _costs(front)
     tested = any(quality in member.test for member in front.members)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left", width=80)
     table.add_column("#", justify="right", style="bold", no_wrap=True, min_width=3)
     for name in (quality, *costs):
         table.add_column(_NAMES.get(name, name), min_width=9, max_width=14, overflow="fold")
     if tested:
-        table.add_column(f"test {quality}" if len(quality) < 9 else "test", min_width=7, max_width=9, overflow="fold")
+        table.add_column(f"test {quality}" if len(quality) < 9 else "test", min_width=7, max_width=11, overflow="fold")
     table.add_column("what", ratio=1, overflow="fold", min_width=16)
 
-    def cell(name: str, metric: Metric | None, base: Metric | None) -> str:
+    def cell(name: str, metric: Metric | None, beside: str = "") -> str:
         if metric is None:
             return "-"
-        beside = _against(name, metric, base) if name in COSTS and base is not None and metric is not base else ""
         under = "\n".join(text for text in (_spread(name, metric), beside.removesuffix(" of baseline")) if text)
-        return f"{show(name, metric.value)}\n[dim]{under}[/dim]"
+        under = f"[yellow]{under}[/yellow]" if beside.endswith("slower") else f"[dim]{under}[/dim]"
+        return f"{show(name, metric.value)}\n{under}"
 
     base = front.baseline.metrics
-    cells = [cell(name, base.get(name), base.get(name)) for name in (quality, *costs)]
-    tests = [cell(quality, front.test_baseline, None)] if tested else []
+    cells = [cell(name, base.get(name)) for name in (quality, *costs)]
+    tests = [cell(quality, front.test_baseline)] if tested else []
     table.add_row("-", *cells, *tests, "[dim]the untouched network[/dim]")
-    knee = front.knee().number if front.members else None
     for member in front.members:
-        cells = [cell(name, _metric(member, name), base.get(name)) for name in (quality, *costs)]
-        tests = [cell(quality, member.test.get(quality), None)] if tested else []
+        cells = [cell(quality, _metric(member, quality))]
+        cells += [cell(name, _of(front, member, name), _beside(front, member, name)) for name in costs]
+        tests = [cell(quality, member.test.get(quality), _difference(front, member))] if tested else []
         what = _plain(member.recipe.describe()) + (f" [dim]({_plain(member.label)})[/dim]" if member.label else "")
-        table.add_row(
-            str(member.number), *cells, *tests, what + (" [bold](knee)[/bold]" if member.number == knee else "")
-        )
+        said = ", ".join(marks(front, member))
+        table.add_row(str(member.number), *cells, *tests, what + (f" [bold]({said})[/bold]" if said else ""))
     return table
+
+
+def _difference(front: Front, member: Candidate) -> str:
+    """The paired difference to the baseline on the test split: `-0.56 ±1.20`, in points for an accuracy."""
+    found = member.test.get(f"{front.quality}_difference")
+    if found is None:
+        return ""
+    name = f"{front.quality}_difference"
+    return f"{show(name, found.value).removesuffix(' points')} {_spread(name, found)}".rstrip()
 
 
 def least_violating_table(front: Front, count: int = 3) -> Table:
     """For a terminal of 80 columns: the candidates that miss the budget by the least, and the limits they would keep."""
     from rich.table import Table
 
-    quality = quality_metric(front)
+    quality = front.quality
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=80)
     table.add_column("#", justify="right", style="bold", no_wrap=True, min_width=3)
     table.add_column(quality, min_width=8, max_width=12, overflow="fold")
@@ -323,7 +344,7 @@ def _plain(text: str) -> str:
 
 def _cells(front: Front) -> tuple[list[str], list[list[_Cell]]]:
     """Heads and cells of the front's table, for markdown and HTML: value, interval, against the baseline."""
-    quality, costs = quality_metric(front), _costs(front)
+    quality, costs = front.quality, _costs(front)
     names = [name for name in (quality, *costs) if name in front.baseline.metrics]
     if "zstd_bytes" in front.baseline.metrics:
         names.insert(names.index("size_bytes") + 1 if "size_bytes" in names else len(names), "zstd_bytes")
@@ -333,11 +354,12 @@ def _cells(front: Front) -> tuple[list[str], list[list[_Cell]]]:
     for member in front.members:
         line = [(str(member.number), "", "")]
         for name in names:
-            metric = _metric(member, name)
-            line.append((*_both(name, metric), _against(name, metric, front.baseline.metrics[name]) if metric else ""))
+            line.append((*_both(name, _of(front, member, name)), _beside(front, member, name)))
         if tested:
-            line.append((*_both(quality, member.test.get(quality)), ""))
-        out.append([*line, (member.recipe.describe() + (f" ({member.label})" if member.label else ""), "", "")])
+            beside = f"{found} against the baseline" if (found := _difference(front, member)) else ""
+            line.append((*_both(quality, member.test.get(quality)), beside))
+        said = ", ".join([member.label] * bool(member.label) + marks(front, member))
+        out.append([*line, (member.recipe.describe() + (f" ({said})" if said else ""), "", "")])
     return heads, out
 
 
@@ -376,12 +398,11 @@ def _summary(front: Front) -> str:
         tried = f"{tried[:-1]}, {count[STOPPED]} given up early as beyond doubt worse."
     if not front.members:
         return f"{tried} **No candidate kept the budget.**"
-    knee, quality = front.knee(), quality_metric(front)
+    knee, quality = front.knee(), front.quality
     said = []
     for name in (quality, *_costs(front)):
-        metric = _metric(knee, name)
-        if metric:
-            said.append(f"{_NAMES.get(name, name)} {show(name, metric.value)} ({_against(name, metric, front.baseline.metrics[name])})")  # fmt: skip
+        if metric := _of(front, knee, name):
+            said.append(f"{_NAMES.get(name, name)} {show(name, metric.value)} ({_beside(front, knee, name)})")
     return f"{tried} The knee of the front is **#{knee.number}: {', '.join(said)}**."
 
 
@@ -411,8 +432,8 @@ def _beaten(front: Front, trivial: Candidate) -> str:
     return f"beaten by #{best.number}" + (f": {', '.join(gains)}" if gains else "")
 
 
-def _markdown(front: Front, name: str, config: str, budget: Sequence[str], optimism: float | None, notes: Sequence[str]) -> str:  # fmt: skip
-    quality, base = quality_metric(front), front.baseline.metrics
+def _markdown(front: Front, name: str, config: str, budget: Sequence[str], notes: Sequence[str]) -> str:
+    quality, base = front.quality, front.baseline.metrics
     parts = [f"# {name}: what the search found", _summary(front)]
     parts += ["## Baseline", "The untouched network, measured like every candidate. Brackets are 95% intervals."]
     lines = [[_NAMES.get(n, n), _interval(n, base[n])] for n in (quality, *_costs(front)) if n in base]
@@ -426,7 +447,7 @@ def _markdown(front: Front, name: str, config: str, budget: Sequence[str], optim
         parts += ["## The front", "No candidate inside the budget beats one of these in every objective.",
                   _markdown_table(heads, [[_joined(cell) for cell in line] for line in table]), "![the front](front.png)",
                   "To explore: `front.html`. All candidates with intervals, reasons and recipes: `front.csv`."]  # fmt: skip
-        parts += _certainty(front, optimism)
+        parts += _certainty(front)
     else:
         parts += _unreachable(front)
     if trivial := _trivial(front):
@@ -445,7 +466,7 @@ def _markdown(front: Front, name: str, config: str, budget: Sequence[str], optim
         parts.append(_markdown_table(heads, lines))
     parts += _lost(front)
 
-    pick = "knee" if front.members else str(n[0].number) if (n := front.least_violating(1)) else "NUMBER"
+    pick = preferred(front) if front.members else str(n[0].number) if (n := front.least_violating(1)) else "NUMBER"
     parts += ["## Using it",
               f"```sh\nparetorch export {_study(front)} --pick {pick} --to deploy\n```",
               "`deploy` then holds the ONNX file, the packed weights, the recipe and these measurements. `--pick` also takes "
@@ -464,22 +485,29 @@ def _markdown(front: Front, name: str, config: str, budget: Sequence[str], optim
     return "\n\n".join(parts) + "\n"
 
 
-def _certainty(front: Front, optimism: float | None) -> list[str]:
-    """Which members the images cannot tell apart, and what selecting on validation has cost."""
-    quality, said = quality_metric(front), []
+def _certainty(front: Front) -> list[str]:
+    """Which members the images cannot tell apart, what selecting on validation has cost, and whom to beware of."""
+    quality, said = front.quality, []
     measured = [(c, m) for c in front.members if (m := _metric(c, quality)) is not None]
-    if measured:
-        sign = 1.0 if _maximize(front, quality) else -1.0
+    if front.clusters:
+        said += [f"- {line}." for line in described_clusters(front)]
+        if any(f"{quality}_difference" in m.test for m in front.members):
+            said.append("- Differences to the baseline on the test split are between the same samples, with 95% intervals for pairs.")  # fmt: skip
+    elif measured:
+        sign = 1.0 if front.maximizes(quality) else -1.0
         best, top = max(measured, key=lambda pair: sign * pair[1].value)
         alike = [f"#{c.number}" for c, m in measured if c is not best and m.low <= top.high and top.low <= m.high]
         if alike:
             said.append(f"- In {quality} {', '.join(alike)} cannot be told apart from the best, #{best.number}: the 95% "
                         "intervals overlap. Among these the cheaper one is the better choice.")  # fmt: skip
-    if optimism is not None:
-        amount = f"{100 * abs(optimism):.2f} points" if quality == "accuracy" else f"{abs(optimism):.3g}"
-        than = f"{amount} {'more' if optimism > 0 else 'less'}"
+    if (found := optimism(front)) is not None:
+        scale, unit = (100, " points") if quality == "accuracy" else (1, f" {quality}")
+        amount = f"{scale * abs(found.value):.2f}{unit}" if scale > 1 else f"{abs(found.value):.3g}"
+        interval = f" (95% interval {scale * found.low:+.3g} to {scale * found.high:+.3g})" if found.low < found.high else ""  # fmt: skip
+        than = f"{amount} {'more' if found.value > 0 else 'less'}"
         said.append(f"- Candidates were chosen on the validation images. From there to the test images, used once, the "
-                    f"members lost {than} than the baseline, on average. Trust the test column.")  # fmt: skip
+                    f"members lost {than} than the baseline, on average{interval}. Trust the test column.")  # fmt: skip
+    said += [f"- {line}." for line in warned(front)]
     return ["## How certain this is", "\n".join(said)] if said else []
 
 
@@ -489,7 +517,7 @@ def _unreachable(front: Front) -> list[str]:
     if not near:
         return [*parts, "Nothing was measured, and nothing was refused for its cost: see what failed below."]
     parts.append("These miss it by the least. The last column is the limit that each would keep.")
-    quality, lines = quality_metric(front), []
+    quality, lines = front.quality, []
     for c in near:
         metric, misses = _metric(c, quality), _misses(front, c)
         lines.append(
@@ -592,7 +620,7 @@ class _Panel:
 
 
 def _panels(front: Front) -> list[_Panel]:
-    quality = quality_metric(front)
+    quality = front.quality
     costs = _costs(front)[:2]
     return [_panel(front, cost, quality) for cost in costs if quality in front.baseline.metrics]
 
@@ -614,7 +642,7 @@ def _panel(front: Front, x: str, y: str) -> _Panel:
     told = "<br>".join(f"{_NAMES.get(n, n)} {_interval(n, base[n])}" for n in (y, *_costs(front)) if n in base)
     start = _Point("baseline", -1, base[x], base[y], "", f"<b>the untouched network</b><br>{told}")
 
-    up = _maximize(front, y)
+    up = front.maximizes(y)
     inside = {c.number for c in front.candidates if c.state == OK}
     ok = [p for p in points if p.number in inside]
     keep = nondominated([[p.x.value, -p.y.value if up else p.y.value] for p in ok])
@@ -648,7 +676,7 @@ def _hover(front: Front, candidate: Candidate) -> str:
     base = front.baseline.metrics
     lines = [f"<b>#{candidate.number}</b> {html.escape(candidate.label)}".rstrip()]
     lines += [html.escape(part) for part in _wrapped(candidate.recipe.describe(), 60)]
-    for name in (quality_metric(front), *_costs(front)):
+    for name in (front.quality, *_costs(front)):
         metric = _metric(candidate, name)
         if metric is not None and name in base:
             lines.append(f"{_NAMES.get(name, name)} {_interval(name, metric)}, {_against(name, metric, base[name])}")
@@ -835,6 +863,9 @@ def _html(front: Front, name: str, budget: Sequence[str]) -> str:
     if front.members:
         body.append("<h2>The front</h2>")
         body.append(_html_table(heads, lines, [_steps(member) for member in front.members]))
+        body += [
+            f"<p>{html.escape(line.removeprefix('- '))}</p>" for line in "\n".join(_certainty(front)[1:]).splitlines()
+        ]
     else:
         body.append("<h2>No candidate kept the budget</h2>")
         near = [[str(c.number), c.recipe.describe(), "; ".join(a for a, _ in m), "; ".join(b for _, b in m)]
@@ -850,7 +881,7 @@ def _html(front: Front, name: str, budget: Sequence[str]) -> str:
                     f"<img alt='the sensitivity of each layer' src='data:image/png;base64,{data}'>")  # fmt: skip
     if front.members:
         body.append(
-            f"<h2>Using it</h2><pre>paretorch export {html.escape(_study(front))} --pick knee --to deploy</pre>"
+            f"<h2>Using it</h2><pre>paretorch export {html.escape(_study(front))} --pick {preferred(front)} --to deploy</pre>"
         )
     return (
         f"<!DOCTYPE html><html lang=en><head><meta charset=utf-8><title>{html.escape(name)}</title>"

@@ -5,6 +5,7 @@ Everything a study knows lies in its folder, so that a kill at any moment loses 
     study.json        what was asked, the baseline, the environment (written once)
     trials.jsonl      one line per finished trial: the truth (`search.journal`)
     candidates/       the packed files of the front, of the nearest misses and of the baseline
+    finalists.json    the front on the test split, and finalists/ with every sample's score (`search.finalists`)
     report/           front.html, front.png, front.csv, front.json, report.md
     mlflow.db, ...    the MLflow mirror, unless another store is named
 
@@ -49,6 +50,7 @@ from ..spaces.recipe import Recipe, Recover, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
+from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
 from .front import Front
 from .journal import Journal, locked, undisturbed
 from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, preflight, within
@@ -68,6 +70,7 @@ UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and n
 _REPORT = 7.0  # seconds that the report and the end of the MLflow run take
 _PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
 _FINALISTS = 12  # guessed before there is a front
+_PARITY_AT_LEAST = 2.0  # seconds for the comparison of a finalist with its simulation, however short the time
 _PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
 
 
@@ -237,7 +240,7 @@ class Study:
             raise StudyError(f"{self.directory} holds trials.jsonl without the study.json they belong to; restore that file, or name "
                              "another folder with --output DIR or the key `output`")  # fmt: skip
         (self.directory / "candidates").mkdir(exist_ok=True)
-        for folder in (self.directory, self.directory / "candidates", self.directory / "report"):
+        for folder in (self.directory, *(self.directory / name for name in ("candidates", "finalists", "report"))):
             for path in folder.glob(".*"):
                 if _PARTIAL.fullmatch(path.name):
                     path.unlink()
@@ -276,7 +279,7 @@ class Study:
             }
             write_atomic(about, json.dumps(record, indent=1))
         self._rebuild(self.journal.read(mend=True))
-        self._apply_finalists(self._read_finalists())
+        self._apply_finalists()
         self._keep_files(self.front)
         self.opened = True
         if self.candidates:
@@ -291,7 +294,9 @@ class Study:
         told = f", {gain:.1f} times as fast as one batch on all threads, with the same predictions" if gain > 1 else ""
         self.listener.say(f"evaluates {self.runner.way.describe()}{told}")
         laps = found.smallest_measured.seconds
-        self.guessed = {"trial": math.fsum(laps.values()), "evaluate": laps.get("evaluate", 0.0), "epoch": 0.0}
+        parity = seconds_of_parity(smallest.read_bytes() if works else packed, self.runner.calibration[:4])
+        self.guessed = {"trial": math.fsum(laps.values()), "evaluate": laps.get("evaluate", 0.0), "epoch": 0.0,
+                        "parity": parity}  # fmt: skip
         longest = max(choice.epochs if choice else 0.0 for choice in self.space.recovery)
         if longest:
             self.listener.phase("timing a few steps of training")
@@ -501,7 +506,7 @@ class Study:
                 self._search(trials, started, time_limit)
                 if self.space.ladder:
                     self.listener.say(f"rungs     {self.ladder.describe()}")
-                self._finalists()
+                self._finalists(math.inf if time_limit is None else time_limit - (time.perf_counter() - started))
                 self._finish("FINISHED")
             except BaseException as error:
                 self._stopped(error)
@@ -627,16 +632,18 @@ class Study:
         by_time = seconds / max(self._per_trial(), 1e-3)
         return max(0.0, min(by_time, math.inf if trials is None else trials - len(self.candidates)))
 
-    def _reserve(self) -> float:
-        """Seconds to keep for the finalists and the report."""
+    def _reserve(self, parity: float | None = None) -> float:
+        """Seconds to keep for the finalists and the report; `parity`: for the comparison of one with its simulation."""
         images = len(dataset(self.task, "test")) / len(dataset(self.task, "validation")) if self.task.test else 0.0  # type: ignore[arg-type]
         evaluations = [
             m.seconds["evaluate"] for c in self.candidates if (m := c.measurement) and "evaluate" in m.seconds
         ]
         one = (statistics.median(evaluations) if evaluations else self.guessed["evaluate"]) * images
         one += 4 * float(self.measure["seconds"]) if self.task.test else 0.0
-        members = 1 + (len(self.front.members) if self.candidates else _FINALISTS)
-        return 1.1 * one * members + _REPORT
+        members = len(self.front.members) if self.candidates else _FINALISTS
+        if parity is None:
+            parity = float(self.guessed.get("parity", 0.0))  # an older study does not know it
+        return 1.1 * (one * (1 + members) + parity * members) + START + _REPORT
 
     def _plan(self, trials: int | None, seconds: float) -> None:
         """Say before the start what will be carried out and how long it will take."""
@@ -827,11 +834,12 @@ class Study:
     def _keep_files(self, front: Front) -> None:
         """Only files that can still be wanted stay.
 
-        Packed files: the front's, the nearest misses', the trivial baselines'. Scores: of each rung's best, which are the
-        rivals of those to come. Trained weights: of those that may climb.
+        Packed files: the front's, the nearest misses', the trivial baselines'. Scores: the front's, and of each rung's
+        best, which are the rivals of those to come. Trained weights: of those that may climb.
         """
         packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
+        wanted |= {f"{self.keys[c.number]}.npy" for c in front.members}
         for rung, standings in enumerate(self.ladder.rungs):
             wanted |= {self.runner.scores_path(self.candidates[s.number].recipe).name for s in self._best(rung)}
             if 0 < rung < len(self.ladder.rungs) - 1:  # at the foot nothing is trained, from the top nobody climbs
@@ -857,43 +865,30 @@ class Study:
 
     # --------------------------------------------------------------------------------------------- the end
 
-    def _finalists(self) -> None:
-        """The front's members and the baseline on the test split, read from their files; each of them once."""
+    def _finalists(self, left: float = math.inf) -> None:
+        """The front's members and the baseline on the test split, read from their files; each of them once.
+
+        left: seconds for all that is still to be done; where they are few, parity is looked at on fewer inputs.
+        """
         if self.task.test is None:
             self.listener.say(
                 "the task has no test data: the front's numbers are the validation split's, on which it was selected"
             )
-            return
-        known = self._read_finalists()
-        files = {"baseline": self._packed_baseline} | {c.recipe.key: self._packed(c) for c in self.front.members}
-        names = {"baseline": "the baseline"} | {c.recipe.key: f"candidate {c.number}" for c in self.front.members}
-        left = [key for key in files if key not in known]
-        for position, key in enumerate(left, 1):
-            self.listener.phase(f"{names[key]} on the test split ({position} of {len(left)})")
-            try:
-                known[key] = {name: vars(metric) for name, metric in self.runner.measure_again(files[key]()).items()}
-            except TrialError as error:
-                known[key] = {}
-                self.listener.say(f"warning: {names[key]} has no numbers on the test split: {error}")
-            write_atomic(self.directory / "finalists.json", json.dumps(known, indent=1))
-        self._apply_finalists(known)
+        members = self.front.members
+        each = (left - self._reserve(parity=0.0)) / max(1, len(members))
+        seconds = min(PARITY_SECONDS, max(_PARITY_AT_LEAST, each))
+        measure_finalists(self.directory, members, self._packed, self.runner, self.listener, seconds)
+        self._apply_finalists()
 
-    def _packed(self, candidate: Candidate) -> Callable[[], bytes]:
-        """Reads the file of a candidate; one that somebody deleted is made again, with the same bytes."""
+    def _packed(self, candidate: Candidate) -> Path:
+        """The file of a candidate; one that somebody deleted is made again, with the same bytes."""
+        path = self.runner.path(candidate.recipe)
+        if not path.exists():
+            write_atomic(path, self.runner.build(candidate.recipe))
+        return path
 
-        def read() -> bytes:
-            path = self.runner.path(candidate.recipe)
-            if not path.exists():
-                write_atomic(path, self.runner.build(candidate.recipe))
-            return path.read_bytes()
-
-        return read
-
-    def _read_finalists(self) -> dict[str, Any]:
-        return _read_json(self.directory / "finalists.json") if (self.directory / "finalists.json").exists() else {}
-
-    def _apply_finalists(self, known: Mapping[str, Any]) -> None:
-        self.candidates, self.test_baseline = _with_tests(self.candidates, known, self.task.metric_name)
+    def _apply_finalists(self) -> None:
+        self.candidates, self.test_baseline = with_tests(self.candidates, self.directory)
 
     @undisturbed()
     def _start_mirror(self) -> None:
@@ -980,17 +975,6 @@ def _take_away(directory: Path) -> None:
             folder.rmdir()
 
 
-def _with_tests(
-    candidates: Sequence[Candidate], known: Mapping[str, Any], metric: str
-) -> tuple[list[Candidate], Metric | None]:
-    """The candidates with their numbers on the test split, and the baseline's there."""
-
-    def numbers(key: str) -> dict[str, Metric]:
-        return {name: Metric(**entry) for name, entry in known.get(key, {}).items()}
-
-    return [replace(c, test=numbers(c.recipe.key)) for c in candidates], numbers("baseline").get(metric)
-
-
 def digest(runner: LocalRunner) -> str:
     """A hash of the network's weights: a resumed study must not mix two checkpoints."""
     digest = hashlib.sha256()
@@ -1059,10 +1043,7 @@ def open_front(directory: str | Path) -> Front:
     stored = read_about(folder / "study.json")
     records = Journal(folder / "trials.jsonl").read()
     candidates = [Candidate.from_dict(record["candidate"]) for record in records if "candidate" in record]
-    known = _read_json(folder / "finalists.json") if (folder / "finalists.json").exists() else {}
-    # The task's metric is the one that is measured anew on the test split beside these two.
-    metric = next((name for name in known.get("baseline", {}) if name not in ("latency_ms", "size_bytes")), "")
-    candidates, test = _with_tests(candidates, known, metric)
+    candidates, test = with_tests(candidates, folder)
     return Front(
         tuple(candidates),
         tuple(Objective(**entry) for entry in stored["objectives"]),

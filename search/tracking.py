@@ -46,8 +46,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import ArtifactError, StudyError
+from ..objectives.measurement import flat
 from .candidate import FAILED, Candidate
-from .report import FILES, quality_metric, rows, write_whole
+from .report import FILES, rows, write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -203,20 +204,30 @@ def _numbers(candidate: Candidate) -> dict[str, float]:
     """All metrics of a candidate, by their MLflow names."""
     out: dict[str, float] = {}
     if candidate.measurement:
-        for name, metric in candidate.measurement.metrics.items():
-            out[name] = metric.value
-            if metric.low != metric.high:
-                out[f"{name}_low"], out[f"{name}_high"] = metric.low, metric.high
+        out |= flat(candidate.measurement.metrics)
         out.update({f"seconds.{phase}": value for phase, value in candidate.measurement.seconds.items()})
     out.update({f"excess.{_limit_name(text)}": value for text, value in candidate.excess.items()})
     return out
 
 
+_NO_MEMBER = {"paretorch.front": "false", "paretorch.cluster": "false", "paretorch.recommended": "false"}
+
+
+def _verdicts(front: Front, member: Candidate) -> dict[str, str]:
+    """The tags of a member of the front: `speed`, `cluster`, `recommended` (the one of its cluster), `parity`."""
+    said = front.verdicts(member)
+    tags = {f"paretorch.{name}": str(value)[:_TAG] for name, value in said.items()}
+    return tags | {
+        "paretorch.front": "true",
+        "paretorch.recommended": str(said.get("cluster") == member.number).lower(),
+    }
+
+
 class _Child:
     """What this process knows of a child run."""
 
-    def __init__(self, run_id: str, front: bool, metrics: Mapping[str, float]) -> None:
-        self.run_id, self.front, self.metrics = run_id, front, dict(metrics)
+    def __init__(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        self.run_id, self.metrics, self.tags = run_id, dict(metrics), dict(tags)
 
 
 class Store:
@@ -544,7 +555,7 @@ class Tracker(Store):
             self._batch(run_id, metrics=metrics, params=params, now=now)
             self._put(run_id, run.info.artifact_uri, "recipe.json", json.dumps(candidate.recipe.to_dict(), indent=1))
             self._call(self._client.set_terminated, run_id, "FAILED" if candidate.state == FAILED else "FINISHED", now)
-            self._children[candidate.number] = _Child(run_id, on_front, metrics)
+            self._children[candidate.number] = _Child(run_id, metrics, tags)
         if candidate.number not in self._steps:
             self._batch(self.run_id, metrics={"hypervolume": hypervolume}, step=candidate.number)
             self._steps.add(candidate.number)
@@ -579,9 +590,7 @@ class Tracker(Store):
                 self._call(self._client.delete_run, run.info.run_id)
                 mended.add(text)
                 continue
-            self._children[candidate.number] = _Child(
-                run.info.run_id, tags.get("paretorch.front") == "true", run.data.metrics
-            )
+            self._children[candidate.number] = _Child(run.info.run_id, run.data.metrics, tags)
         self._steps = {entry.step for entry in self._call(self._client.get_metric_history, self.run_id, "hypervolume")}
         for candidate, volume in zip(candidates, hypervolumes, strict=True):
             if candidate.number not in self._children:
@@ -595,8 +604,8 @@ class Tracker(Store):
         """Write what the study found onto the parent run and end it with `status`.
 
         `report` is the folder with the files of `write_report`; those that are there are uploaded. `note` is markdown
-        for the run's description, `more` are further metrics of the run. Children get the finalists' test metrics and
-        the final word on who is on the front.
+        for the run's description, `more` are further metrics of the run. Children get the finalists' test metrics, the
+        final word on who is on the front, and as tags what is said of members (`Front.verdicts`).
         """
         for name in FILES:
             if (path := Path(report) / name).is_file():
@@ -610,17 +619,14 @@ class Tracker(Store):
             child = self._children.get(candidate.number)
             if child is None:
                 continue
-            tests: dict[str, float] = {}
-            for name, metric in candidate.test.items():
-                tests[f"test_{name}"] = metric.value
-                if metric.low != metric.high:
-                    tests[f"test_{name}_low"], tests[f"test_{name}_high"] = metric.low, metric.high
-            tests = {name: value for name, value in accepted(tests).items() if child.metrics.get(name) != value}
-            on_front = candidate.number in members
-            if tests or on_front != child.front:
-                self._batch(child.run_id, metrics=tests, tags={"paretorch.front": str(on_front).lower()})
-                child.front = on_front
+            tests = accepted({f"test_{name}": value for name, value in flat(candidate.test).items()})
+            tests = {name: value for name, value in tests.items() if child.metrics.get(name) != value}
+            tags = _verdicts(front, candidate) if candidate.number in members else _NO_MEMBER
+            tags = {name: value for name, value in tags.items() if child.tags.get(name, "false") != value}
+            if tests or tags:
+                self._batch(child.run_id, metrics=tests, tags=tags)
                 child.metrics |= tests
+                child.tags |= tags
 
         states = [candidate.state for candidate in front.candidates]
         numbers = {f"baseline.{name}": metric.value for name, metric in front.baseline.metrics.items()}
@@ -802,7 +808,7 @@ def _view(front: Front, run_id: str) -> str:
     By itself the page draws parents only. This state is internal to MLflow's UI and nothing depends on it: a UI that
     does not know it any more shows its default page.
     """
-    quality = quality_metric(front)
+    quality = front.quality
     costs = [
         name for name in ("size_bytes", "latency_ms", "macs") if name in front.baseline.metrics and name != quality
     ]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def test_what_a_search_prints(searched, study, look, store):
     assert lines[5].startswith("evaluates ")
     assert lines[6].startswith("plan      about 12 candidates (")
     assert [line.split("/")[0].strip() for line in lines[7:19]] == [str(n) for n in range(1, 13)]
-    assert "paretorch export studies/blobs --pick knee --to deploy" in searched.done.text
+    assert "paretorch export studies/blobs --pick recommended --to deploy" in searched.done.text
     assert not searched.done.stderr
     assert look.runs(store, study)[0] == ["FINISHED"]
     assert len(look.runs(store, study)[1]) == 12
@@ -83,7 +84,17 @@ def test_front(paretorch, study, searched, folder):
 
 
 @pytest.mark.parametrize(
-    "pick", ["knee", "accuracy", "size_bytes", "2", "0", "size_bytes <= 50%", "size_bytes <= 1.7kB and accuracy >= 0.5"]
+    "pick",
+    [
+        "knee",
+        "recommended",
+        "accuracy",
+        "size_bytes",
+        "2",
+        "0",
+        "size_bytes <= 50%",
+        "size_bytes <= 1.7kB and accuracy >= 0.5",
+    ],
 )
 def test_export(paretorch, study, folder, pick):
     done = paretorch("export", study, "--pick", pick, "--to", "deploy")
@@ -115,10 +126,38 @@ def test_export(paretorch, study, folder, pick):
     assert module(torch.zeros(3, 1, 6, 6)).shape == (3, 4)
 
 
+def test_a_file_that_is_not_what_was_simulated_leaves_by_force_alone(paretorch, study, folder, look):
+    from paretorch import Recipe
+
+    mine = folder / "mine"
+    shutil.copytree(study, mine)
+    known = json.loads((mine / "finalists.json").read_text())
+    number = json.loads((mine / "report" / "front.json").read_text())["knee"]
+    key = Recipe.from_dict(look.finished(mine)[number]["recipe"]).key
+    assert known[key]["parity_agreement"]["value"] >= 0.995
+    known[key]["parity_agreement"] |= {"value": 0.9, "low": 0.82, "high": 0.95}
+    (mine / "finalists.json").write_text(json.dumps(known))
+    told = (f"candidate {number}: its file does not compute what was simulated: 90.00% of 100 answers are the simulation's (at "
+            "least 99.5% are asked); pick another one, or take it all the same with --force")  # fmt: skip
+    assert told in paretorch("export", mine, "--pick", "knee", "--to", "deploy", code=2).text
+    assert told in paretorch("register", mine, "--pick", "knee", "--name", "blobs", code=2).text
+    assert not (folder / "deploy").exists()
+    paretorch("export", mine, "--pick", "knee", "--to", "deploy", "--force")
+    (row,) = [row for row in json.loads((folder / "deploy" / "measurements.json").read_text())["metrics"]
+              if row["metric"] == "parity_agreement"]  # fmt: skip
+    assert (row["value"], row["split"]) == (0.9, "test")
+    shown = paretorch("front", mine)
+    assert f"#{number} is not what was simulated: 90.00% of 100 answers" in shown.text
+    assert "(knee, not what was simulated)" in shown.text
+
+
 @pytest.mark.parametrize(
     ("pick", "told"),
     [
-        ("best", "--pick 'best': write knee, a candidate's number, an objective (accuracy, size_bytes) or a limit"),
+        (
+            "best",
+            "--pick 'best': write knee, recommended, a candidate's number, an objective (accuracy, size_bytes) or a limit",
+        ),
         ("99", "there is no candidate 99; the front has"),
         ("size_bytes <= 1B", "no member of the front keeps it"),
         ("speed <= 1", "unknown metric 'speed'"),

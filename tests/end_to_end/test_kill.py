@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,37 @@ def test_killed_ten_times(folder, look):
     print(
         f"{kept} of 40 trials were finished when the last kill came; moments {[(n, round(s, 2)) for n, s in moments]}"
     )
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_among_the_finalists(start, paretorch, folder):
+    """The clean process that measures them goes with the search, and what it had measured stays."""
+    command = ("search", "config.yaml", "--trials", "9", "-s", "measure.seconds=0.5")
+    path = folder / "studies" / "blobs" / "finalists.json"
+    running = start(*command)
+    running.until(path.exists)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    assert children, "the clean process"
+    running.signal(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    known = json.loads(path.read_text())
+    assert "accuracy" in known["baseline"]
+    paretorch(*command)
+    found = json.loads(path.read_text())
+    whole = {key: entry for key, entry in known.items() if key == "baseline" or "parity_metric" in entry}
+    assert {key: found[key] for key in whole} == whole
+    assert len(found) > len(whole)
+    assert all("parity_metric" in entry for key, entry in found.items() if key != "baseline")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from paretorch.objectives.paired import FIRST, SURE, difference
+from paretorch.objectives.paired import FIRST, SURE, difference, paired
 
 
 @given(st.integers(2, 400), st.integers(0, 2**32 - 1))
@@ -51,3 +51,57 @@ def test_agreement_so_far_is_no_certainty():
     few = same.copy()
     few[: int(SURE**2) - 2] = 0  # fewer one-sided differences than the square of the bar never suffice
     assert not difference(same, few).surely_above()
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def coverage(n, more, less):
+    """How often the interval holds the truth, exactly: over all counts of samples that only one of the two gets right."""
+    held = 0.0
+    for b in range(n + 1):
+        for c in range(n + 1 - b):
+            chance = stats.multinomial.pmf([b, c, n - b - c], n, [more, less, 1 - more - less])
+            if chance > 1e-9:
+                scores, others = np.repeat([1, 0, 1], [b, c, n - b - c]), np.repeat([0, 1, 1], [b, c, n - b - c])
+                found = paired(scores, others)
+                held += chance * (found.low <= more - less <= found.high)
+    return held
+
+
+@pytest.mark.parametrize(("more", "less"), [(0.01, 0.01), (0.05, 0.05), (0.1, 0.02), (0.04, 0.0), (0.2, 0.15)])
+def test_the_interval_for_pairs_holds_the_truth_in_19_of_20_cases(more, less):
+    assert coverage(50, more, less) >= 0.95
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_of_shares_the_interval_rests_on_what_only_one_of_them_gets_right(pairs):
+    first, second = np.array(pairs).T
+    found, other = paired(first, second), paired(second, first)
+    assert found.value == pytest.approx((first - second).mean())
+    assert (found.low, found.high) == pytest.approx((-other.high, -other.low))
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    both = np.r_[first, np.ones(5)], np.r_[second, np.ones(5)]
+    assert paired(*both).high - paired(*both).low <= found.high - found.low + 1e-12, "equal answers tell something, too"
+
+
+def test_six_against_none_are_told_apart_and_five_are_not():
+    """As McNemar's exact test has it: p = 2 / 2^6 and 2 / 2^5."""
+    for count, apart in ((5, False), (6, True)):
+        better, worse = np.ones(400), np.r_[np.zeros(count), np.ones(400 - count)]
+        assert (paired(better, worse).low > 0) == apart
+
+
+def test_of_other_scores_it_is_the_normal_one():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0.2, 1, 500), rng.normal(0, 1, 500)
+    found = paired(first, second)
+    interval = stats.norm.interval(0.95, (first - second).mean(), stats.sem(first - second))
+    assert (found.low, found.high) == pytest.approx(interval)
+    assert found.n == 500
+
+
+def test_scores_of_different_samples_are_no_pairs():
+    with pytest.raises(ValueError, match="are no pairs"):
+        paired(np.ones(3), np.ones(4))

@@ -117,8 +117,8 @@ def test_select(study, pick, number):
     [
         ("7", "candidate 7 has no file \\(refused by arithmetic\\); the front has 3, 2, 1, 0"),
         ("99", "there is no candidate 99; the front has 3, 2, 1, 0"),
-        ("-1", "write knee, a candidate's number"),
-        ("²", "write knee, a candidate's number"),
+        ("-1", "write knee, recommended, a candidate's number"),
+        ("²", "write knee, recommended, a candidate's number"),
         ("latency_ms", "an objective \\(accuracy, size_bytes\\)"),
         ("accurcy", "did you mean accuracy"),
         ("kne", "did you mean knee"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import os
@@ -12,11 +13,13 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paretorch.errors import ParetorchError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.objectives.objective import Budget, Limit, Objective
+from paretorch.runners.files import write_scores
 from paretorch.search.candidate import Candidate
 from paretorch.search.front import Front
 from paretorch.search.report import (
@@ -265,3 +268,42 @@ def test_errors_are_ours() -> None:
     """An empty front has no knee; the report must not ask for one."""
     with pytest.raises(ParetorchError):
         CASES["empty"].knee()
+
+
+def test_finalists_are_shown_with_what_is_known_of_them(tmp_path: Path) -> None:
+    """The paired difference, the clean process's latency, clusters, slower ones, and files that are another network."""
+    found = study(test=True)
+    members = found.members
+    (tmp_path / "finalists").mkdir()
+    tested = {}
+    for place, member in enumerate(members):
+        write_scores(tmp_path / "finalists" / f"{member.recipe.key}.npy", np.arange(1000) % 10 < 9)
+        known = {"accuracy_difference": Metric(-0.004, -0.01, 0.002, 1000), "latency_ratio": Metric(1.25, 1.2, 1.3, 40),
+                 "latency_ms": Metric(1.25, 1.2, 1.3, 40), "parity_metric": Metric(0, -0.001, 0.001, 1000),
+                 "parity_agreement": Metric.rate(1000 if place else 980, 1000), "parity_simulated": Metric.rate(900, 1000)}  # fmt: skip
+        tested[member.number] = replace(member, test={**member.test, **known})
+    front = replace(found, candidates=tuple(tested.get(c.number, c) for c in found.candidates), directory=tmp_path,
+                    objectives=found.objectives[:2])  # fmt: skip
+    first, second, *_ = front.members
+    shown = printed(front_table(front))
+    assert "1.25x slower" in shown
+    assert "-0.40 ±0.60" in shown
+    assert "simulated)" in shown
+    text = write_report(front, tmp_path / "report", name="a study")
+    others = ", ".join(f"#{m.number}" for m in front.members[2:])
+    told = f"#{second.number} is recommended over {others}: cheaper, and in accuracy not told apart on the test split (paired, 5% for each pair)."
+    assert f"- {told}" in text
+    assert told in html.unescape((tmp_path / "report" / "front.html").read_text())
+    assert f"- Slower than the untouched network: {', '.join(f'#{m.number}' for m in front.members)}." in text
+    assert f"- #{first.number} is not what was simulated: 98.00% of 1000 answers" in text
+    assert "-0.40 ±0.60 against the baseline" in text
+    assert "--pick recommended" in text
+    data = json.loads((tmp_path / "report" / "front.json").read_text())
+    assert [m["speed"] for m in data["members"]] == ["slower"] * len(front.members)
+    assert [m.get("cluster") for m in data["members"]] == [None, *[second.number] * (len(front.members) - 1)]
+    table = (tmp_path / "report" / "front.csv").read_text().splitlines()
+    assert {"speed", "cluster", "parity", "test_accuracy_difference_low", "test_latency_ratio"} <= set(
+        table[0].split(",")
+    )
+    row = rows(front)[1]
+    assert (row["cluster"], row["latency_ms against baseline"]) == (second.number, "1.25x slower")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, Ta
 from paretorch.objectives import cost
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.reload import CleanProcess
 from paretorch.runners.task import Task
+from paretorch.search import finalists
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Quiet, Study, open_front
 from paretorch.spaces.recipe import Recover
@@ -91,12 +94,19 @@ class Fake(LocalRunner):
             }
         )
 
-    def measure_again(self, data, split="test"):
-        return {
-            "accuracy": Metric.rate(90, 100),
-            "latency_ms": Metric.exact(1.0),
-            "size_bytes": Metric.exact(len(data)),
-        }
+
+class FakeProcess(CleanProcess):
+    """Starts nothing and makes up what a finalist's file gives; `refuses` is the error of every file, or None."""
+
+    refuses = None
+
+    def scores(self, path, task, batches, way):
+        if self.refuses:
+            raise self.refuses
+        return np.repeat([1.0, 0.0], [90, 10])
+
+    def ratio(self, *_):
+        return Metric(0.5, 0.4, 0.6, 20)
 
 
 @pytest.fixture
@@ -104,6 +114,12 @@ def fake(monkeypatch):
     monkeypatch.setattr(study_module, "LocalRunner", Fake)
     monkeypatch.setattr(Fake, "ran", [])
     monkeypatch.setattr(Fake, "fails", None)
+    monkeypatch.setattr(FakeProcess, "refuses", None)
+    monkeypatch.setattr(finalists, "process_for", lambda target: FakeProcess())
+    monkeypatch.setattr(finalists, "_parity", lambda packed, task, seconds: {"parity_metric": Metric(0, -0.01, 0.01, 100),
+                                                                     "parity_simulated": Metric.rate(90, 100),
+                                                                     "parity_agreement": Metric.rate(100, 100)})  # fmt: skip
+    monkeypatch.setattr(study_module, "seconds_of_parity", lambda packed, inputs: 0.0)
     return Fake
 
 
@@ -158,6 +174,16 @@ def test_the_same_seed_gives_the_same_recipes_and_the_same_files(tmp_path):
     assert open_front(tmp_path / "0") == front
     assert all(c.test["accuracy"].n == 100 for c in front.members)
     assert front.test_baseline.n == 100
+    assert {path.name for path in (tmp_path / "0" / "finalists").iterdir()} == {
+        "baseline.npy", *(f"{c.recipe.key}.npy" for c in front.members),
+    }  # fmt: skip
+    for member in front.members:
+        assert member.test["accuracy_difference"].value == pytest.approx(member.test["accuracy"].value - front.test_baseline.value)  # fmt: skip
+        assert member.test["size_bytes"] == member.measurement.metrics["size_bytes"]
+        assert member.test["parity_agreement"].value >= 0.995
+        assert front.verdicts(member) == {
+            "speed": front.speed(member), "cluster": front.clusters[member.number], "parity": "passed",
+        }  # fmt: skip
     size = {c.recipe.key: c.measurement.value("size_bytes") for c in first.candidates if c.measurement}
     assert all(len(data) == size[name.partition(".")[0]] for name, data in files.items())
 
@@ -186,7 +212,7 @@ def test_the_test_split_is_looked_at_once_at_the_end(tmp_path):
             assert not seen
 
     front = study(tmp_path / "s", Follow(), task=task).run(9)
-    once = 50 * (1 + len(front.members))
+    once = 50 * (1 + 2 * len(front.members))  # a member meets it in the clean process, and beside its simulation
     assert len(seen) == once
     study(tmp_path / "s", task=task).run(9)
     assert len(seen) == once, "finalists are measured once and stored"
@@ -538,14 +564,46 @@ def test_a_deleted_file_of_a_finalist_is_made_again(tmp_path):
     assert path.read_bytes() == data
 
 
-def test_numbers_that_the_test_split_does_not_give_are_left_out(tmp_path, fake, monkeypatch):
-    def fails(self, data, split="test"):
-        raise Diverged("metric 'accuracy' returned nan")
+def test_what_is_lost_of_the_finalists_is_measured_again_and_nothing_else(tmp_path, fake, monkeypatch):
+    """Scores that somebody deleted, a comparison with the simulation that a kill prevented, a study of an older version."""
+    asked = []
+    monkeypatch.setattr(FakeProcess, "scores", lambda self, path, *_: asked.append(path.stem) or np.repeat([1.0, 0.0], [90, 10]))  # fmt: skip
+    study(tmp_path, budget=()).run(20)
+    path = tmp_path / "finalists.json"
+    whole = path.read_text()
+    members = [m.recipe.key for m in open_front(tmp_path).members]
+    assert asked == ["baseline", *members]
 
-    monkeypatch.setattr(fake, "measure_again", fails)
+    def resumed():
+        asked.clear()
+        study(tmp_path, budget=()).run(20)
+        assert json.loads(path.read_text()) == json.loads(whole)
+        return list(asked)
+
+    assert resumed() == []
+    (tmp_path / "finalists" / f"{members[0]}.npy").unlink()
+    assert resumed() == members[:1]
+    known = json.loads(whole)
+    path.write_text(json.dumps({key: entry if key != members[1] else {} for key, entry in known.items()}))
+    asked.clear()
+    study(tmp_path, budget=()).run(20)
+    assert asked == [], "what did not compute is not tried again"
+    half = {name: metric for name, metric in known[members[1]].items() if not name.startswith("parity")}
+    path.write_text(json.dumps({**known, members[1]: half}))
+    assert resumed() == [], "what was measured on the test split stays"
+    old = {key: {name: entry[name] for name in ("accuracy", "size_bytes")} for key, entry in known.items()}
+    path.write_text(json.dumps(old))
+    for scores in (tmp_path / "finalists").iterdir():
+        scores.unlink()
+    assert open_front(tmp_path).clusters == {}
+    assert resumed() == ["baseline", *members]
+
+
+def test_numbers_that_the_test_split_does_not_give_are_left_out(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(FakeProcess, "refuses", Diverged("metric 'accuracy' returned nan"))
     listener = Stop()
     front = study(tmp_path, listener).run(9)
-    assert "warning: the baseline has no numbers on the test split: metric 'accuracy' returned nan" in listener.said
+    assert "warning: the baseline has no numbers as a finalist: metric 'accuracy' returned nan" in listener.said
     assert front.test_baseline is None
     assert open_front(tmp_path) == front
 
@@ -655,7 +713,9 @@ def test_without_test_data(tmp_path, fake):
     listener = Stop()
     task = Task("blobs", network, train=blobs(128, 1), validation=blobs(100, 2))
     front = study(tmp_path, listener, task=task).run(9)
-    assert not any(c.test for c in front.members)
+    assert not any("accuracy" in c.test or "latency_ratio" in c.test for c in front.members)
+    assert all(c.test["parity_agreement"].value == 1 for c in front.members), "they are compared with their simulation"
+    assert not front.clusters
     assert "the task has no test data: the front's numbers are the validation split's" in listener.said[-1]
 
 

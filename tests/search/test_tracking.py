@@ -17,11 +17,13 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paretorch.errors import StudyError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.objectives.objective import Budget, Objective
+from paretorch.runners.files import write_scores
 from paretorch.runners.sensitivity import KL, Row, Sensitivity
 from paretorch.search import tracking
 from paretorch.search.candidate import Candidate
@@ -210,6 +212,38 @@ def test_finish_tells_what_was_found(directory: Path) -> None:
     assert tracker.run_id in loaded["searchFilter"]
     assert f"viewStateShareKey={tracking._view_key(tracker.run_id)}" in page(directory)
     assert str(directory) in tracker.url_hint()
+
+
+def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
+    """And what is not true any more of one that left the front is taken back."""
+    tracker, found = started(directory), candidates()
+    log_all(tracker, found)
+    (directory / "finalists").mkdir()
+    best = front(found, directory).members
+    for candidate in best:
+        write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", np.arange(100) % 10 / 10)
+        known = {"accuracy": Metric.rate(900, 1000), "latency_ratio": Metric(1.2, 1.1, 1.3, 40),
+                 "parity_agreement": Metric.rate(900, 1000), "parity_metric": Metric(0, 0, 0, 100),
+                 "parity_simulated": Metric.rate(900, 1000)}  # fmt: skip
+        if candidate is not best[0]:
+            known["parity_agreement"] = Metric.rate(1000, 1000)
+        found[candidate.number] = replace(candidate, test=known)
+    final = front(found, directory)
+    tracker.finish(final, directory / "report", "")
+    tags = {n: run.data.tags for n, run in children(tracker).items()}
+    first, second = (tags[str(candidate.number)] for candidate in best[:2])
+    assert first["paretorch.speed"] == second["paretorch.speed"] == "slower"
+    assert first["paretorch.parity"].startswith("failed: 90.00% of 1000 answers")
+    assert (second["paretorch.parity"], second["paretorch.recommended"]) == ("passed", "true")
+    assert second["paretorch.cluster"] == str(best[1].number)
+    assert "paretorch.cluster" not in first
+    assert children(tracker)[str(best[1].number)].data.metrics["test_latency_ratio_low"] == 1.1
+    better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(200, 1, 0.01), {}, {"conv": 3, "fc": 3})
+    found.append(better)
+    log_all(tracker, found)
+    tracker.finish(front(found, directory), directory / "report", "")
+    left = children(tracker)[str(best[1].number)].data.tags
+    assert (left["paretorch.front"], left["paretorch.recommended"], left["paretorch.cluster"]) == ("false",) * 3
 
 
 def measure(directory: Path, divergence: float = 0.0123456) -> None:
