@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, many, shapes, size_bytes, weight_bytes
+from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, many, size_bytes, weight_bytes
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
-from paretorch.spaces.structure import Group, Layer, Structure
+from paretorch.spaces.structure import Group, Layer, Structure, shapes
 
 WIDTHS = {"a": 8, "b": 12, "c": 6}
 
