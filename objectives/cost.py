@@ -197,10 +197,11 @@ def many(
             second = np.where(both, _SECOND_QUANTIZED, np.where(bits < 32, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT))
             own += np.where(whole, 0.0, second) + _FACTORS * (clustered & (layer.name in folded))
             own += 4 * rows * (int(layer.bias) + (clustered & (layer.name in folded)))
-            for out, weights in (
-                (np.where(whole, rows, rank), np.where(whole, rows, rank) * columns),
-                (np.where(whole, 0, rows), rows * rank),
-            ):
+            matrices = [(np.where(whole, rows, rank), columns)]
+            if ("rank", layer.name) in owner:
+                matrices.append((np.where(whole, 0, rows), rank))
+            for out, read in matrices:
+                weights = out * read
                 nonzero = weights - np.rint(weights * zeros).astype(np.int64)
                 own += np.minimum(-(-weights * bits // 8), -(-weights // 8) + -(-nonzero * bits // 8))
                 own += 4 * out * scaled

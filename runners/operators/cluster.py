@@ -27,18 +27,18 @@ def kmeans(values: NDArray[np.floating], count: int) -> NDArray[np.float64]:
         >>> kmeans(np.array([0.0, 0.1, 5.0, 5.1, 9.0]), 3).round(2).tolist()
         [0.05, 5.05, 9.0]
     """
-    ordered = np.sort(values.astype(np.float64).ravel())
-    distinct, first = np.unique(ordered, return_index=True)
-    if len(distinct) <= count:
-        return np.asarray(distinct)
+    ordered = np.sort(values.ravel()).astype(np.float64)
+    first = np.flatnonzero(np.diff(ordered, prepend=-np.inf))  # of equal numbers
+    if len(first) <= count:
+        return np.asarray(ordered[first])
     ends = np.append(first, len(ordered))
-    if len(distinct) > _CELLS:  # half of the cells hold as many numbers each, half are as wide, for the tails' sake
+    if len(first) > _CELLS:  # half of the cells hold as many numbers each, half are as wide, for the tails' sake
         even = np.searchsorted(ordered, np.linspace(ordered[0], ordered[-1], _CELLS // 2 + 1)[1:-1])
         ends = np.unique(np.concatenate([ends[:: -(-len(ends) // (_CELLS // 2))], even, [0, len(ordered)]]))
     shifted = ordered - ordered.mean()  # so that differences of running sums keep their digits
     sums, squares = (np.concatenate([[0.0], np.cumsum(x)]) for x in (shifted, shifted**2))
     cuts = np.unique(ends[_intervals(ends, sums[ends], squares[ends], count)])
-    for _ in range(_ROUNDS if len(distinct) > _CELLS else 0):
+    for _ in range(_ROUNDS if len(first) > _CELLS else 0):
         centroids = np.diff(sums[cuts]) / np.diff(cuts)
         inner = np.searchsorted(shifted, (centroids[1:] + centroids[:-1]) / 2)
         moved = np.unique([0, *inner, len(ordered)])  # an interval that nothing is left of goes
@@ -101,7 +101,7 @@ def shared(weight: Tensor, bits: int, mask: Tensor | None = None) -> tuple[Tenso
         >>> indices.tolist(), codebook.tolist()
         ([[0, 1], [1, 0]], [0.20000000298023224, 5.099999904632568])
     """
-    numbers = weight.detach().cpu().numpy().astype(np.float64)
+    numbers = weight.detach().cpu().numpy()
     kept = numbers if mask is None else numbers[mask.cpu().numpy() > 0]
     codebook = kmeans(kept, 2**bits - (mask is not None))
     nearest = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, kept).astype(np.uint8)
