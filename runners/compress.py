@@ -61,7 +61,9 @@ def factor_layers(
     model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
 ) -> None:
     for step in recipe.of(LowRank):
-        model.set_submodule(step.layer, factored(model.get_submodule(step.layer), step.rank))
+        layer = model.get_submodule(step.layer)
+        vectors = library.basis(layer.weight) if library else None  # type: ignore[arg-type]
+        model.set_submodule(step.layer, factored(layer, step.rank, vectors))
     try:
         with torch.no_grad():
             model(example)

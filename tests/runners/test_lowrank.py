@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from paretorch.errors import RecipeError
 from paretorch.objectives.cost import macs
+from paretorch.runners import library as library_module
 from paretorch.runners.compress import compress
+from paretorch.runners.library import LayerLibrary
 from paretorch.runners.operators.fold import fold_batchnorms
-from paretorch.runners.operators.lowrank import Factored, factored, factors
+from paretorch.runners.operators.lowrank import Factored, basis, factored, factors
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.structure import kept_rank, largest_rank, sides
@@ -159,6 +161,21 @@ def test_the_same_weight_gives_the_same_factors():
     # Up to rounding, whoever computes it: the sign of a pair of vectors is chosen, not found.
     for one, other in zip(factors(weight, 9), factors(weight * (1 + 1e-7), 9), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_all_ranks_of_a_weight_come_out_of_one_basis(network, monkeypatch):
+    """The library computes it once, and the network is the same to the bit with and without it."""
+    calls = []
+    monkeypatch.setattr(library_module, "basis", lambda weight: calls.append(weight.shape) or basis(weight))
+    model, x = network("residual")
+    structure, library = trace(model, x[:66]), LayerLibrary(limit=0)
+    for rank in (8, 4, 8):
+        recipe = Recipe((LowRank("down", rank), LowRank("fc", rank // 2)))
+        with_library = compress(copy.deepcopy(model), recipe, structure, x[:2], library)
+        without = compress(copy.deepcopy(model), recipe, structure, x[:2])
+        for one, other in zip(with_library.parameters(), without.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert len(calls) == 2
 
 
 class Grouped(nn.Module):
