@@ -456,7 +456,7 @@ class Config(Strict):
     """Limits that a candidate must keep, such as `size_bytes <= 25%` (of the original), `latency_ms <= 4`,
     `accuracy >= -1%` (points below the original), `size_bytes <= 80kB`. Default: none."""
     space: SpaceConfig | None = None
-    """What may be done to the network. Default: every technique, derived from the network."""
+    """What may be done to the network. Default: all but `cluster_bits` and `rank`, derived from the network."""
     search: Search = Search()
     """How the space is searched."""
     measure: Measure = Measure()

@@ -301,7 +301,7 @@ def matches(pattern: str, name: str, structure: Structure) -> bool:
 
 
 def default_space(structure: Structure, train_images: int = 0) -> Space:
-    """What is searched when nothing is said: every technique, with few choices each.
+    """What is searched when nothing is said: every technique but codebooks and low rank, with few choices each.
 
     The first and the last layer keep at least 6 bits. Activations share one width, because int8 pays in contiguous
     regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or minutes.

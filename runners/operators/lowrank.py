@@ -29,8 +29,8 @@ def basis(weight: Tensor) -> Tensor:
     matrix = matrix if _wide(matrix) else matrix.T
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
     # A vector may come with either sign; the sign of its largest component makes it one of the two.
-    signs: Tensor = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    return vectors * signs
+    signed: Tensor = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return signed
 
 
 @torch.no_grad()
