@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paretorch.search.candidate import Candidate
     from paretorch.search.front import Front
     from paretorch.search.study import Study
-    from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+    from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
     from paretorch.spaces.space import Rule, Space
 
 __version__ = "0.1.0"
@@ -34,8 +34,10 @@ _HOME = {
     "ArtifactError": "errors",
     "Budget": "objectives.objective",
     "Candidate": "search.candidate",
+    "Cluster": "spaces.recipe",
     "ConfigError": "errors",
     "Front": "search.front",
+    "LowRank": "spaces.recipe",
     "Measurement": "objectives.measurement",
     "Metric": "objectives.measurement",
     "Objective": "objectives.objective",
@@ -61,8 +63,10 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "Candidate",
+    "Cluster",
     "ConfigError",
     "Front",
+    "LowRank",
     "Measurement",
     "Metric",
     "Objective",

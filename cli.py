@@ -227,7 +227,8 @@ def _show_layers(console: Console, found: Preflight) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    kinds = {"weight_bits": "bits", "activation_bits": "activations", "sparsity": "sparsity", "channels": "channels"}
+    kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
+    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels")}
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)
     table.add_column("kind")

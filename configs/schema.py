@@ -161,6 +161,7 @@ Removed = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Kept = Annotated[float, Field(gt=0, le=1), _NUMBER]
 WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
 ActivationBits = Literal[8, 32]
+ClusterBits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 # Not Field(min_length=1): pydantic then calls a tuple of invalid entries too short as well.
 Choices = Annotated[tuple[T, ...], AfterValidator(_distinct), Field(json_schema_extra={"minItems": 1})]
 Seconds = Annotated[
@@ -205,6 +206,20 @@ class ActivationRule(LayerRule):
     """8 or 32 bits. Required."""
 
 
+class ClusterRule(LayerRule):
+    """Bits of the indices that the weights of the selected layers may become."""
+
+    choices: Choices[ClusterBits]
+    """2..8 bits, or 32 for no codebook. Required."""
+
+
+class RankRule(LayerRule):
+    """Ranks that the selected layers may be reduced to."""
+
+    choices: Choices[Kept]
+    """Shares of the full rank, 0 < x <= 1, in ascending or descending order; 1 leaves the layer as it is. Required."""
+
+
 class ShareRule(LayerRule):
     """Shares of the selected layers that may be removed."""
 
@@ -223,6 +238,12 @@ WeightRules = Annotated[
 ]
 ActivationRules = Annotated[
     Annotated[Choices[ActivationBits], Tag("<choices>")] | Annotated[tuple[ActivationRule, ...], Tag("<rules>")], _FORMS
+]
+ClusterRules = Annotated[
+    Annotated[Choices[ClusterBits], Tag("<choices>")] | Annotated[tuple[ClusterRule, ...], Tag("<rules>")], _FORMS
+]
+RankRules = Annotated[
+    Annotated[Choices[Kept], Tag("<choices>")] | Annotated[tuple[RankRule, ...], Tag("<rules>")], _FORMS
 ]
 ShareRules = Annotated[
     Annotated[Choices[Removed], Tag("<choices>")] | Annotated[tuple[ShareRule, ...], Tag("<rules>")], _FORMS
@@ -269,6 +290,12 @@ class SpaceConfig(Strict):
     """Bits of a layer's weights: 2..8 (integers), 16 (float16), 32 (untouched). Choices, or rules per layer."""
     activation_bits: ActivationRules | None = None
     """Bits of what a layer computes on: 8 or 32 (8 takes effect where the weights have at most 8). Choices or rules."""
+    cluster_bits: ClusterRules | None = None
+    """Bits of indices into a layer's own codebook of floats: 2..8, or 32 for none. Where a layer has a codebook,
+    `weight_bits` and `activation_bits` do not count: it runs as float. Choices or rules."""
+    rank: RankRules | None = None
+    """Shares of a layer's full rank at which it becomes two thinner layers, 0 < x <= 1; 1 leaves it as it is. A share that
+    would save neither bytes nor MACs is left out (about 0.5 and more for square linear layers). Choices or rules."""
     sparsity: ShareRules | None = None
     """Shares of a layer's weights that are set to zero, 0 <= x < 1. Choices or rules."""
     channels: ShareRules | None = None
@@ -444,7 +471,7 @@ class Config(Strict):
     """Limits that a candidate must keep, such as `size_bytes <= 25%` (of the original), `latency_ms <= 4`,
     `accuracy >= -1%` (points below the original), `size_bytes <= 80kB`. Default: none."""
     space: SpaceConfig | None = None
-    """What may be done to the network. Default: every technique, derived from the network."""
+    """What may be done to the network. Default: all but `cluster_bits` and `rank`, derived from the network."""
     search: Search = Search()
     """How the space is searched."""
     measure: Measure = Measure()
@@ -517,6 +544,8 @@ def to_space(space: SpaceConfig) -> Space:
     return Space(
         weight_bits=_rules(space.weight_bits),
         activation_bits=_rules(space.activation_bits),
+        cluster_bits=_rules(space.cluster_bits),
+        rank=_rules(space.rank),
         sparsity=_rules(space.sparsity),
         channels=_rules(space.channels),
         width=space.width,

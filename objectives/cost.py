@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify
 from ..spaces.space import Axis
-from ..spaces.structure import Layer, Structure, inside, kept_channels
+from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
+
+# What the second node of a layer of low rank adds around its tensors (of float, weight-only and 8-bit layers), and a
+# codebook with a BatchNorm's factors beside it: about the same in every network, so that no file is written to learn it.
+_SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _FACTORS = 35.0, 58.0, 115.0, 14.0
 
 # A whole number, or an array of them: for one recipe, or for many at once.
 Whole = Any
@@ -68,7 +72,8 @@ class FileContents:
 def contents(structure: Structure, recipe: Recipe) -> FileContents:
     """What the file of a recipe is made of."""
     there = shapes(structure, recipe)
-    activations = {step.layer: step.activation_bits for step in recipe.of(Quantize)}
+    activations = dict.fromkeys((step.layer for step in recipe.of(Cluster)), 32)
+    activations |= {step.layer: step.activation_bits for step in recipe.of(Quantize)}
     modes = [activations.get(layer.name, 0) for layer in structure.layers if layer.name in there]
     channels = {group.name: group.channels for group in structure.groups}
     return FileContents(
@@ -91,26 +96,6 @@ def level(bits: int, sparsity: float) -> str:
     return f"{bits} bits, {sparsity:g} zeros"
 
 
-def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Output and input channels of each layer that stays."""
-    dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
-    keep = {step.group: step.keep for step in recipe.of(Prune)}
-    channels = {group.name: group.channels for group in structure.groups}
-    out = {}
-    for layer in structure.layers:
-        if inside(layer.name, dropped):
-            continue
-        outputs = layer.weight_shape[0]
-        if (
-            layer.output and layer.output in keep
-        ):  # a depthwise layer may make several channels from each of its group's
-            outputs = outputs * keep[layer.output] // channels[layer.output]
-        gone = sum(n - n * keep[group] // channels[group] for group, n in layer.inputs if group in keep)
-        inputs = layer.weight_shape[1] if layer.kind == "depthwise" else layer.weight_shape[1] - gone
-        out[layer.name] = (outputs, inputs)
-    return out
-
-
 def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
     return amount * shape[0] * shape[1] // (layer.weight_shape[0] * layer.weight_shape[1])
 
@@ -118,7 +103,14 @@ def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
 def macs(structure: Structure, recipe: Recipe) -> int:
     """Multiply-adds for one sample in the layers that stay."""
     sizes = shapes(structure, recipe)
-    return sum(_scaled(layer.macs, layer, sizes[layer.name]) for layer in structure.layers if layer.name in sizes)
+    ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
+    total = 0
+    for layer in structure.layers:
+        if layer.name in ranks and layer.name in sizes:
+            total += layer.macs * ranks[layer.name] * sum(sides(layer, sizes[layer.name])) // layer.params
+        elif layer.name in sizes:
+            total += _scaled(layer.macs, layer, sizes[layer.name])
+    return total
 
 
 def dense_bytes(count: Whole, bits: Whole) -> Whole:
@@ -165,28 +157,55 @@ def weight_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     return np.minimum(dense, sparse)
 
 
+def shared_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
+    """Bytes of indices, and of their codebook: a float32 for each, but no more than there are weights that differ.
+
+    >>> int(shared_bytes(1000, 4, 1000)), int(shared_bytes(100, 8, 10))
+    (564, 69)
+    """
+    sparse = np.minimum(bitmap_bytes(count, bits, nonzero), index_bytes(count, bits, nonzero))
+    entries = np.minimum(2**bits, nonzero + (nonzero < count))
+    return np.minimum(dense_bytes(count, bits), sparse) + 4 * entries
+
+
 def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | None = None) -> int:
-    """Bytes of all layers' own tensors: packed weights, scales (float32) and biases."""
+    """Bytes of all layers' own tensors: packed weights, scales or codebooks (float32) and biases."""
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
+    clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
+    ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
     sparsity: Mapping[str, float] = {step.layer: step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
+    folded = {layer for layer, _ in structure.folds}
     total = 0
     for layer in structure.layers:
-        if layer.name not in sizes:
+        name = layer.name
+        if name not in sizes:
             continue
-        outputs = sizes[layer.name][0]
-        width = bits.get(layer.name, 32)
-        count = _scaled(layer.params, layer, sizes[layer.name])
-        nonzero = round(count * overhead.kept(layer.name, width, sparsity.get(layer.name, 0.0)))
-        total += int(weight_bytes(count, width, nonzero))
-        total += 4 * outputs * (layer.bias + (width <= 8))
+        rows, columns = sides(layer, sizes[name])
+        rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
+        for outputs, inputs in [(rank, columns), (rows, rank)] if rank else [(rows, columns)]:
+            count = outputs * inputs
+            if name in clustered:
+                total += int(shared_bytes(count, clustered[name], count - round(count * zeros)))
+            else:
+                total += int(weight_bytes(count, width, round(count * overhead.kept(name, width, zeros))))
+                total += 4 * outputs * (width <= 8)
+        # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
+        total += 4 * rows * (layer.bias + (name in clustered and name in folded))
     return total
 
 
 def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> int:
     """Bytes of the packed file that the recipe will give, within about 1%."""
     rest = float(overhead.of(contents(structure, recipe)))
+    ranks = {step.layer for step in recipe.of(LowRank)}
+    clustered = {step.layer for step in recipe.of(Cluster)}
+    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8}
+    weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
+    rest += _FACTORS * len(clustered.intersection(layer for layer, _ in structure.folds))
+    rest += _SECOND_QUANTIZED * len(ranks & quantized) + _SECOND_WEIGHT_ONLY * len(ranks & weight_only)
+    rest += _SECOND_FLOAT * len(ranks - quantized - weight_only)
     return round(layer_bytes(structure, recipe, overhead) + rest)
 
 
@@ -204,6 +223,7 @@ def many(
     }
     widths = next((axis for axis in axes if axis.kind == "width"), None)
     depths = next(axis for axis in axes if axis.kind == "depth")
+    folded = {layer for layer, _ in structure.folds}
     dropped = [structure.blocks[:depth] for depth in depths.choices]
     alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
 
@@ -241,6 +261,15 @@ def many(
         for group in structure.groups
     }
 
+    def kept_ranks(
+        rows: NDArray[np.int64], columns: NDArray[np.int64], share: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        """`kept_rank` for each recipe, 0 where the layer stays whole."""
+        full = np.minimum(rows, columns)
+        step = np.where(full >= 32, 8, np.where(full >= 16, 4, 1))
+        rank = np.minimum(full, step * np.maximum(1, np.rint(full * share / step).astype(np.int64)))
+        return np.where((share < 1) & (rank * (rows + columns) < rows * columns), rank, 0)
+
     def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         depth = picks[:, column["depth"]]
         width = picks[:, column["width"]] if widths else np.zeros(len(picks), dtype=np.int64)
@@ -264,20 +293,42 @@ def many(
                 for group_name, n in layer.inputs:
                     if group_name in keep:
                         inputs = inputs - (n - n * keep[group_name] // channels[group_name])
-            whole = layer.weight_shape[0] * layer.weight_shape[1]
-            params = layer.params * outputs * inputs // whole
+            rows, columns = outputs, inputs * (layer.params // (layer.weight_shape[0] * layer.weight_shape[1]))
+            rank = kept_ranks(rows, columns, choices("rank", layer.name, 1.0)[pick(picks, "rank", layer.name)])
+            whole = rank == 0
             bit, zero = pick(picks, "weight_bits", layer.name), pick(picks, "sparsity", layer.name)
             bits = choices("weight_bits", layer.name, 32).astype(np.int64)[bit]
-            nonzero = np.rint(params * kept[layer.name][bit, zero]).astype(np.int64)
-            size += there * (weight_bytes(params, bits, nonzero) + 4 * outputs * (int(layer.bias) + (bits <= 8)))
+            zeros = choices("sparsity", layer.name, 0.0)[zero]
+            codebook = choices("cluster_bits", layer.name, 32).astype(np.int64)[pick(picks, "cluster_bits", layer.name)]
+            clustered = codebook < 32
+            factors = clustered & (layer.name in folded)
             activations = choices("activation_bits", layer.name, 32)[pick(picks, "activation_bits", layer.name)]
-            eight = (bits <= 8) & (activations == 8)
-            weight_only += there & (bits < 32) & ~eight
+            eight = (bits <= 8) & (activations == 8) & ~clustered
+            few = (bits < 32) | clustered
+            second = np.where(eight, _SECOND_QUANTIZED, np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT))
+            own = np.where(whole, 0.0, second) + _FACTORS * factors + 4 * rows * (int(layer.bias) + factors)
+            matrices = [(np.where(whole, rows, rank), columns)]
+            if ("rank", layer.name) in owner:
+                matrices.append((np.where(whole, 0, rows), rank))
+            for out, read in matrices:
+                count = out * read
+                some = np.maximum(count, 1)
+                kept_weights = np.rint(some * kept[layer.name][bit, zero]).astype(np.int64)
+                plain = weight_bytes(some, bits, kept_weights) + 4 * out * (bits <= 8)
+                if clustered.any():
+                    kept_indices = some - np.rint(some * zeros).astype(np.int64)
+                    plain = np.where(
+                        clustered, shared_bytes(some, np.where(clustered, codebook, 1), kept_indices), plain
+                    )
+                own += np.where(count > 0, plain, 0)
+            size += there * own
+            weight_only += there & few & ~eight
             quantized += there & eight
             layers += there
             regions += there & eight & ~before
             before = np.where(there, eight, before)
-            operations += there * (layer.macs * outputs * inputs // whole)
+            work = np.where(whole, rows * columns, rank * (rows + columns))
+            operations += there * (layer.macs * work // layer.params)
         made_of = FileContents(
             1, weight_only, quantized, layers, regions, quantized > 0, narrowed / max(1, len(channels))
         )

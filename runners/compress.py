@@ -1,7 +1,8 @@
 """A recipe carried out on a live network: the one table that joins decisions (`spaces`) and acts (`runners.operators`).
 
-The order is the order of surgery (`spaces.recipe.ORDER`). Whole blocks and channels go for good; sparsity and weight
-bits are parametrizations, so that recovery trains what will ship; `freeze` then turns them into integers and scales.
+The order is the order of surgery (`spaces.recipe.ORDER`). Whole blocks and channels go for good, and so does a layer that
+becomes two of low rank; what a recipe does to that layer afterwards it does to both. Sparsity, codebooks and weight bits
+are parametrizations, so that recovery trains what will ship; `freeze` then turns them into indices, integers and scales.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
-from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
-from ..spaces.structure import Structure, inside
+from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.structure import Layer, Structure, inside, largest_rank, shapes, sides
 from .library import LayerLibrary, shaped
+from .operators.cluster import SharedWeights, shared
+from .operators.lowrank import factored, parts
 from .operators.prune import prune_channels
 from .operators.quantize import FakeQuantize, codes
 
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width."""
+    """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width.
+
+    codebook: `[values]`; then the codes are indices into it.
+    """
 
     weight_bits: int
     activation_bits: int = 32
     codes: Tensor | None = None
     scale: Tensor | None = None
+    codebook: Tensor | None = None
 
 
 # What every act is given: the network, the recipe, its structure, an example input, and the library if there is one.
@@ -58,31 +65,52 @@ def remove_channels(
     prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
 
 
+def factor_layers(
+    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+) -> None:
+    for step in recipe.of(LowRank):
+        layer = model.get_submodule(step.layer)
+        vectors = library.basis(layer.weight) if library else None  # type: ignore[arg-type]
+        model.set_submodule(step.layer, factored(layer, step.rank, vectors))
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:  # whatever a network raises that reads its layers' attributes itself
+        names = ", ".join(step.layer for step in recipe.of(LowRank))
+        raise RecipeError(f"the network does not run with layers of low rank in the place of {names}: "
+                          f"{type(error).__name__}: {error}; leave out the step of the layer that it names") from error  # fmt: skip
+
+
 def shape_weights(
     model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
 ) -> None:
-    """Zeros first, then integers: one parametrization per layer, because the scale must not see what is zeroed."""
-    ratios = {step.layer: step.ratio for step in recipe.of(Sparsify)}
-    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
-    for name in sorted({*ratios, *bits}):
+    """Zeros first: one parametrization per layer, because neither scales nor codebooks must see what is zeroed."""
+    ratios = {part: step.ratio for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
+    bits = {part: step.weight_bits for step in recipe.of(Quantize) for part in parts(model, step.layer)}
+    clustered = {part: step.bits for step in recipe.of(Cluster) for part in parts(model, step.layer)}
+    for name in sorted({*ratios, *bits, *clustered}):
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
         level = bits.get(name, 32), ratios.get(name, 0.0)
         mask, scale = library.shaped(weight, *level) if library else shaped(weight, *level)
-        parametrize.register_parametrization(layer, "weight", FakeQuantize(weight, level[0], mask, scale), unsafe=True)
+        made: nn.Module = FakeQuantize(weight, level[0], mask, scale)
+        if name in clustered:
+            made = SharedWeights(*shared(weight, clustered[name], mask), clustered[name], zero=mask is not None)
+        parametrize.register_parametrization(layer, "weight", made, unsafe=True)
 
 
-# Sparsify and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
+# Sparsify, Cluster and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
 ACTS: tuple[tuple[tuple[type, ...], _Act], ...] = (
     ((Student,), drop_blocks),
     ((Prune,), remove_channels),
-    ((Sparsify, Quantize), shape_weights),
+    ((LowRank,), factor_layers),
+    ((Sparsify, Cluster, Quantize), shape_weights),
 )
 
 
 def check_fits(recipe: Recipe, structure: Structure) -> None:
-    """Raises `RecipeError` with every step that names a layer, group or block which this network does not have."""
-    layers = {layer.name for layer in structure.layers}
+    """Raises `RecipeError` with every step that names what this network does not have, or a rank that saves nothing."""
+    layers = {layer.name: layer for layer in structure.layers}
     groups = {group.name: group.channels for group in structure.groups}
     dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
     problems = [f"block {name!r} cannot be left out here" for name in dropped if name not in structure.blocks]
@@ -91,15 +119,30 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
             problems.append(f"no dependency group {step.group!r}")
         elif step.keep > groups[step.group]:
             problems.append(f"group {step.group!r} has {groups[step.group]} channels, {step.keep} cannot be kept")
-    for name in [*(step.layer for step in recipe.of(Sparsify)), *(step.layer for step in recipe.of(Quantize))]:
-        if name not in layers:
-            problems.append(f"no layer {name!r} that can be compressed")
-        elif inside(name, dropped):
-            problems.append(f"layer {name!r} is in a block that the recipe leaves out")
+    for one in recipe.steps:
+        if not isinstance(one, LowRank | Sparsify | Cluster | Quantize):
+            continue
+        if one.layer not in layers:
+            problems.append(f"no layer {one.layer!r} that can be compressed")
+        elif inside(one.layer, dropped):
+            problems.append(f"layer {one.layer!r} is in a block that the recipe leaves out")
+        elif isinstance(one, LowRank):
+            problems += _rank_problems(one, layers[one.layer], shapes(structure, recipe)[one.layer])
     if problems:
         choices = {"layers": sorted(layers), "groups of channels": sorted(groups), "blocks": structure.blocks}
         here = [f"{kind} here: {', '.join(names) or 'none'}" for kind, names in choices.items()]
         raise RecipeError("\n".join(["the recipe does not fit this network:", *(f"  - {p}" for p in problems), *here]))
+
+
+def _rank_problems(step: LowRank, layer: Layer, shape: tuple[int, int]) -> list[str]:
+    rows, columns = sides(layer, shape)
+    most = largest_rank(rows, columns)
+    if not layer.factorable:
+        return [f"layer {layer.name!r} is a {layer.kind} convolution, whose weight is not one matrix of low rank"]
+    if step.rank > most:
+        other = f"choose at most {most}, or leave the step out" if most else "leave the step out"
+        return [f"layer {layer.name!r}: rank {step.rank} of a {rows} x {columns} matrix saves nothing; {other}"]
+    return []
 
 
 def compress(
@@ -120,13 +163,19 @@ def compress(
 @torch.no_grad()
 def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
     """Replace every parametrized weight by the numbers that ship, in place, and return them by layer."""
-    activations = {step.layer: step.activation_bits for step in recipe.of(Quantize)}
+    activations = {part: step.activation_bits for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     frozen = {}
     model.eval()
     for name, layer in list(model.named_modules()):
         if not parametrize.is_parametrized(layer, "weight"):
             continue
         fake = layer.parametrizations["weight"][0]  # type: ignore[index,union-attr]
+        if isinstance(fake, SharedWeights):
+            frozen[name] = FrozenWeight(
+                fake.bits, codes=fake.indices.float(), codebook=fake.codebook().detach().clone()
+            )
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            continue
         assert isinstance(fake, FakeQuantize)
         weight = layer.parametrizations["weight"].original.detach()  # type: ignore[index,union-attr]
         if fake.mask is not None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .operators.lowrank import basis
 from .operators.quantize import weight_scales
 from .operators.sparsify import magnitude_mask
 
@@ -104,6 +105,16 @@ class LayerLibrary:
         if bits <= 8:
             scale = entry["scale"].to(weight.device, copy=True)  # a scale is trained in place
         return mask, scale
+
+    def basis(self, weight: Tensor) -> Tensor:
+        """What `operators.lowrank.basis` gives, kept in memory only: it is as large as the weight."""
+        plain = weight.detach().cpu().contiguous()
+        key = f"basis of {_key(plain, 32, 0.0)}"
+        entry = self._recall(key)
+        if entry is None:
+            entry = {"basis": basis(plain)}
+            self._remember(key, entry)
+        return entry["basis"].to(weight.device)
 
     # ---------------------------------------------------------------------------------------------- in memory
 

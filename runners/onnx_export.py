@@ -6,8 +6,8 @@ activation ranges are measured on this graph too.
 - The float graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`)
   takes 3-16 s, which a search would pay in every trial. The newer one steps in where the first fails.
 - Weights: 2 bits are stored as INT2 and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
-  Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. A file with INT2
-  is of opset 25, all others are of opset 21.
+  Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
+  by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
@@ -259,6 +259,9 @@ class _Graph:
         node = self.nodes[number]
         old, name = node.input[1], f"{layer}.weight"
         node.input[1] = f"{name}_dq"
+        if weight.codebook is not None:
+            self._add_codebook(name, weight, factor, transposed)
+            return
         if weight.codes is None or weight.scale is None:
             half = numpy_helper.to_array(self.tensors[old]).astype(np.float16)
             self._add_tensor(numpy_helper.from_array(half, f"{name}_f16"))
@@ -307,6 +310,26 @@ class _Graph:
         new = helper.make_node("MatMulNBits", [node.input[0], weight, f"{scales}_all", *bias], list(node.output),
                                domain=_MICROSOFT, K=inputs, N=outputs, bits=4, block_size=block, accuracy_level=1)  # fmt: skip
         node.CopyFrom(new)
+
+    def _add_codebook(self, name: str, weight: FrozenWeight, factor: Tensor | None, transposed: bool) -> None:
+        """A weight as indices, which ONNX Runtime looks up when it loads the file, and what folding multiplied it by.
+
+        ONNX counts a negative index from the end of the codebook. So the upper half of the indices is written as
+        negative numbers, and all of them fit into the signed types that weights have anyway.
+        """
+        assert weight.codes is not None
+        assert weight.codebook is not None
+        size = len(weight.codebook)
+        indices = torch.where(weight.codes >= (size + 1) // 2, weight.codes - size, weight.codes).to(torch.int8).numpy()
+        indices = np.ascontiguousarray(indices.T) if transposed else indices
+        made = _Int8Layer(name, weight.weight_bits, indices, np.ones(0, np.float32), int(transposed))
+        self._add_codes(made)
+        self._add_tensor(numpy_helper.from_array(weight.codebook.numpy().astype(np.float32), f"{name}_b"))
+        self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.INT32)
+        self._add("Gather", [f"{name}_b", f"{name}_c"], f"{name}_dq" if factor is None else f"{name}_v")
+        if factor is not None:
+            self._add_tensor(numpy_helper.from_array(_along(made, factor.numpy().astype(np.float32)), f"{name}_s"))
+            self._add("Mul", [f"{name}_v", f"{name}_s"], f"{name}_dq")
 
     def _add_codes(self, layer: _Int8Layer) -> TensorProto.DataType:
         kind = TensorProto.INT8 if layer.bits > 4 else TensorProto.INT4 if layer.bits > 2 else TensorProto.INT2

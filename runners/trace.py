@@ -3,7 +3,7 @@
 Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
 dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
 after all of them were really pruned in a copy that still gives outputs of the same shape, and a block only after the
-copy without it had the shapes that `objectives.cost` foretells.
+copy without it had the shapes that `spaces.structure.shapes` foretells.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed, TaskError, TrialError
-from ..objectives.cost import shapes
 from ..spaces.recipe import Prune, Recipe, Student
-from ..spaces.structure import Group, Layer, Structure, inside, kept_channels
+from ..spaces.structure import Group, Layer, Structure, inside, kept_channels, shapes
 from .compress import Skip, compress
 from .operators.fold import fold_batchnorms
 from .operators.prune import channel_groups

@@ -51,11 +51,27 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Replace a linear layer or a convolution by two of inner width `rank`; later steps for its name apply to both."""
+
+    layer: str
+    rank: int
+
+
+@dataclass(frozen=True)
 class Sparsify:
     """Set the share `ratio` of a layer's weights, those of least magnitude, to zero."""
 
     layer: str
     ratio: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Store a layer's weights as indices of `bits` (2..8) into a codebook of float32 values that k-means finds."""
+
+    layer: str
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -98,9 +114,9 @@ class Recover:
     patience: int = later(0)
 
 
-Step = Student | Prune | Sparsify | Quantize | Recover
+Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover
 # The order of surgery: a step may rely on all that stand before it.
-ORDER: tuple[type, ...] = (Student, Prune, Sparsify, Quantize, Recover)
+ORDER: tuple[type, ...] = (Student, Prune, LowRank, Sparsify, Cluster, Quantize, Recover)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
 _Kind = TypeVar("_Kind")
 # By the declared type of a field: what is accepted, what it is turned into, and how to say so.
@@ -133,7 +149,7 @@ def _canonical(step: Step) -> Step:
 def _target(step: Step) -> str:
     """What at most one step of each kind is for: a group, a layer, or the whole network."""
     match step:
-        case Prune(name) | Sparsify(name) | Quantize(name):
+        case Prune(name) | LowRank(name) | Sparsify(name) | Cluster(name) | Quantize(name):
             return name
         case _:
             return ""
@@ -145,6 +161,10 @@ def _check(step: Step) -> None:
             raise RecipeError("student: it leaves out no block; leave the step out instead")
         case Prune(group, keep) if keep < 1:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
+        case LowRank(layer, rank) if rank < 1:
+            raise RecipeError(f"lowrank {layer}: rank = {rank}; at least 1 must stay")
+        case Cluster(layer, bits) if not 2 <= bits <= 8:
+            raise RecipeError(f"cluster {layer}: bits = {bits}; choose from 2..8")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
             raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
         case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
@@ -190,7 +210,8 @@ class Recipe:
     """All steps that turn the trained network into a candidate, kept in the order of surgery.
 
     Equal recipes have one form: blocks are sorted, numbers are plain, a step that would change nothing is refused.
-    Raises `RecipeError` for a step with an impossible number or two steps of one kind for the same target.
+    Raises `RecipeError` for a step with an impossible number, two steps of one kind for the same target, or a layer
+    that is both clustered and quantized.
 
         >>> Recipe((Quantize("fc", 8), Student(("layer3.2",)))).describe()
         'without layer3.2, weights 8 bit'
@@ -210,6 +231,11 @@ class Recipe:
         twice = [f"{kind} {target}".rstrip() for (kind, target), count in targets.items() if count > 1]
         if twice:
             raise RecipeError(f"two steps for the same target: {', '.join(twice)}")
+        both = sorted({step.layer for step in steps if isinstance(step, Cluster)}
+                      & {step.layer for step in steps if isinstance(step, Quantize)})  # fmt: skip
+        if both:
+            raise RecipeError(f"cluster and quantize for the same layer: {', '.join(both)}; its weights are stored "
+                              "as indices into a codebook or as integers with scales, leave out one of the steps")  # fmt: skip
         if trained and targets["recover", ""]:
             raise RecipeError(
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
@@ -265,10 +291,14 @@ class Recipe:
             parts.append(f"without {' '.join(drop)}")
         if prunes := self.of(Prune):
             parts.append(f"{len(prunes)} group{'s' * (len(prunes) > 1)} narrowed")
+        if factored := self.of(LowRank):
+            parts.append(f"{len(factored)} layer{'s' * (len(factored) > 1)} of low rank")
         if sparse := [step.ratio for step in self.of(Sparsify)]:
             parts.append(
                 f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {_span([round(100 * r) for r in sparse])}% sparse"
             )
+        if clustered := [step.bits for step in self.of(Cluster)]:
+            parts.append(f"{len(clustered)} layer{'s' * (len(clustered) > 1)} in {_span(clustered)}-bit codebooks")
         quantized = self.of(Quantize)
         if quantized:
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit")

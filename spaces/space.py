@@ -11,14 +11,14 @@ Width is not a step of its own: it narrows every dependency group, so it is writ
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import ConfigError, RecipeError
-from .recipe import Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
-from .structure import Structure, inside, kept_channels
+from .recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from .structure import Structure, inside, kept_channels, kept_rank, shapes, sides
 
 KINDS = ("conv", "depthwise", "grouped", "linear")
 # By technique: whether a number is a possible choice, and which ones are.
@@ -29,6 +29,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sparsity": (lambda x: 0 <= x < 1, "shares from 0, below 1"),
     "weight_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 16, 32), "2..8, 16, 32"),
     "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
+    "cluster_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 32), "2..8, 32"),
+    "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
 }
 
 
@@ -61,13 +63,17 @@ class Space:
     """Rules per technique; an empty field leaves that technique out.
 
     weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
-    sparsity: shares of zeros. channels: shares of a dependency group's channels that are removed. width: shares of all
+    cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
+    rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
+    nothing. sparsity: shares of zeros. channels: shares of a dependency group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate.
     """
 
     weight_bits: tuple[Rule, ...] = ()
     activation_bits: tuple[Rule, ...] = ()
+    cluster_bits: tuple[Rule, ...] = ()
+    rank: tuple[Rule, ...] = ()
     sparsity: tuple[Rule, ...] = ()
     channels: tuple[Rule, ...] = ()
     width: tuple[float, ...] = (1.0,)
@@ -87,6 +93,8 @@ class Space:
         axes += _rule_axes("sparsity", self.sparsity, layers, structure, problems)
         axes += _rule_axes("weight_bits", self.weight_bits, layers, structure, problems)
         axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, problems)
+        axes += _rule_axes("cluster_bits", self.cluster_bits, layers, structure, problems)
+        axes += _rank_axes(_rule_axes("rank", self.rank, layers, structure, problems), structure)
         axes.append(Axis("recovery", "recovery", (), self.recovery))
         if problems:
             raise ConfigError(problems, "space")
@@ -135,9 +143,16 @@ class Space:
             keep = kept_channels(group.channels, share, group.round_to)
             if group.name in made and keep < group.channels:
                 steps.append(Prune(group.name, keep))
+        narrowed = shapes(structure, Recipe(tuple(steps))) if self.rank else {}
         for layer in alive:
+            if (share := value.get(("rank", layer.name), 1.0)) < 1:
+                rank = kept_rank(*sides(layer, narrowed[layer.name]), share)
+                steps += [LowRank(layer.name, rank)] if rank else []
             if ratio := value.get(("sparsity", layer.name), 0.0):
                 steps.append(Sparsify(layer.name, ratio))
+            if (clustered := value.get(("cluster_bits", layer.name), 32)) < 32:
+                steps.append(Cluster(layer.name, clustered))
+                continue
             bits = value.get(("weight_bits", layer.name), 32)
             activations = value.get(("activation_bits", layer.name), 32)
             if bits < 32:
@@ -166,12 +181,15 @@ class Space:
     def encode(self, structure: Structure, recipe: Recipe) -> dict[str, int] | None:
         """Picks that give this recipe, or None when the space does not hold it."""
         quantized = {step.layer: step for step in recipe.of(Quantize)}
+        clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
+        ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
         sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
         steps = tuple(recipe.of(Recover))
         recovery = next((choice for choice in self.recovery if self.recoveries(choice) == steps), "another")
         axes = self.axes(structure)
         keep = {step.group: step.keep for step in recipe.of(Prune)}
+        narrowed = shapes(structure, Recipe(tuple(recipe.of(Prune))))
         for width in self.width if structure.groups else (1.0,):
             picks: dict[str, int] = {}
             for axis in axes:
@@ -185,14 +203,17 @@ class Space:
                 elif axis.kind == "recovery":
                     wanted = {recovery if recipe.steps else axis.choices[0]}
                 elif axis.kind == "channels":
-                    wanted = set.intersection(
-                        set(axis.choices), *(_ratios(axis, structure, t, width, keep) for t in targets)
-                    )
-                    wanted = {min(wanted)} if wanted else {None}
+                    wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
                     wanted = {sparse.get(t, 0.0) for t in targets}
-                elif axis.kind == "weight_bits":
-                    wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets}
+                elif axis.kind == "weight_bits":  # has no effect where weights are clustered
+                    wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets if t not in clustered}
+                elif axis.kind == "cluster_bits":
+                    wanted = {clustered.get(t, 32) for t in targets}
+                elif axis.kind == "rank":
+                    wanted = _common(
+                        axis, (_shares(axis, sides(structure.layer(t), narrowed[t]), ranks.get(t)) for t in targets)
+                    )
                 else:  # where weights stay float an activation width has no effect: any choice will do
                     wanted = {
                         quantized[t].activation_bits
@@ -209,10 +230,35 @@ class Space:
         return None
 
 
+def _common(axis: Axis, possible: Iterable[set[Any]]) -> set[Any]:
+    """The least of the choices that all targets of an axis may have, or None where there is no such."""
+    found = set.intersection(set(axis.choices), *possible)
+    return {min(found)} if found else {None}
+
+
 def _ratios(axis: Axis, structure: Structure, name: str, width: float, keep: Mapping[str, int]) -> set[float]:
     group = structure.group(name)
     wanted = keep.get(name, group.channels)
     return {r for r in axis.choices if kept_channels(group.channels, width * (1 - r), group.round_to) == wanted}
+
+
+def _shares(axis: Axis, matrix: tuple[int, int], rank: int | None) -> set[float]:
+    return {share for share in axis.choices if (kept_rank(*matrix, share) if share < 1 else None) == rank}
+
+
+def _rank_axes(axes: Iterable[Axis], structure: Structure) -> list[Axis]:
+    """The axes of rank without targets that cannot be factored and without shares that save nothing in any of them."""
+    found = []
+    for axis in axes:
+        layers = [structure.layer(name) for name in axis.targets]
+        layers = [layer for layer in layers if layer.factorable]
+        matrices = [sides(layer, (layer.weight_shape[0], layer.weight_shape[1])) for layer in layers]
+        choices = tuple(
+            share for share in axis.choices if share == 1 or any(kept_rank(*matrix, share) for matrix in matrices)
+        )
+        if any(share < 1 for share in choices):
+            found.append(replace(axis, targets=tuple(layer.name for layer in layers), choices=choices))
+    return found
 
 
 def _rule_axes(
@@ -255,7 +301,7 @@ def matches(pattern: str, name: str, structure: Structure) -> bool:
 
 
 def default_space(structure: Structure, train_images: int = 0) -> Space:
-    """What is searched when nothing is said: every technique, with few choices each.
+    """What is searched when nothing is said: every technique but codebooks and low rank, with few choices each.
 
     The first and the last layer keep at least 6 bits. Activations share one width, because int8 pays in contiguous
     regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or minutes.

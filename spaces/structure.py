@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError
+from .recipe import Prune, Recipe, Student
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Layer:
     @property
     def params(self) -> int:
         return math.prod(self.weight_shape)
+
+    @property
+    def factorable(self) -> bool:
+        """Whether it may become two layers of low rank: the rank of a depthwise or grouped one is small as it is."""
+        return self.kind in ("conv", "linear")
 
 
 @dataclass(frozen=True)
@@ -87,3 +93,54 @@ def kept_channels(channels: int, share: float, round_to: int) -> int:
         return channels  # 36 is no multiple of 8, and a network that is not narrowed keeps all 36
     kept = round_to * max(1, round(channels * share / round_to))
     return min(channels, kept)
+
+
+def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Output and input channels of each layer that stays."""
+    dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
+    keep = {step.group: step.keep for step in recipe.of(Prune)}
+    channels = {group.name: group.channels for group in structure.groups}
+    out = {}
+    for layer in structure.layers:
+        if inside(layer.name, dropped):
+            continue
+        outputs = layer.weight_shape[0]
+        if (
+            layer.output and layer.output in keep
+        ):  # a depthwise layer may make several channels from each of its group's
+            outputs = outputs * keep[layer.output] // channels[layer.output]
+        gone = sum(n - n * keep[group] // channels[group] for group, n in layer.inputs if group in keep)
+        inputs = layer.weight_shape[1] if layer.kind == "depthwise" else layer.weight_shape[1] - gone
+        out[layer.name] = (outputs, inputs)
+    return out
+
+
+def sides(layer: Layer, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a layer's weight as a matrix, outputs by all that each of them reads.
+
+    >>> sides(Layer("a", "conv", (64, 32, 3, 3), 0), (64, 16))
+    (64, 144)
+    """
+    return shape[0], shape[1] * math.prod(layer.weight_shape[2:])
+
+
+def largest_rank(rows: int, columns: int) -> int:
+    """The largest rank at which two factors have fewer numbers than the matrix, and so fewer MACs; 0 for none.
+
+    >>> largest_rank(64, 64), largest_rank(64, 576), largest_rank(1, 8)
+    (31, 57, 0)
+    """
+    return (rows * columns - 1) // (rows + columns)
+
+
+def kept_rank(rows: int, columns: int, share: float) -> int | None:
+    """The rank that the share `share` of the full rank is rounded to, or None where it would save nothing.
+
+    Ranks are rounded as channels are, because they are channels of the runtime's.
+
+    >>> kept_rank(64, 576, 0.5), kept_rank(64, 576, 0.9), kept_rank(64, 64, 0.5)
+    (32, 56, None)
+    """
+    full = min(rows, columns)
+    rank = kept_channels(full, share, 8 if full >= 32 else 4 if full >= 16 else 1)
+    return rank if rank <= largest_rank(rows, columns) else None

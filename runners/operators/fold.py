@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .lowrank import parts
+
 
 def fold_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """`(factor, shift)` with `norm(x) = factor * x + shift` per channel, in evaluation mode."""
@@ -25,13 +27,18 @@ def fold_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """Fold each `(layer, batchnorm)` pair in place; returns by layer the factor its output channels were scaled by."""
+    """Fold each `(layer, batchnorm)` pair in place; returns by layer the factor its output channels were scaled by.
+
+    Of a layer of low rank the second factor has the output channels, and it is the one that is named.
+    """
     factors = {}
     modules = dict(model.named_modules())
     for layer_name, norm_name in folds:
         layer, norm = modules.get(layer_name), modules.get(norm_name)
         if layer is None or norm is None:  # in a block that was left out
             continue
+        layer_name = parts(model, layer_name)[-1]
+        layer = model.get_submodule(layer_name)
         factor, shift = fold_factors(norm)
         assert isinstance(layer.weight, Tensor)
         layer.weight.copy_(layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1)))

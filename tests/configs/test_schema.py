@@ -63,6 +63,8 @@ def test_a_space_becomes_rules():
             "space": {
                 "weight_bits": [{"choices": [4, 8]}, {"layers": "first", "choices": [8], "share": True}],
                 "activation_bits": [8, 32],
+                "cluster_bits": [{"layers": "linear", "choices": [4, 32]}],
+                "rank": [1, 0.5],
                 "sparsity": [0, 0.5],
                 "channels": [{"layers": ["layer1.*", "last"], "choices": [0.25]}],
                 "width": [1, 0.5],
@@ -74,6 +76,8 @@ def test_a_space_becomes_rules():
     assert config.to_space() == Space(
         weight_bits=(Rule((4, 8)), Rule((8,), ("first",), share=True)),
         activation_bits=(Rule((8, 32)),),
+        cluster_bits=(Rule((4, 32), ("linear",)),),
+        rank=(Rule((1.0, 0.5)),),
         sparsity=(Rule((0.0, 0.5)),),
         channels=(Rule((0.25,), ("layer1.*", "last")),),
         width=(1.0, 0.5),

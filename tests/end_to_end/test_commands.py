@@ -255,6 +255,26 @@ def test_check(paretorch, folder):
     assert not (folder / "studies" / "blobs").exists()
 
 
+def test_low_rank_and_codebooks_are_searched_from_the_same_configuration(paretorch, folder, look):
+    only = ["-s", "space={rank: [1.0, 0.5], cluster_bits: [2, 4], recovery: [batchnorm]}", "-s", "budget=[macs <= 90%]"]
+    checked = paretorch("check", "config.yaml", *only)
+    assert "codebook bits 2 4" in checked.text
+    assert "rank 1 0.5" in checked.text
+    paretorch("search", "config.yaml", *only, "--trials", "12")
+    good = [one for one in look.finished(folder / "studies" / "blobs").values() if one["state"] == "ok"]
+    steps = [{step["step"] for step in one["recipe"]["steps"]} for one in good]
+    assert {"lowrank", "cluster", "recover"} in steps, "only what is of low rank keeps this budget"
+    paretorch(
+        "export",
+        "studies/blobs",
+        "--pick",
+        good[steps.index({"lowrank", "cluster", "recover"})]["number"],
+        "--to",
+        "thin",
+    )
+    paretorch("verify", "thin")
+
+
 def test_schema(paretorch):
     schema = json.loads(paretorch("schema").stdout)
     assert {"task", "budget", "space", "search"} <= set(schema["properties"])

@@ -17,14 +17,13 @@ from paretorch.objectives.cost import (
     level,
     macs,
     many,
-    shapes,
     size_bytes,
     weight_bytes,
 )
 from paretorch.runners.packing import pack
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
-from paretorch.spaces.structure import Group, Layer, Structure
+from paretorch.spaces.structure import Group, Layer, Structure, shapes
 
 WIDTHS = {"a": 8, "b": 12, "c": 6}
 
@@ -195,10 +194,14 @@ def test_an_overhead_that_an_older_study_stored_still_counts():
 @given(st.integers(0, 2**32 - 1))
 def test_many_recipes_at_once_cost_what_each_does(seed):
     plain = structure_of(network())
-    structure = Structure(plain.layers, (*plain.groups[:2], Group("c", 6, 4)), blocks=("3", "1"))
+    structure = Structure(
+        plain.layers, (*plain.groups[:2], Group("c", 6, 4)), ("3", "1"), (), (("2", "bn"), ("5", "bn"))
+    )
     space = Space(
         weight_bits=(Rule((32, 2, 3, 8, 16)), Rule((4, 8), ("last",))),
         activation_bits=(Rule((8, 32), ("conv",)), Rule((32, 8), ("linear", "depthwise"), share=True)),
+        cluster_bits=(Rule((32, 2, 8)), Rule((4, 32), ("linear", "3"), share=True)),
+        rank=(Rule((1.0, 0.5, 0.2)),),
         sparsity=(Rule((0.0, 0.3, 0.75, 0.9)),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
@@ -219,3 +222,33 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         recipe = space.recipe(structure, {axis.name: int(pick) for axis, pick in zip(axes, row, strict=True)})
         assert size == size_bytes(structure, recipe, overhead)
         assert operations == macs(structure, recipe)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.integers(1, 12), st.data())
+def test_a_layer_of_low_rank_costs_what_two_real_ones_do(a, b, data):
+    structure = structure_of(network())
+    rank = data.draw(st.integers(1, 12))
+    kept = [Prune(name, keep) for name, keep in (("a", a), ("b", b)) if keep < WIDTHS[name]]
+    recipe = Recipe((*kept, LowRank("2", rank)))
+    model = network(a, b)
+    model[2] = nn.Sequential(nn.Conv2d(a, rank, 3, 2, 1, bias=False), nn.Conv2d(rank, b, 1))
+    costs, layers = count(model)
+    assert macs(structure, recipe) == sum(costs.values())
+    assert layer_bytes(structure, recipe) == sum(4 * p.numel() for m in layers.values() for p in m.parameters())
+    # Three bits a weight in both, and a scale for each of their channels.
+    rest = layer_bytes(structure, recipe) - sum(4 * p.numel() for p in model[2].parameters())
+    packed_bytes = sum(-(-3 * m.weight.numel() // 8) + 4 * len(m.weight) for m in model[2])
+    assert layer_bytes(structure, Recipe((*recipe.steps, Quantize("2", 3)))) == rest + packed_bytes + 4 * b
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros", "indices", "entries"), [(3, 0.0, 23, 8), (8, 0.0, 60, 60), (8, 0.5, 38, 31), (2, 0.5, 15, 4)]
+)
+def test_a_codebook_is_counted_with_its_indices_and_a_batchnorms_factors(bits, zeros, indices, entries):
+    plain = Structure((Layer("fc", "linear", (5, 12), 60),))
+    folded = Structure((Layer("fc", "linear", (5, 12), 60),), folds=(("fc", "bn"),))
+    recipe = Recipe((Cluster("fc", bits), *([Sparsify("fc", zeros)] if zeros else [])))
+    expected = indices + 4 * entries + 4 * 5
+    assert layer_bytes(plain, recipe) == expected
+    assert layer_bytes(folded, recipe) == expected + 4 * 5

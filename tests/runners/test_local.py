@@ -13,11 +13,15 @@ from paretorch.runners import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.onnx_export import operators, session
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 
 MIXED = Recipe(
     (Student(("layer1.1",)), Prune("down", 16), Sparsify("fc", 0.5), Quantize("stem", 8, 8), Quantize("down", 3),
      Quantize("fc", 16))
+)  # fmt: skip
+THIN = Recipe(
+    (LowRank("down", 8), Sparsify("down", 0.5), Cluster("down", 3), LowRank("fc", 4), Quantize("fc", 8, 8),
+     Cluster("stem", 4), Recover("finetune", 0.5, 0.01))
 )  # fmt: skip
 TRAINED = Recipe((*MIXED.steps, Recover("finetune", 0.5, 0.01)))
 
@@ -28,7 +32,7 @@ def runner(network, task_of, tmp_path):
     return LocalRunner(task_of(model, x), tmp_path, seconds=0.02, calibration_images=128)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), MIXED, TRAINED], ids=["untouched", "mixed", "trained"])
+@pytest.mark.parametrize("recipe", [Recipe(), MIXED, TRAINED, THIN], ids=["untouched", "mixed", "trained", "thin"])
 def test_equal_recipes_give_equal_bytes(recipe, runner):
     runner.use_baseline(runner.build(Recipe()))
     found = []

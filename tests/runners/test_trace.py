@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretorch.errors import ExportFailed, RecipeError, TaskError
-from paretorch.objectives.cost import macs, shapes
+from paretorch.objectives.cost import macs
 from paretorch.runners.compress import compress
 from paretorch.runners.operators.prune import channel_groups, importance, prune_channels
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Prune, Recipe, Student
-from paretorch.spaces.structure import Structure, inside
+from paretorch.spaces.structure import Structure, inside, shapes
 
 GROUPED = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import RecipeError
-from paretorch.spaces.recipe import ORDER, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import ORDER, Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 
 NAMES = ("stem", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc")
 quantize = st.integers(2, 8).flatmap(
@@ -27,7 +27,16 @@ def identity(step):
     return type(step), getattr(step, "layer", getattr(step, "group", None))
 
 
-steps = st.lists(quantize | sparsify | prune | student | recover, max_size=12, unique_by=identity)
+def one_kind_of_weights(found):
+    """No layer that is both clustered and quantized."""
+    taken = {step.layer for step in found if isinstance(step, Cluster)}
+    return [step for step in found if not (isinstance(step, Quantize) and step.layer in taken)]
+
+
+low_rank = st.builds(LowRank, st.sampled_from(NAMES), st.integers(1, 512))
+cluster = st.builds(Cluster, st.sampled_from(NAMES), st.integers(2, 8))
+every = quantize | sparsify | prune | student | recover | low_rank | cluster
+steps = st.lists(every, max_size=12, unique_by=identity).map(one_kind_of_weights)
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,6 +106,10 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (Sparsify("fc", 1.0), "between 0 and 1"),
         (Sparsify("fc", float("nan")), "a finite number"),
         (Sparsify("fc", "half"), "'half'"),
+        (LowRank("fc", 0), "rank = 0; at least 1"),
+        (LowRank("fc", 0.5), "rank = 0.5; it must be a whole number"),
+        (Cluster("fc", 1), "bits = 1; choose from 2..8"),
+        (Cluster("fc", 16), "bits = 16; choose from 2..8"),
         (Quantize("fc", 1), "choose from 2..8, 16"),
         (Quantize("fc", 32), "leave the step out for 32"),
         (Quantize("fc", 12), "weight_bits = 12"),
@@ -127,6 +140,8 @@ def test_impossible_numbers_are_refused(step, complaint):
     [
         ((Quantize("fc", 8), Quantize("fc", 4)), "quantize fc"),
         ((Prune("stem", 8), Prune("stem", 8)), "prune stem"),
+        ((LowRank("fc", 8), LowRank("fc", 4)), "lowrank fc"),
+        ((Cluster("fc", 8), Cluster("fc", 4)), "cluster fc"),
         ((Recover("batchnorm"), Recover("batchnorm")), "recover"),
         ((Student(("a",)), Student(("b",))), "student"),
     ],
@@ -148,7 +163,13 @@ def test_training_goes_on_in_the_order_that_it_is_written_in():
         Recipe((Recover("batchnorm"), short))
 
 
+def test_a_layer_is_clustered_or_quantized():
+    with pytest.raises(RecipeError, match=r"cluster and quantize for the same layer: fc, stem; .* leave out one"):
+        Recipe((Cluster("stem", 4), Cluster("a", 4), Cluster("fc", 4), Quantize("fc", 8), Quantize("stem", 16)))
+
+
 def test_two_kinds_for_one_target_are_not():
+    assert len(Recipe((Cluster("fc", 8), Sparsify("fc", 0.5), LowRank("fc", 5))).steps) == 3
     assert len(Recipe((Quantize("fc", 8), Sparsify("fc", 0.5), Prune("fc", 5))).steps) == 3
 
 
@@ -203,6 +224,7 @@ def test_diff_names_what_changed():
         ((Sparsify("a", 0.5),), "1 layer 50% sparse"),
         ((Sparsify("a", 0.25), Sparsify("b", 0.5)), "2 layers 25-50% sparse"),
         ((Prune("a", 8), Prune("b", 8)), "2 groups narrowed"),
+        ((Cluster("a", 4), LowRank("b", 8), Cluster("b", 2)), "1 layer of low rank, 2 layers in 2-4-bit codebooks"),
         ((Student(("l.1", "l.0")), Recover("batchnorm")), "without l.0 l.1, BatchNorm re-estimated"),
         ((Recover("finetune", 0.4),), "0.4 epochs of recovery"),
     ],

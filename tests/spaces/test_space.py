@@ -7,9 +7,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
-from paretorch.spaces.structure import Group, Layer, Structure, inside, kept_channels
+from paretorch.spaces.structure import (
+    Group,
+    Layer,
+    Structure,
+    inside,
+    kept_channels,
+    kept_rank,
+    largest_rank,
+    shapes,
+    sides,
+)
 
 
 def residual(blocks=2, channels=16, round_to=4, *, grouped=True, droppable=None, depthwise=False, folds=True):
@@ -70,6 +80,8 @@ def spaces(draw, structure):
     return Space(
         weight_bits=rules((2, 3, 4, 6, 8, 16, 32), layers),
         activation_bits=rules((8, 32), layers),
+        cluster_bits=rules((2, 4, 8, 32), layers),
+        rank=rules((1.0, 0.9, 0.5, 0.3, 0.1), layers),
         sparsity=rules((0.0, 0.3, 0.5, 0.9), layers),
         channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
@@ -118,6 +130,7 @@ def test_the_last_rule_that_selects_a_layer_wins(case):
     found = {(axis.kind, target): axis.choices for axis in space.axes(structure) for target in axis.targets}
     for kind, names in (
         ("weight_bits", [layer.name for layer in structure.layers]),
+        ("cluster_bits", [layer.name for layer in structure.layers]),
         ("sparsity", [layer.name for layer in structure.layers]),
         ("channels", [group.name for group in structure.groups]),
     ):
@@ -135,15 +148,20 @@ def test_a_recipe_fits_its_network(case):
     dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
     depth = next(axis for axis in space.axes(structure) if axis.name == "depth")
     assert set(dropped) == set(structure.blocks[: depth.choices[picks["depth"]]])
-    for step in (*recipe.of(Quantize), *recipe.of(Sparsify)):
+    for step in (*recipe.of(Quantize), *recipe.of(Sparsify), *recipe.of(Cluster), *recipe.of(LowRank)):
         assert structure.layer(step.layer)
         assert not inside(step.layer, dropped)
+    sizes = shapes(structure, recipe)
+    for step in recipe.of(LowRank):
+        layer = structure.layer(step.layer)
+        assert layer.kind != "depthwise"
+        assert 1 <= step.rank <= largest_rank(*sides(layer, sizes[step.layer])), "it saves nothing"
     for step in recipe.of(Prune):
         group = structure.group(step.group)
         assert not inside(step.group, dropped)
         assert 1 <= step.keep < group.channels
         assert step.keep % group.round_to == 0
-    if not any(recipe.of(kind) for kind in (Student, Prune, Sparsify, Quantize)):
+    if not any(recipe.of(kind) for kind in (Student, Prune, LowRank, Sparsify, Cluster, Quantize)):
         assert recipe == Recipe(), "an untouched network has nothing to recover from"
 
 
@@ -161,10 +179,17 @@ def test_each_choice_arrives_at_each_target(case):
     quantized = {step.layer: step for step in recipe.of(Quantize)}
     sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
     kept = {step.group: step.keep for step in recipe.of(Prune)}
+    clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
+    ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
+    sizes = shapes(structure, recipe)
     for layer in structure.layers:
         if inside(layer.name, drop):
             continue
-        bits = chosen.get(("weight_bits", layer.name), 32)
+        codebook = chosen.get(("cluster_bits", layer.name), 32)
+        assert clustered.get(layer.name, 32) == codebook
+        share = chosen.get(("rank", layer.name), 1.0)
+        assert ranks.get(layer.name) == (kept_rank(*sides(layer, sizes[layer.name]), share) if share < 1 else None)
+        bits = chosen.get(("weight_bits", layer.name), 32) if codebook == 32 else 32
         assert sparse.get(layer.name, 0.0) == chosen.get(("sparsity", layer.name), 0.0)
         assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
         if bits <= 8:
@@ -298,6 +323,8 @@ def test_all_problems_come_at_once():
     space = Space(
         weight_bits=(Rule((4, 9, "8")), Rule((8,), ("nothing", "fc", "nowhere"))),
         activation_bits=(Rule((16,)),),
+        cluster_bits=(Rule((16, 4)),),
+        rank=(Rule((0.0, 1.0)), Rule((0.5,), ("nothere",))),
         sparsity=(Rule((0.5, 1.0)), Rule(())),
         channels=(Rule((-0.1,), ("fc",)),),
         width=(0.0, 1.0),
@@ -312,7 +339,8 @@ def test_all_problems_come_at_once():
     expected = [
         "weight_bits.0.choices: 9 is not possible", "weight_bits.0.choices: '8' is not possible",
         "weight_bits.1.layers: pattern 'nothing' selects no layer", "weight_bits.1.layers: pattern 'nowhere' selects no layer",
-        "activation_bits.0.choices: 16 is not possible", "sparsity.0.choices: 1.0 is not possible",
+        "activation_bits.0.choices: 16 is not possible", "cluster_bits.0.choices: 16 is not possible",
+        "rank.0.choices: 0.0 is not possible", "rank.1.layers: pattern 'nothere' selects no layer", "sparsity.0.choices: 1.0 is not possible",
         "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
         "channels.0.layers: pattern 'fc' selects no group", "width: 0.0 is not possible",
         "depth: -1 is not possible", "depth: 0.5 is not possible", "recover: method 'pray', epochs 0.0",
@@ -359,6 +387,39 @@ def test_what_the_space_does_not_hold_has_no_picks(case, bits):
     structure, space, picks = case
     recipe = space.recipe(structure, picks)
     layer = structure.layers[-1].name
-    assume(not any(step.layer == layer for step in recipe.of(Quantize)))
+    assume(not any(step.layer == layer for step in (*recipe.of(Quantize), *recipe.of(Cluster))))
     assert space.encode(structure, Recipe((*recipe.steps, Quantize(layer, bits)))) is None
     assert space.encode(structure, Recipe((Student(("nowhere",)),))) is None
+
+
+def test_a_rank_that_saves_nothing_is_never_offered():
+    structure = residual(1, 64, depthwise=True)
+    space = Space(rank=(Rule((1.0, 0.95, 0.5, 0.25)),))
+    axes = {axis.name: axis.choices for axis in space.axes(structure) if axis.kind == "rank"}
+    convolution, stem, fc = (1.0, 0.5, 0.25), (1.0, 0.5, 0.25), (1.0, 0.5, 0.25)
+    # 64 x 27: up to 18 of 27; 64 x 576: up to 57 of 64; 10 x 64: up to 8 of 10; a depthwise layer has no such choice.
+    assert axes == {
+        "rank/stem": stem, "rank/blocks.0.conv1": convolution, "rank/blocks.0.conv2": convolution, "rank/fc": fc,
+    }  # fmt: skip
+    assert Space(rank=(Rule((1.0, 0.5), ("depthwise",)),)).axes(structure) == Space().axes(structure)
+    # A square matrix saves below half of its rank only.
+    square = Structure((Layer("a", "linear", (64, 64), 64 * 64), Layer("b", "linear", (64, 32), 64 * 32)))
+    assert [a.choices for a in space.axes(square) if a.kind == "rank"] == [(1.0, 0.25), (1.0, 0.5, 0.25)]
+    assert [a.name for a in Space(rank=(Rule((1.0, 0.5)),)).axes(square) if a.kind == "rank"] == ["rank/b"]
+
+
+def test_the_rank_is_that_of_the_narrowed_layer():
+    structure = residual(1, 64, 8)
+    space = Space(rank=(Rule((0.5,), ("*.conv2",)),), width=(1.0, 0.5, 0.1))
+    found = [space.recipe(structure, {"width": width}).of(LowRank) for width in range(3)]
+    assert found == [[LowRank("blocks.0.conv2", rank)] for rank in (32, 16, 4)]
+
+
+def test_a_codebook_takes_the_place_of_weight_bits():
+    structure = residual(1)
+    space = Space(weight_bits=(Rule((4, 8)),), cluster_bits=(Rule((32, 3), ("fc", "stem")),))
+    recipe = space.recipe(structure, {"cluster_bits/fc": 1, "weight_bits/fc": 1})
+    assert recipe.of(Cluster) == [Cluster("fc", 3)]
+    assert "fc" not in [step.layer for step in recipe.of(Quantize)]
+    assert space.recipe(structure, {"cluster_bits/fc": 1}) == recipe, "weight bits have no effect there"
+    assert space.encode(structure, recipe)["cluster_bits/fc"] == 1
