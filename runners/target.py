@@ -8,7 +8,7 @@ from the file instead of running it there; what it predicts is then that of ONNX
 What each one is good for, and its traps (all measured, on x86 with VNNI and AMX):
 
 - `onnxruntime`: the default, and the fastest for small networks, because a call costs it the least.
-- `openvino`: large networks; an int8 resnet18 takes 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime, floats
+- `openvino`: large networks; an int8 resnet18 takes about 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime, floats
   the same (`benchmarks/targets.py`). Left to itself it computes floats in bfloat16, and the activations of weight-only
   linear layers in int8, whatever the file says; both are turned off here, and whoever deploys must do the same. A call
   costs about 0.02 ms. It fuses a convolution with the Add behind it, without the rounding between the two, so that
