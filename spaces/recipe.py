@@ -11,13 +11,28 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
 
 VERSION = 1
+
+
+def later(default: Any) -> Any:
+    """A field that older recipes do not have: at its default it is not written, so that their text and key stay."""
+    return field(default=default, metadata={"later": True})
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as plain data, as `asdict` gives it, without `later` fields that stand at their default."""
+    if isinstance(value, tuple):
+        return tuple(plain(entry) for entry in value)
+    if not is_dataclass(value):
+        return value
+    shown = (f for f in fields(value) if not f.metadata.get("later") or getattr(value, f.name) != f.default)
+    return {f.name: plain(getattr(value, f.name)) for f in shown}
 
 
 @dataclass(frozen=True)
@@ -54,10 +69,17 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Recover:
-    """Win accuracy back: `batchnorm` re-estimates statistics, `finetune` trains for `epochs`, taught by the original.
+    """Win accuracy back, by re-estimating statistics (`batchnorm`, `statistics`) or by training (`finetune`).
 
-    `distill` is the weight of the teacher's soft targets against the labels, at `temperature`. A recipe may hold several
-    of `finetune`, each of which goes on from the one before; statistics are re-estimated after the last one.
+    `batchnorm` re-estimates BatchNorm; `statistics` does so too, and corrects the biases of compressed layers that no
+    BatchNorm follows. `finetune` trains for `epochs`, taught by the original network; a recipe may hold several of it, each of
+    which goes on from the one before, and BatchNorm is re-estimated after the last.
+
+    distill: the weight of the teacher's soft targets against the labels, at `temperature`. temperature_schedule: constant,
+    warmup (from 1 up to it) or anneal (from it down to 1). features: the weight of the distance between the features of both.
+    train: all parameters; last, those of the last third of the modules that own any, in the order of execution; scales, those
+    of one dimension: scales of quantization, biases, normalisation. patience: training ends after so many epochs in a row without a
+    better loss on training samples that are held out, and the best weights stay; 0 trains to the end, on all samples.
     """
 
     method: str
@@ -65,6 +87,10 @@ class Recover:
     learning_rate: float = 0.01
     distill: float = 0.9
     temperature: float = 2.0
+    train: str = later("all")
+    temperature_schedule: str = later("constant")
+    features: float = later(0.0)
+    patience: int = later(0)
 
 
 Step = Student | Prune | Sparsify | Quantize | Recover
@@ -72,7 +98,9 @@ Step = Student | Prune | Sparsify | Quantize | Recover
 ORDER: tuple[type, ...] = (Student, Prune, Sparsify, Quantize, Recover)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
 _Kind = TypeVar("_Kind")
-_METHODS = ("batchnorm", "finetune")
+_METHODS = ("batchnorm", "statistics", "finetune")
+_TRAINED = ("all", "last", "scales")
+_SCHEDULES = ("constant", "warmup", "anneal")
 # By the declared type of a field: what is accepted, what it is turned into, and how to say so.
 _TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "str": (str, str, "a name"),
@@ -87,16 +115,16 @@ def _canonical(step: Step) -> Step:
     if not isinstance(step, ORDER):
         raise RecipeError(f"{step!r} is not a step; steps: {', '.join(_NAMES)}")
     values: dict[str, Any] = {}
-    for field in fields(step):
-        value = getattr(step, field.name)
-        accepted, plain, wanted = _TYPES[str(field.type)]
+    for entry in fields(step):
+        value = getattr(step, entry.name)
+        accepted, convert, wanted = _TYPES[str(entry.type)]
         if (
             not isinstance(value, accepted)
             or isinstance(value, bool)
             or (accepted is Real and not math.isfinite(value))
         ):
-            raise RecipeError(f"{type(step).__name__.lower()}: {field.name} = {value!r}; it must be {wanted}")
-        values[field.name] = plain(value)
+            raise RecipeError(f"{type(step).__name__.lower()}: {entry.name} = {value!r}; it must be {wanted}")
+        values[entry.name] = convert(value)
     return replace(step, **values)
 
 
@@ -128,12 +156,26 @@ def _check(step: Step) -> None:
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
-                f"recover: method {method!r}, epochs {epochs}; choose batchnorm without epochs, or finetune with epochs > 0"
+                f"recover: method {method!r}, epochs {epochs}; choose batchnorm or statistics without epochs, "
+                "or finetune with epochs > 0"
             )
         case Recover(_, _, rate, distill, temperature) if rate <= 0 or temperature <= 0 or not 0 <= distill <= 1:
             raise RecipeError(
                 f"recover: learning_rate {rate}, distill {distill}, temperature {temperature}; "
                 "learning_rate > 0, distill in 0..1, temperature > 0"
+            )
+        case Recover(train=train, temperature_schedule=schedule) if train not in _TRAINED or schedule not in _SCHEDULES:
+            raise RecipeError(
+                f"recover: train {train!r}, temperature_schedule {schedule!r}; choose train from {', '.join(_TRAINED)} "
+                f"and temperature_schedule from {', '.join(_SCHEDULES)}"
+            )
+        case Recover(features=features, patience=patience) if features < 0 or patience < 0:
+            raise RecipeError(f"recover: features {features}, patience {patience}; both must be 0 or more")
+        case Recover(method, train=train, temperature_schedule=schedule, features=features, patience=patience) if (
+            method != "finetune" and (train, schedule, features, patience) != ("all", "constant", 0, 0)
+        ):
+            raise RecipeError(
+                f"recover: {method} does not train; leave out train, temperature_schedule, features and patience"
             )
         case _:
             pass
@@ -165,7 +207,9 @@ class Recipe:
         if twice:
             raise RecipeError(f"two steps for the same target: {', '.join(twice)}")
         if trained and targets["recover", ""]:
-            raise RecipeError("recover: batchnorm beside finetune; statistics are re-estimated after training anyway")
+            raise RecipeError(
+                "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
+            )
         steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -181,7 +225,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "steps": [{"step": type(step).__name__.lower(), **asdict(step)} for step in self.steps],
+            "steps": [{"step": type(step).__name__.lower(), **plain(step)} for step in self.steps],
         }
 
     def to_json(self) -> str:
@@ -229,9 +273,10 @@ class Recipe:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
         recovery = self.of(Recover)
         if any(step.epochs for step in recovery):
-            parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery")
+            parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{_how(recovery)}")
         elif recovery:
-            parts.append("BatchNorm re-estimated")
+            named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm and biases corrected"}
+            parts.append(named[recovery[0].method])
         return ", ".join(parts) or "untouched"
 
     def diff(self, other: Recipe) -> str:
@@ -239,6 +284,15 @@ class Recipe:
         mine, theirs = set(self.steps), set(other.steps)
         lines = [f"- {s}" for s in self.steps if s not in theirs] + [f"+ {s}" for s in other.steps if s not in mine]
         return "\n".join(lines)
+
+
+def _how(training: list[Recover]) -> str:
+    """What is unusual about the training, for people: ` (last layers, features)`."""
+    found = []
+    for what, text in (("last", "last layers"), ("scales", "scales and biases")):
+        found += [text] if any(step.train == what for step in training) else []
+    found += ["features"] if any(step.features for step in training) else []
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _span(values: list[int]) -> str:

@@ -154,8 +154,8 @@ class Space:
     def recoveries(self, choice: Recover | None) -> tuple[Recover, ...]:
         """The steps of a choice of recovery: itself, and on a ladder all that train before it.
 
-        >>> Space(recovery=(Recover("finetune", 1), Recover("finetune", 2)), ladder=True).recoveries(Recover("finetune", 2))[0]
-        Recover(method='finetune', epochs=1, learning_rate=0.01, distill=0.9, temperature=2.0)
+        >>> Space(recovery=(Recover("finetune", 1), Recover("finetune", 2)), ladder=True).recoveries(Recover("finetune", 2))[0].epochs
+        1
         """
         if choice is None:
             return ()

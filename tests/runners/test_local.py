@@ -202,7 +202,7 @@ def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, mon
     assert runner.trained_path(short).exists()
     trained = []
     real = local_module.finetune
-    monkeypatch.setattr(local_module, "finetune", lambda *a: (trained.append(a[2]), real(*a)))
+    monkeypatch.setattr(local_module, "finetune", lambda *a, **more: (trained.append(a[2]), real(*a, **more)))
     assert runner.build(long) == whole
     assert trained == [second]
     runner.trained_path(short).write_bytes(b"damaged")

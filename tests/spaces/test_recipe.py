@@ -107,7 +107,7 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (Recover("finetune", -1), "epochs > 0"),
         (Recover("finetune", float("nan")), "epochs = nan"),
         (Recover("finetune", float("inf")), "epochs = inf"),
-        (Recover("batchnorm", 2), "batchnorm without epochs"),
+        (Recover("batchnorm", 2), "choose batchnorm or statistics without epochs"),
         (Recover("finetune", 1, learning_rate=0), "learning_rate > 0"),
         (Recover("finetune", 1, distill=1.5), "distill in 0..1"),
         (Recover("finetune", 1, temperature=0), "temperature > 0"),
@@ -144,7 +144,7 @@ def test_training_goes_on_in_the_order_that_it_is_written_in():
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert recipe.describe() == "weights 4 bit, 2 + 1 epochs of recovery"
     assert len(Recipe((short, short)).steps) == 2
-    with pytest.raises(RecipeError, match="batchnorm beside finetune"):
+    with pytest.raises(RecipeError, match="batchnorm or statistics beside finetune"):
         Recipe((Recover("batchnorm"), short))
 
 
