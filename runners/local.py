@@ -39,6 +39,7 @@ from .measure import latency
 from .onnx_export import batch_of, quantized_graph, session
 from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
+from .operators.moments import Moments, match_moments, output_moments
 from .recover import State, finetune
 from .task import Task, batches, dataset, example_input, inputs
 from .trace import trace
@@ -155,6 +156,11 @@ class LocalRunner:
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:
         return calibration_bias(self.comparable(), self.calibration_parts)
 
+    @cached_property
+    def output_moments(self) -> list[Moments]:
+        """For each of `calibration_parts`, mean and variance of what layers give that no BatchNorm follows."""
+        return output_moments(self.comparable(), self.calibration_parts, {layer for layer, _ in self.structure.folds})
+
     def comparable(self) -> nn.Module:
         """A copy of the network in the layout of `calibration_parts`."""
         return copy.deepcopy(self.model).to(memory_format=_layout(self.calibration))  # type: ignore[call-overload,no-any-return]
@@ -222,6 +228,7 @@ class LocalRunner:
             if keep_trained:
                 write_atomic(self.trained_path(recipe), save({k: v.clone() for k, v in model.state_dict().items()}))
         frozen = freeze(model, recipe)
+        factors: dict[str, Tensor] = {}
         if steps:
             report("BatchNorm", {})
             # After surgery a channel's statistics have no counterpart in the original any more, and a network that was
@@ -229,10 +236,14 @@ class LocalRunner:
             operated = any(isinstance(step, Student | Prune) for step in recipe.steps)
             comparable = not operated and not any(step.epochs for step in steps)
             model.to(memory_format=_layout(self.calibration))  # type: ignore[call-overload]
-            reestimate_batchnorms(model, self.calibration_parts, self.calibration_bias if comparable else None)
+            known = self.calibration_bias if comparable else None
+            reestimate_batchnorms(model, self.calibration_parts, known)
+            if any(step.method == "statistics" for step in steps):
+                factors = match_moments(model, self.calibration_parts, self.output_moments)
+                reestimate_batchnorms(model, self.calibration_parts, known)  # of what lies behind such layers
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         report("exporting", {})
-        factors = fold_batchnorms(model, self.structure.folds)
+        factors |= fold_batchnorms(model, self.structure.folds)
         graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
         return packing.pack(graph)
 

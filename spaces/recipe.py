@@ -71,8 +71,8 @@ class Quantize:
 class Recover:
     """Win accuracy back, by re-estimating statistics (`batchnorm`, `statistics`) or by training (`finetune`).
 
-    `batchnorm` re-estimates BatchNorm; `statistics` does so too, and corrects the biases of compressed layers that no
-    BatchNorm follows. `finetune` trains for `epochs`, taught by the original network; a recipe may hold several of it, each of
+    `batchnorm` re-estimates BatchNorm; `statistics` does so too, and gives the outputs of layers that no BatchNorm follows
+    their mean and variance back, in biases and scales. `finetune` trains for `epochs`, taught by the original network; a recipe may hold several of it, each of
     which goes on from the one before, and BatchNorm is re-estimated after the last.
 
     distill: the weight of the teacher's soft targets against the labels, at `temperature`. temperature_schedule: constant,
@@ -275,7 +275,7 @@ class Recipe:
         if any(step.epochs for step in recovery):
             parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{_how(recovery)}")
         elif recovery:
-            named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm and biases corrected"}
+            named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm re-estimated, biases corrected"}
             parts.append(named[recovery[0].method])
         return ", ".join(parts) or "untouched"
 
