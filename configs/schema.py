@@ -261,6 +261,18 @@ class Finetune(Strict):
     """Weight of the original network's soft answers against the labels, 0 to 1. Default: 0.9."""
     temperature: Positive = 2.0
     """How soft these answers are made; 1 leaves them as they are. Default: 2."""
+    train: Literal["all", "last", "scales"] = "all"
+    """What is trained: `all`; `last`, the last third of the modules that have parameters, which is faster; `scales`, the
+    scales of quantization, biases and normalisation alone, which changes the least. Default: all."""
+    temperature_schedule: Literal["constant", "warmup", "anneal"] = "constant"
+    """The temperature during training: `constant`; `warmup`, from 1 up to it; `anneal`, from it down to 1. Default:
+    constant."""
+    features: Annotated[float, Field(ge=0), _NUMBER] = 0.0
+    """Weight of the distance between the features of both networks, at the last layer of each shape that both have.
+    Default: 0, none."""
+    patience: Natural = 0
+    """Training ends after so many epochs in a row without a better loss on held-out training samples (a tenth, 1024
+    at most), and the best weights stay. Default: 0, to the end and on all samples."""
 
 
 class Recovery(Strict):
@@ -276,9 +288,12 @@ class Recovery(Strict):
 
 
 RecoveryChoice = Annotated[
-    Annotated[Literal["none", "batchnorm", "finetune"], Tag("<text>")] | Annotated[Recovery, Tag("<mapping>")],
+    Annotated[Literal["none", "batchnorm", "statistics", "finetune"], Tag("<text>")]
+    | Annotated[Recovery, Tag("<mapping>")],
     Discriminator(
-        _form, custom_error_type="form", custom_error_message="must be none, batchnorm or {finetune: {epochs: 1}}"
+        _form,
+        custom_error_type="form",
+        custom_error_message="must be none, batchnorm, statistics or {finetune: {epochs: 1}}",
     ),
 ]
 
@@ -305,8 +320,8 @@ class SpaceConfig(Strict):
     depth: Choices[Natural] = (0,)
     """How many residual blocks may be left out, the least important first. Default: [0], none."""
     recovery: Choices[RecoveryChoice] = ("none",)
-    """How accuracy is won back: `none`, `batchnorm` (re-estimate statistics, seconds) or
-    `{finetune: {epochs: 1}}` (train). Default: [none]."""
+    """How accuracy is won back: `none`, `batchnorm` (re-estimate its statistics, seconds), `statistics` (also those of
+    layers that no BatchNorm follows, in their biases and scales) or `{finetune: {epochs: 1}}` (train). Default: [none]."""
 
     @field_validator("recovery", mode="before")
     @classmethod

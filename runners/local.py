@@ -31,6 +31,7 @@ from ..spaces.recipe import Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
 from . import packing
 from .compress import chunks, compress, freeze
+from .distill import WORTH, answers
 from .entropy import zstd_bytes
 from .evaluate import Watch, evaluate, fastest, obvious, predictions
 from .files import read_scores, write_atomic, write_scores
@@ -38,7 +39,8 @@ from .library import LayerLibrary
 from .onnx_export import batch_of, quantized_graph
 from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
-from .recover import finetune
+from .operators.moments import Moments, match_moments, output_moments
+from .recover import State, finetune
 from .target import DEFAULT, Network, Target, as_target
 from .task import Task, batches, dataset, example_input, inputs
 from .trace import trace
@@ -156,8 +158,18 @@ class LocalRunner:
         return [part.contiguous(memory_format=_layout(part)) for part in parts]
 
     @cached_property
+    def answers(self) -> Tensor | None:
+        """The untouched network's outputs for all training samples, or None where they cannot be reused."""
+        return answers(self.task, self.model)
+
+    @cached_property
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:
         return calibration_bias(self.comparable(), self.calibration_parts)
+
+    @cached_property
+    def output_moments(self) -> list[Moments]:
+        """For each of `calibration_parts`, mean and variance of what layers give that no BatchNorm follows."""
+        return output_moments(self.comparable(), self.calibration_parts, {layer for layer, _ in self.structure.folds})
 
     def comparable(self) -> nn.Module:
         """A copy of the network in the layout of `calibration_parts`."""
@@ -169,6 +181,10 @@ class LocalRunner:
     def trained_path(self, recipe: Recipe) -> Path:
         """Where the weights of a trained candidate are, before they became integers: others go on from them."""
         return self.directory / f"{recipe.key}.trained"
+
+    def partial_path(self, recipe: Recipe) -> Path:
+        """Where the last training step of a recipe is between two epochs, in case it is killed; the study removes it."""
+        return self.directory / f"{recipe.key}.partial-training"
 
     def scores_path(self, recipe: Recipe) -> Path:
         """Where the metric of a candidate on every validation sample is."""
@@ -215,6 +231,7 @@ class LocalRunner:
             if keep_trained:
                 write_atomic(self.trained_path(recipe), save({k: v.clone() for k, v in model.state_dict().items()}))
         frozen = freeze(model, recipe)
+        factors: dict[str, Tensor] = {}
         if steps:
             report("BatchNorm", {})
             # After surgery a channel's statistics have no counterpart in the original any more, and a network that was
@@ -222,15 +239,19 @@ class LocalRunner:
             operated = any(isinstance(step, Student | Prune) for step in recipe.steps)
             comparable = not operated and not any(step.epochs for step in steps)
             model.to(memory_format=_layout(self.calibration))  # type: ignore[call-overload]
-            reestimate_batchnorms(model, self.calibration_parts, self.calibration_bias if comparable else None)
+            known = self.calibration_bias if comparable else None
+            reestimate_batchnorms(model, self.calibration_parts, known)
+            if any(step.method == "statistics" for step in steps):
+                factors = match_moments(model, self.calibration_parts, self.output_moments)
+                reestimate_batchnorms(model, self.calibration_parts, known)  # of what lies behind such layers
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         report("exporting", {})
-        factors = fold_batchnorms(model, self.structure.folds)
+        factors |= fold_batchnorms(model, self.structure.folds)
         graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
         return packing.pack(graph)
 
     def _train(self, model: nn.Module, recipe: Recipe, report: Report) -> None:
-        """Carry out the training steps of a recipe, from the last one of which the outcome was kept."""
+        """Carry out the training steps of a recipe, from the last one of which anything was kept."""
         training = recipe.of(Recover)
         others = [step for step in recipe.steps if not isinstance(step, Recover)]
         prefixes = [Recipe((*others, *training[: count + 1])) for count in range(len(training))]
@@ -243,9 +264,20 @@ class LocalRunner:
                     begin = position
                 except (SafetensorError, RuntimeError):  # damaged, or of something else: trained anew
                     continue
+        for position, prefix in reversed([*enumerate(prefixes)][begin:]):
+            if (state := State.read(self.partial_path(prefix), model)) is not None:
+                begin = position
+                break
         for prefix in prefixes[begin:]:
+            step, path = prefix.of(Recover)[-1], self.partial_path(prefix)
             seed = (int(prefix.key[:8], 16) ^ self.seed) % 2**31
-            finetune(model, self.model, prefix.of(Recover)[-1], self.task, seed, lambda text: report(text, {}))
+            reused = step.epochs >= WORTH and step.distill and not step.features
+            finetune(
+                model, self.model, step, self.task, seed, lambda text: report(text, {}),
+                answers=self.answers if reused else None,
+                state=state, keep=lambda state, path=path: write_atomic(path, state.to_bytes()),  # type: ignore[misc]
+            )  # fmt: skip
+            state = None
 
     def baseline(self) -> tuple[Measurement, bytes]:
         """The untouched network, exported, packed, reloaded and measured; raises `TaskError` when it does not survive."""

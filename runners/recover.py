@@ -1,86 +1,248 @@
-"""Accuracy won back by fine-tuning, with the original network as the teacher."""
+"""Accuracy won back by fine-tuning, with the original network as the teacher.
+
+Everything random comes from the seed, and the learning rate and the temperature are functions of the step, so that a
+training that was killed goes on from its last epoch (`State`) and ends with the same weights to the bit.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..errors import Diverged
+from ..errors import Diverged, TrialError
 from ..spaces.recipe import Recover
+from .distill import fast_layout, feature_loss, mixed_precision, pairs, recorded, soft_loss, temperature
 from .operators.quantize import FakeQuantize
 from .task import Task, batches, dataset, loss
 
 Progress = Callable[[str], None]
+CLIP = 5.0  # the largest norm of all gradients together (of scales aside); one bad batch must not undo an epoch
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 1024  # share of the training samples that patience looks at, and how many at most
+KEEP_EVERY = 10.0  # seconds of training that a kill may cost, beside the epoch that it falls into
+
+
+@dataclass
+class State:
+    """A training between two epochs. momentum: by parameter. best: the weights of the least loss on held-out samples."""
+
+    steps: int = 0
+    random: Tensor = field(default_factory=torch.get_rng_state)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    least: float = math.inf
+    waited: int = 0
+
+    def to_bytes(self) -> bytes:
+        numbers = torch.tensor([self.steps, self.least, self.waited], dtype=torch.float64)
+        tensors = {"random": self.random, "numbers": numbers}
+        for kind in ("model", "momentum", "best"):
+            tensors |= {f"{kind}.{name}": value.clone().contiguous() for name, value in getattr(self, kind).items()}
+        data: bytes = save(tensors)
+        return data
+
+    @classmethod
+    def read(cls, path: Path, model: nn.Module) -> State | None:
+        """The state in a file, or None where there is none that can be read and belongs to such a model."""
+        try:
+            found = load(path.read_bytes())
+            steps, least, waited = found["numbers"].tolist()
+            random = found["random"]
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            return None
+        parts = {
+            kind: {name.removeprefix(f"{kind}."): v for name, v in found.items() if name.startswith(f"{kind}.")}
+            for kind in ("model", "momentum", "best")
+        }
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        if {name: value.shape for name, value in parts["model"].items()} != shapes:
+            return None
+        return cls(int(steps), random, **parts, least=least, waited=int(waited))
 
 
 def finetune(
-    model: nn.Module, teacher: nn.Module, step: Recover, task: Task, seed: int, progress: Progress = lambda text: None
+    model: nn.Module,
+    teacher: nn.Module,
+    step: Recover,
+    task: Task,
+    seed: int,
+    progress: Progress = lambda text: None,
+    *,
+    answers: Tensor | None = None,
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
 ) -> None:
-    """Train for `step.epochs` (a fraction is a part of the training images) with SGD and a cosine schedule.
+    """Train for `step.epochs` (a fraction is a part of the training images) with SGD and a cosine schedule, in place.
 
     The loss is `distill * T^2 * KL(teacher || student)` at temperature T plus `(1 - distill)` times the task's loss
-    (Hinton et al. 2015); distillation applies to outputs `[n, classes]` and is left out for other shapes. Everything
-    random comes from the seed.
+    (Hinton et al. 2015) plus `features` times the distance of features; distillation of answers applies to outputs
+    `[n, classes]` and is left out for other shapes. answers: the teacher's to all training samples, from
+    `distill.answers`. keep: is given the state between epochs, every ten seconds at most. state: to go on from one.
+    Raises `Diverged`, and `TrialError` when there is nothing to train.
     """
-    total = max(1, math.ceil(step.epochs * len(dataset(task, "train")) / task.batch_size))  # type: ignore[arg-type]
-    scales = [m.scale for m in model.modules() if isinstance(m, FakeQuantize) and m.scale is not None]
-    ids = {id(p) for p in scales}
-    weights = [p for p in model.parameters() if id(p) not in ids]
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    decayed = {"params": weights, "weight_decay": 1e-4}
-    optimizer = torch.optim.SGD(
-        [decayed, {"params": scales, "weight_decay": 0.0}], lr=step.learning_rate, momentum=0.9, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    seen, held = _samples(task, step.patience)
+    per_epoch = math.ceil(len(seen) / task.batch_size)
+    total = max(1, math.ceil(step.epochs * len(seen) / task.batch_size))
     teacher = copy.deepcopy(teacher).eval()
-    # Twice as fast where the processor multiplies bfloat16 itself, and several times slower where it does not.
-    capabilities = torch.cpu.get_capabilities()
-    mixed = torch.autocast(
-        "cpu", torch.bfloat16, enabled=any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    )
+
+    def objective(x: Tensor, y: Tensor, indices: list[int], done: float, names: Sequence[str]) -> Tensor:
+        with recorded(model, names) as own, mixed_precision():
+            outputs = model(x).float()
+        value = loss(task, outputs, y)
+        soft = bool(step.distill) and outputs.ndim == 2
+        if soft or names:
+            with torch.no_grad(), recorded(teacher, names) as theirs, mixed_precision():
+                taught = teacher(x).float() if answers is None or names else answers[indices]
+        if soft:
+            value = step.distill * soft_loss(outputs, taught, temperature(step, done)) + (1 - step.distill) * value
+        return value + step.features * feature_loss(own, theirs) if names else value
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        """At the last temperature, and augmented in the same way each time, so that epochs can be compared."""
+        model.eval()
+        found = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for x, y, indices in _pass(task, held, 0):
+                found += float(objective(x, y, indices, 1.0, ())) * len(x)
+        model.train()
+        return found / len(held)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        names: Sequence[str] = ()
+        trained = dict(model.named_parameters())
+        if step.features or step.train != "all":
+            example = fast_layout(next(batches(task, "train", indices=seen[:2], shuffle=seed))[0])
+            trained = trainable(model, step.train, example)
+            names = pairs(model, teacher, example) if step.features else ()
+            torch.manual_seed(seed)
+        optimizer = _optimizer(model, trained)
+        state = state or State()
+        if state.steps:
+            model.load_state_dict(state.model)
+            for name, value in state.momentum.items():
+                optimizer.state[trained[name]]["momentum_buffer"] = value
+            torch.set_rng_state(state.random)
+        number, kept = state.steps, time.monotonic()
         model.train()
-        for number, (x, y) in enumerate(_stream(task, total, seed)):
-            if len(x) < 2:
-                continue  # BatchNorm cannot train on a single sample
-            if x.ndim == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
-            with mixed:
-                outputs = model(x).float()
-            value = loss(task, outputs, y)
-            if step.distill and outputs.ndim == 2:
-                with torch.no_grad(), mixed:
-                    taught = F.log_softmax(teacher(x).float() / step.temperature, 1)
-                learnt = F.log_softmax(outputs / step.temperature, 1)
-                soft = F.kl_div(learnt, taught, reduction="batchmean", log_target=True) * step.temperature**2
-                value = step.distill * soft + (1 - step.distill) * value
-            if not bool(value.isfinite()):
-                raise Diverged(f"the loss became {float(value.detach())} in step {number} of {total} of fine-tuning; "
-                               f"try a learning_rate below {step.learning_rate:g}")  # fmt: skip
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(weights, 5.0)
-            optimizer.step()
-            schedule.step()
-            if number % 10 == 0:
-                progress(f"fine-tuning {number}/{total}")
+        while number < total and not 0 < step.patience <= state.waited:
+            epoch = number // per_epoch
+            order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+            for x, y, indices in itertools.islice(_pass(task, [seen[i] for i in order], seed + epoch), total - number):
+                if len(x) > 1:  # BatchNorm cannot train on a single sample
+                    for group in optimizer.param_groups:
+                        group["lr"] = step.learning_rate * 0.5 * (1 + math.cos(math.pi * number / total))
+                    value = objective(x, y, indices, number / max(1, total - 1), names)
+                    if not bool(value.isfinite()):
+                        raise Diverged(f"the loss became {float(value.detach())} in step {number} of {total} of fine-tuning; "
+                                       f"try a learning_rate below {step.learning_rate:g}")  # fmt: skip
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()  # type: ignore[no-untyped-call]
+                    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+                    optimizer.step()
+                    if number % 10 == 0:
+                        progress(f"fine-tuning {number}/{total}")
+                number += 1
+            if step.patience:
+                found = held_out_loss()
+                state.waited = 0 if found < state.least else state.waited + 1
+                if found < state.least:
+                    state.least, state.best = found, {name: v.clone() for name, v in model.state_dict().items()}
+            if keep and time.monotonic() - kept >= KEEP_EVERY:
+                buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in trained.items()}
+                state.momentum = {name: value for name, value in buffers.items() if value is not None}
+                state.steps, state.random, state.model = number, torch.get_rng_state(), model.state_dict()
+                keep(state)
+                kept = time.monotonic()
+        if state.best:
+            model.load_state_dict(state.best)
         model.eval()
 
 
-def _stream(task: Task, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` training batches, every pass over the images in an order of its own."""
-    epoch = 0
-    while count > 0:
-        for batch in batches(task, "train", shuffle=seed + epoch):
-            yield batch
-            count -= 1
-            if not count:
-                return
-        epoch += 1
+def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.SGD:
+    """For the trained parameters, in two groups, those that are no scales of quantization first; the others get no gradient."""
+    scales = {id(module.scale) for module in model.modules() if isinstance(module, FakeQuantize)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    groups = [
+        {"params": [p for p in trained.values() if id(p) not in scales], "weight_decay": 1e-4},
+        {"params": [p for p in trained.values() if id(p) in scales], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
+def trainable(model: nn.Module, what: str, x: Tensor) -> dict[str, nn.Parameter]:
+    """The parameters that `Recover.train` names, by name: `all`, `last` or `scales`; `x` is any input of the network.
+
+    Raises `TrialError` when there are none.
+    """
+    found = dict(model.named_parameters())
+    if what == "scales":
+        found = {name: parameter for name, parameter in found.items() if parameter.ndim <= 1}
+    elif what == "last":
+        chosen = _last_third(model, list(found), x)
+        found = {name: parameter for name, parameter in found.items() if _owner(name) in chosen}
+    if not found:
+        raise TrialError(f"train: {what} finds nothing to train in this network; choose train: all")
+    return found
+
+
+def _owner(parameter: str) -> str:
+    """The module whose parameter it is; that of a parametrized weight is the layer."""
+    return parameter.partition(".parametrizations.")[0] if ".parametrizations." in parameter else parameter.rpartition(".")[0]  # fmt: skip
+
+
+@torch.no_grad()
+def _last_third(model: nn.Module, parameters: list[str], x: Tensor) -> set[str]:
+    """Of the modules that own parameters the third (rounded up) that is called last."""
+    called: dict[str, None] = {}
+    owners = dict.fromkeys(map(_owner, parameters))
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name in owners
+    ]
+    training = model.training
+    try:
+        model.eval()(x)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    order = list(called)
+    return set(order[-math.ceil(len(order) / 3) :])
+
+
+def _samples(task: Task, patience: int) -> tuple[list[int], list[int]]:
+    """`(trained on, held out)`: indices of training samples; of every recipe the same are held out, if any are."""
+    count = len(dataset(task, "train"))  # type: ignore[arg-type]
+    if not patience:
+        return list(range(count)), []
+    if count < 4:
+        raise TrialError(
+            f"patience = {patience} needs training samples to hold out, and there are {count} in all; leave it out"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * count)))
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def _pass(task: Task, indices: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Batches `(inputs, targets, indices)` of these samples in this order."""
+    begin = 0
+    for x, y in batches(task, "train", indices=indices, shuffle=seed):
+        yield fast_layout(x), y, indices[begin : begin + task.batch_size]
+        begin += task.batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,18 +109,26 @@ def _loaded(task: Task, split: Split, loader: DataLoader[Any]) -> Dataset[Any]:
 
 
 def batches(
-    task: Task, split: Split, *, batch_size: int | None = None, limit: int | None = None, shuffle: int | None = None
+    task: Task,
+    split: Split,
+    *,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    shuffle: int | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `(inputs, targets)` of a split; `limit` samples at most, in an order drawn from the seed `shuffle`.
 
     A dataset sorted by class is the usual trap of calibration, so whatever takes a part of a split shuffles it.
+    indices: these samples in this order; `shuffle` is then the seed of the workers alone.
     """
     samples = dataset(task, split)
     data = getattr(task, split)
     generator = torch.Generator().manual_seed(shuffle or 0)
-    if limit is not None or shuffle is not None:
-        order = torch.randperm(len(samples), generator=generator).tolist()  # type: ignore[arg-type]
-        samples = Subset(samples, order[:limit])
+    if indices is None and (limit is not None or shuffle is not None):
+        indices = torch.randperm(len(samples), generator=generator).tolist()[:limit]  # type: ignore[arg-type]
+    if indices is not None:
+        samples = Subset(samples, indices)
     extra: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         extra = {"collate_fn": data.collate_fn, "num_workers": data.num_workers, "worker_init_fn": data.worker_init_fn}

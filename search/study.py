@@ -65,7 +65,9 @@ VERSION = 1
 KNOWN = ("size_bytes", "macs")  # metrics that arithmetic gives
 _SPENT = 300  # repeated suggestions in a row after which a space counts as searched through
 TRIALS = 40  # candidates of a study of which neither a number nor a time was said
-_OURS = re.compile(r"[0-9a-f]{16}\.(safetensors|trained|npy)")  # the files in candidates/ that are the study's
+_OURS = re.compile(
+    r"[0-9a-f]{16}\.(safetensors|trained|partial-training|npy)"
+)  # the files in candidates/ that are the study's
 UNTIMED = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
 _REPORT = 7.0  # seconds that the report and the end of the MLflow run take
 _PAYS = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
@@ -280,7 +282,7 @@ class Study:
             write_atomic(about, json.dumps(record, indent=1))
         self._rebuild(self.journal.read(mend=True))
         self._apply_finalists()
-        self._keep_files(self.front)
+        self._keep_files(self.front, interrupted=True)
         self.opened = True
         if self.candidates:
             self.listener.say(f"going on with the study in {self.directory}: {_count(len(self.candidates))} finished")
@@ -831,11 +833,12 @@ class Study:
         if self._rung(picks) < top and candidate.number in self.settled:
             self._add(candidate, {**picks, "recovery": top}, {})
 
-    def _keep_files(self, front: Front) -> None:
+    def _keep_files(self, front: Front, *, interrupted: bool = False) -> None:
         """Only files that can still be wanted stay.
 
         Packed files: the front's, the nearest misses', the trivial baselines'. Scores: the front's, and of each rung's
-        best, which are the rivals of those to come. Trained weights: of those that may climb.
+        best, which are the rivals of those to come. Trained weights: of those that may climb. What is half trained: after
+        an interruption, until the next trial is over, for that one is the one that was interrupted.
         """
         packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
@@ -847,6 +850,8 @@ class Study:
                 likely = ranked([s.losses for s in eligible], max(PILOT, len(standings) // 2))
                 wanted |= {self.runner.trained_path(self.candidates[eligible[i].number].recipe).name for i in likely}
         for path in self.runner.directory.iterdir():
+            if interrupted and path.suffix == ".partial-training":
+                continue
             if _OURS.fullmatch(path.name) and path.name not in wanted:
                 path.unlink(missing_ok=True)
 

@@ -83,17 +83,12 @@ class Quantize:
     activation_bits: int = 32
 
 
-METHODS = ("batchnorm", "statistics", "finetune")
-TRAINED = ("all", "last", "scales")
-TEMPERATURES = ("constant", "warmup", "anneal")
-
-
 @dataclass(frozen=True)
 class Recover:
     """Win accuracy back, by re-estimating statistics (`batchnorm`, `statistics`) or by training (`finetune`).
 
-    `batchnorm` re-estimates BatchNorm; `statistics` does so too, and corrects the biases of compressed layers that no
-    BatchNorm follows. `finetune` trains for `epochs`, taught by the original network; a recipe may hold several of it, each of
+    `batchnorm` re-estimates BatchNorm; `statistics` does so too, and gives the outputs of layers that no BatchNorm follows
+    their mean and variance back, in biases and scales. `finetune` trains for `epochs`, taught by the original network; a recipe may hold several of it, each of
     which goes on from the one before, and BatchNorm is re-estimated after the last.
 
     distill: the weight of the teacher's soft targets against the labels, at `temperature`. temperature_schedule: constant,
@@ -119,6 +114,9 @@ Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover
 ORDER: tuple[type, ...] = (Student, Prune, LowRank, Sparsify, Cluster, Quantize, Recover)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
 _Kind = TypeVar("_Kind")
+_METHODS = ("batchnorm", "statistics", "finetune")
+_TRAINED = ("all", "last", "scales")
+_SCHEDULES = ("constant", "warmup", "anneal")
 # By the declared type of a field: what is accepted, what it is turned into, and how to say so.
 _TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "str": (str, str, "a name"),
@@ -176,7 +174,7 @@ def _check(step: Step) -> None:
                 f"quantize {layer}: activation_bits = {activations} with weight_bits = {bits}; "
                 "choose 32, or 8 together with weights of at most 8 bits"
             )
-        case Recover(method, epochs) if method not in METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
+        case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
                 f"recover: method {method!r}, epochs {epochs}; choose batchnorm or statistics without epochs, "
                 "or finetune with epochs > 0"
@@ -186,12 +184,10 @@ def _check(step: Step) -> None:
                 f"recover: learning_rate {rate}, distill {distill}, temperature {temperature}; "
                 "learning_rate > 0, distill in 0..1, temperature > 0"
             )
-        case Recover(train=train, temperature_schedule=schedule) if (
-            train not in TRAINED or schedule not in TEMPERATURES
-        ):
+        case Recover(train=train, temperature_schedule=schedule) if train not in _TRAINED or schedule not in _SCHEDULES:
             raise RecipeError(
-                f"recover: train {train!r}, temperature_schedule {schedule!r}; choose train from {', '.join(TRAINED)} "
-                f"and temperature_schedule from {', '.join(TEMPERATURES)}"
+                f"recover: train {train!r}, temperature_schedule {schedule!r}; choose train from {', '.join(_TRAINED)} "
+                f"and temperature_schedule from {', '.join(_SCHEDULES)}"
             )
         case Recover(features=features, patience=patience) if features < 0 or patience < 0:
             raise RecipeError(f"recover: features {features}, patience {patience}; both must be 0 or more")
@@ -309,7 +305,7 @@ class Recipe:
         if any(step.epochs for step in recovery):
             parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{_how(recovery)}")
         elif recovery:
-            named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm and biases corrected"}
+            named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm re-estimated, biases corrected"}
             parts.append(named[recovery[0].method])
         return ", ".join(parts) or "untouched"
 

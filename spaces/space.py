@@ -307,7 +307,7 @@ def default_space(structure: Structure, train_images: int = 0) -> Space:
     regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or minutes.
     """
     ends = Rule((6, 8), ("first", "last"))
-    recovery: list[Recover | None] = [Recover("batchnorm") if structure.folds else None]
+    recovery: list[Recover | None] = [_untrained(structure)]
     if train_images:
         recovery.append(Recover("finetune", epochs=max(0.001, round(min(10.0, 20_000 / train_images), 3))))
     return Space(
@@ -321,15 +321,20 @@ def default_space(structure: Structure, train_images: int = 0) -> Space:
     )
 
 
+def _untrained(structure: Structure) -> Recover:
+    """The recovery that costs next to nothing; where BatchNorm does it all, biases need no look."""
+    return Recover("batchnorm" if structure.folds else "statistics")
+
+
 def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     """The trivial baselines that everybody would try first, so that the front shows what the search adds."""
     layers = [layer.name for layer in structure.layers]
     int8 = any(8 in rule.choices for rule in space.activation_bits)
-    batchnorm = Recover("batchnorm") if structure.folds else None
+    untrained = _untrained(structure)
     # A narrowed network is worth nothing before training, and nobody would compare with it.
-    trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=batchnorm)
+    trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=untrained)
 
-    def recipe(*steps: Step, recovery: Recover | None = batchnorm) -> Recipe:
+    def recipe(*steps: Step, recovery: Recover | None = untrained) -> Recipe:
         return Recipe((*steps, *space.recoveries(recovery)) if steps else steps)
 
     def narrow(share: float) -> list[Step]:

@@ -69,7 +69,13 @@ def test_a_space_becomes_rules():
                 "channels": [{"layers": ["layer1.*", "last"], "choices": [0.25]}],
                 "width": [1, 0.5],
                 "depth": [0, 2],
-                "recovery": [None, "batchnorm", "finetune", {"finetune": {"epochs": 2, "distill": 0.5}}],
+                "recovery": [
+                    None,
+                    "batchnorm",
+                    "statistics",
+                    "finetune",
+                    {"finetune": {"epochs": 2, "distill": 0.5, "train": "last"}},
+                ],
             }
         }
     )
@@ -85,8 +91,9 @@ def test_a_space_becomes_rules():
         recovery=(
             None,
             Recover("batchnorm"),
+            Recover("statistics"),
             Recover("finetune", 1.0, 0.01, 0.9, 2.0),
-            Recover("finetune", 2.0, 0.01, 0.5, 2.0),
+            Recover("finetune", 2.0, 0.01, 0.5, 2.0, train="last"),
         ),
     )
 

@@ -174,10 +174,26 @@ def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, mon
     assert runner.trained_path(short).exists()
     trained = []
     real = local_module.finetune
-    monkeypatch.setattr(local_module, "finetune", lambda *a: (trained.append(a[2]), real(*a)))
+    monkeypatch.setattr(local_module, "finetune", lambda *a, **more: (trained.append(a[2]), real(*a, **more)))
     assert runner.build(long) == whole
     assert trained == [second]
     runner.trained_path(short).write_bytes(b"damaged")
     assert runner.build(long) == whole
     assert trained == [second, first, second]
     assert runner.build(short) != whole
+
+
+def test_the_teacher_answers_once_for_all_candidates(runner, monkeypatch, tmp_path):
+    """Reused or computed anew, the file is the same; a short training does not ask for all of them."""
+    asked = []
+    real = local_module.answers
+    monkeypatch.setattr(local_module, "answers", lambda *a: (asked.append(a), real(*a))[1])
+    recipes = [Recipe((Quantize("stem", bits), Recover("finetune", 0.5, 0.02))) for bits in (2, 3)]
+    runner.build(Recipe((Quantize("stem", 2), Recover("finetune", 0.2, 0.02))))
+    runner.build(Recipe((Quantize("stem", 2), Recover("finetune", 0.5, 0.02, distill=0))))
+    assert not asked
+    files = [runner.build(recipe) for recipe in recipes]
+    assert len(asked) == 1
+    other = LocalRunner(runner.task, tmp_path / "other", seconds=0.02, calibration_images=128)
+    assert [other.build(recipe) for recipe in reversed(recipes)] == files[::-1]
+    assert len(asked) == 2

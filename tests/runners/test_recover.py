@@ -1,17 +1,23 @@
 """Recovery: a damaged network gets better, the same way every time, and says so when it breaks."""
 
 import copy
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from paretorch.errors import Diverged
+from paretorch.errors import Diverged, TrialError
+from paretorch.runners import recover
 from paretorch.runners.compress import chunks, compress, freeze
+from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.quantize import FakeQuantize
-from paretorch.runners.recover import finetune
+from paretorch.runners.recover import State, finetune, trainable
 from paretorch.runners.task import Task
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Quantize, Recipe, Recover, Sparsify
@@ -120,3 +126,224 @@ def test_outputs_that_are_no_classes_are_trained_without_distillation(settle):
     finetune(model, teacher, Recover("finetune", 40, 0.1, distill=1.0), task, seed=0)
     with torch.no_grad():
         assert float(model(x).square().mean()) < 0.5 * float(teacher(x).square().mean())
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("train", "changed"),
+    [
+        ("all", {"0.bias", "0.parametrizations.weight.original", "0.parametrizations.weight.0.scale", "1.weight", "1.bias",
+                 "3.bias", "3.parametrizations.weight.original", "3.parametrizations.weight.0.scale"}),
+        ("last", {"3.bias", "3.parametrizations.weight.original", "3.parametrizations.weight.0.scale"}),
+        ("scales", {"0.bias", "0.parametrizations.weight.0.scale", "1.weight", "1.bias", "3.bias",
+                    "3.parametrizations.weight.0.scale"}),
+    ],
+)  # fmt: skip
+def test_only_what_is_named_is_trained(train, changed, settle):
+    model, teacher, task, x = damaged(settle)
+    before, loss = weights_of(model), loss_of(model, teacher, x, True)
+    finetune(model, teacher, Recover("finetune", 5, 0.05, train=train), task, seed=0)
+    after = weights_of(model)
+    # The bias in front of a BatchNorm has no gradient, and decays.
+    assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+    assert loss_of(model, teacher, x, True) < 0.9 * loss
+
+
+def test_nothing_runs_backward_through_what_is_not_trained(network):
+    model, x = network("residual")
+    needed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda m, a, output, name=name: needed.__setitem__(name, output.requires_grad) if m.training else None
+            )
+    data = TensorDataset(x, torch.zeros(len(x), dtype=torch.long))
+    student = copy.deepcopy(model)
+    finetune(student, model, Recover("finetune", 0.2, train="last"), Task("t", lambda: model, data, data), seed=0)
+    # 15 modules with parameters, in the order in which they run; those of the last five are trained.
+    assert [name for name, wanted in needed.items() if wanted] == ["layer2.0.conv1", "layer2.0.conv2", "fc"]
+
+
+def test_the_last_layers_are_the_last_to_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body, self.stem = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.head(self.body(self.stem(x)))
+
+    assert set(trainable(Backwards(), "last", torch.randn(2, 3))) == {"head.weight", "head.bias"}
+
+
+def test_nothing_to_train_is_a_result():
+    bare = nn.Sequential(nn.Linear(8, 4, bias=False))
+    data = TensorDataset(torch.randn(8, 8), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(TrialError, match=r"train: scales finds nothing .* choose train: all"):
+        finetune(bare, bare, Recover("finetune", 1, train="scales"), Task("t", lambda: bare, data, data), seed=0)
+
+
+def test_training_is_what_its_docstring_says(monkeypatch):
+    """Against a loop in plain torch: order of samples, learning rate, temperature, loss, clipping."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # without bfloat16
+    torch.manual_seed(0)
+    teacher = nn.Linear(5, 3)
+    student = nn.Linear(5, 3)
+    reference = copy.deepcopy(student)
+    x, y = 9 * torch.randn(48, 5), torch.randint(0, 3, (48,))
+    data = TensorDataset(x, y)
+    step = Recover("finetune", 2, 0.1, 0.7, 4.0, temperature_schedule="warmup")
+    finetune(student, teacher, step, Task("t", lambda: teacher, data, data, batch_size=16), seed=5)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    order = torch.cat([torch.randperm(48, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)])
+    clipped = 0
+    for number, rows in enumerate(order.split(16)):
+        t = 1 + 3 * number / 5
+        outputs, taught = reference(x[rows]), teacher(x[rows]).detach()
+        q, p = (taught / t).softmax(1), (outputs / t).softmax(1)
+        soft = t**2 * (q * (q.log() - p.log())).sum(1).mean()
+        value = 0.7 * soft + 0.3 * F.cross_entropy(outputs, y[rows])
+        optimizer.zero_grad()
+        value.backward()
+        clipped += nn.utils.clip_grad_norm_(reference.parameters(), 5.0) > 5
+        optimizer.step()
+        schedule.step()
+    assert 0 < clipped < 6
+    torch.testing.assert_close(student.weight, reference.weight, atol=1e-5, rtol=1e-4)
+
+
+class Watched(Dataset):
+    """Remembers which samples were read while the network trained."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.read = x, y, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.x[index], self.y[index]
+
+
+def test_patience_ends_training_and_keeps_the_best_weights(settle, monkeypatch):
+    """Labels are random, so what is learnt by heart does not help on what is held out."""
+    monkeypatch.setattr(recover, "KEEP_EVERY", 0.0)
+    _, teacher, _, x = damaged(settle)
+    torch.manual_seed(1)
+    data = Watched(x, torch.randint(0, 4, (len(x),)))
+    task = Task("noise", lambda: teacher, train=data, validation=TensorDataset(x, data.y), batch_size=32)
+    model = copy.deepcopy(teacher)
+    losses, states = [], []
+
+    def held_out_loss():
+        rows = torch.tensor(sorted(held))
+        with torch.no_grad():
+            return float(F.cross_entropy(model.eval()(x[rows]), data.y[rows]))
+
+    def keep(state):
+        states.append(state.waited)
+        losses.append(held_out_loss())
+        model.train()
+
+    held = set(recover._samples(task, 2)[1])
+    finetune(model, teacher, Recover("finetune", 30, 0.3, distill=0, patience=2), task, seed=0, keep=keep)
+    assert len(losses) < 30
+    assert states[-2:] == [1, 2]
+    assert held_out_loss() == pytest.approx(min(losses), rel=0.02)  # bfloat16 aside
+    assert held_out_loss() < losses[-1]
+    # Each sample is read once an epoch: what is held out, and that is a tenth, to evaluate and not to train.
+    assert len(held) == 26
+    assert torch.bincount(torch.tensor(data.read)).tolist() == [len(losses)] * len(x)
+
+
+def test_patience_needs_samples_to_hold_out():
+    data = TensorDataset(torch.randn(3, 2), torch.zeros(3, dtype=torch.long))
+    net = nn.Linear(2, 2)
+    with pytest.raises(TrialError, match="patience = 2 needs training samples"):
+        finetune(net, net, Recover("finetune", 1, patience=2), Task("t", lambda: net, data, data), seed=0)
+
+
+STEPS = [
+    Recover("finetune", 4, 0.05),
+    Recover("finetune", 3.5, 0.05, train="last", temperature_schedule="anneal"),
+    Recover("finetune", 6, 0.5, distill=0.2, patience=1, features=1.0),
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=["all", "last", "patience"])
+def test_training_that_goes_on_from_any_epoch_ends_with_the_same_weights(step, settle, monkeypatch, tmp_path):
+    monkeypatch.setattr(recover, "KEEP_EVERY", 0.0)
+
+    def fresh():
+        model, teacher, task, _ = damaged(settle)
+        return (
+            nn.Sequential(*model[:2], nn.Dropout(0.2), *model[2:]),
+            nn.Sequential(*teacher[:2], nn.Dropout(0.2), *teacher[2:]),
+            task,
+        )
+
+    def keep(state):
+        path = tmp_path / f"{len(paths)}"
+        path.write_bytes(state.to_bytes())
+        paths.append(path)
+
+    paths = []
+    whole, teacher, task = fresh()
+    finetune(whole, teacher, step, task, seed=7, keep=keep)
+    assert len(paths) >= 3
+    for path in paths:
+        torch.manual_seed(len(path.name))
+        model, teacher, task = fresh()
+        state = State.read(path, model)
+        finetune(model, teacher, step, task, seed=7, state=state)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), (path.name, name)
+
+
+def test_a_state_that_cannot_be_read_or_is_anothers_is_none(tmp_path):
+    path = tmp_path / "state"
+    model = nn.Linear(2, 2)
+    assert State.read(path, model) is None
+    good = State(3, model=model.state_dict()).to_bytes()
+    for data in (b"", b"damaged", good[:-9], save({"random": torch.zeros(1)})):
+        path.write_bytes(data)
+        assert State.read(path, model) is None
+    path.write_bytes(good)
+    assert State.read(path, model).steps == 3
+    assert State.read(path, nn.Linear(2, 3)) is None
+    assert State.read(path, nn.Sequential(model)) is None
+
+
+def test_a_killed_training_goes_on_and_gives_the_same_file(network, task_of, tmp_path, monkeypatch):
+    """Killed in the second of two steps: the first one is not trained again."""
+    monkeypatch.setattr(recover, "KEEP_EVERY", 0.0)
+    model, x = network("perceptron")
+    steps = Recover("finetune", 2, 0.05), Recover("finetune", 3, 0.02)
+    recipe = Recipe((*(Quantize(name, 3) for name in ("1", "4", "7")), *steps))
+
+    def build(folder, kill=""):
+        folder.mkdir(exist_ok=True)
+        heard = []
+
+        def report(phase, metrics):
+            heard.append(phase)
+            if phase == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        runner = LocalRunner(task_of(model, x, batch_size=16), folder, calibration_images=64)
+        return runner.build(recipe, report), [phase for phase in heard if "tuning" in phase]
+
+    whole, heard = build(tmp_path / "whole")
+    assert heard[-5:] == [f"fine-tuning {n}/48" for n in (0, 10, 20, 30, 40)]
+    process = multiprocessing.get_context("fork").Process(target=build, args=(tmp_path / "killed", "fine-tuning 20/48"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    again, heard = build(tmp_path / "killed")
+    assert heard == [f"fine-tuning {n}/48" for n in (20, 30, 40)]
+    assert again == whole

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+import paretorch.runners.recover as recover_module
 import paretorch.search.study as study_module
 from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, TaskError
 from paretorch.objectives import cost
@@ -807,3 +808,41 @@ def test_the_plan_is_said_before_the_first_trial(tmp_path, fake):
     study(tmp_path, listener, space=LADDER, rungs=True).run(12)
     plan = next(text for text in listener.said if text.startswith("plan"))
     assert all(name in plan for name in ("untrained (", "0.25 epochs (", "0.25 + 0.5 epochs (", "for the finalists"))
+
+
+class Interrupted(Quiet):
+    """Ctrl-C in some trial's fine-tuning, late in it; keeps the phases."""
+
+    def __init__(self, at=""):
+        self.at, self.phases = at, []
+
+    def phase(self, text):
+        self.phases.append(text)
+        if text == self.at:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_goes_on_from_its_last_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(recover_module, "KEEP_EVERY", 0.0)
+    space = replace(TINY, recovery=(Recover("finetune", 5, 0.02),))
+
+    def run(folder, listener):
+        found = study(tmp_path / folder, listener, space=space, task=blob_task(batch_size=8))
+        found.run(7)
+        return {c.recipe: found.runner.path(c.recipe).read_bytes() for c in found.front.members if c.recipe.of(Recover)}
+
+    files = run("whole", Quiet())
+    assert files
+    heard = Interrupted()
+    assert run("other", heard) == files
+    trained = next(text for text in heard.phases if "70/80" in text)
+    with pytest.raises(KeyboardInterrupt):
+        run("part", Interrupted(trained))
+    candidates = tmp_path / "part" / "candidates"
+    assert len(list(candidates.glob("*.partial-training"))) == 1
+    listener = Interrupted()
+    assert run("part", listener) == files
+    number = trained.partition(":")[0]
+    again = [text for text in listener.phases if text.startswith(f"{number}: fine-tuning")]
+    assert again == [f"{number}: fine-tuning 70/80"], "from the fifth epoch"
+    assert not list(candidates.glob("*.partial-training"))

@@ -18,9 +18,11 @@ quantize = st.integers(2, 8).flatmap(
 sparsify = st.builds(Sparsify, st.sampled_from(NAMES), st.floats(0, 1, exclude_min=True, exclude_max=True))
 prune = st.builds(Prune, st.sampled_from(NAMES), st.integers(1, 512))
 student = st.builds(Student, st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(tuple))
-recover = st.just(Recover("batchnorm")) | st.builds(
-    Recover, st.just("finetune"), st.floats(0.01, 20) | st.integers(1, 20), st.floats(1e-5, 1), st.floats(0, 1)
-)
+recover = st.sampled_from((Recover("batchnorm"), Recover("statistics"))) | st.builds(
+    Recover, st.just("finetune"), st.floats(0.01, 20) | st.integers(1, 20), st.floats(1e-5, 1), st.floats(0, 1),
+    train=st.sampled_from(("all", "last", "scales")), temperature_schedule=st.sampled_from(("constant", "warmup", "anneal")),
+    features=st.floats(0, 10) | st.integers(0, 3), patience=st.integers(0, 9),
+)  # fmt: skip
 
 
 def identity(step):
@@ -93,6 +95,12 @@ def test_the_key_is_stable_across_versions_of_this_code():
     assert Recipe().key == "a5dd3ce7993c63ad"
     recipe = Recipe((Prune("stem", 8), Quantize("fc", 4, 8), Student(("layer1.0",)), Sparsify("fc", 0.5)))
     assert recipe.key == "1c002597b9a2cbf1"
+    recipe = Recipe((Recover("finetune", 1),))
+    assert recipe.to_json() == (
+        '{"steps":[{"distill":0.9,"epochs":1.0,"learning_rate":0.01,"method":"finetune","step":"recover","temperature":2.0}],'
+        '"version":1}'
+    )
+    assert Recipe((Recover("finetune", 1, train="last"),)).to_dict()["steps"][0]["train"] == "last"
 
 
 @pytest.mark.parametrize(
@@ -120,10 +128,18 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (Recover("finetune", -1), "epochs > 0"),
         (Recover("finetune", float("nan")), "epochs = nan"),
         (Recover("finetune", float("inf")), "epochs = inf"),
-        (Recover("batchnorm", 2), "batchnorm without epochs"),
+        (Recover("batchnorm", 2), "choose batchnorm or statistics without epochs"),
         (Recover("finetune", 1, learning_rate=0), "learning_rate > 0"),
         (Recover("finetune", 1, distill=1.5), "distill in 0..1"),
         (Recover("finetune", 1, temperature=0), "temperature > 0"),
+        (Recover("finetune", 1, train="first"), "choose train from all, last, scales"),
+        (Recover("finetune", 1, temperature_schedule="cosine"), "temperature_schedule from constant, warmup, anneal"),
+        (Recover("finetune", 1, features=-1), "both must be 0 or more"),
+        (Recover("finetune", 1, patience=-1), "both must be 0 or more"),
+        (Recover("finetune", 1, patience=1.5), "a whole number"),
+        (Recover("statistics", 1), "statistics without epochs"),
+        (Recover("statistics", patience=2), "statistics does not train"),
+        (Recover("batchnorm", train="last"), "batchnorm does not train"),
         (Student(()), "leaves out no block"),
         (Student("layer3.2"), "a tuple of names"),
         ("quantize fc", "is not a step"),
@@ -143,6 +159,7 @@ def test_impossible_numbers_are_refused(step, complaint):
         ((LowRank("fc", 8), LowRank("fc", 4)), "lowrank fc"),
         ((Cluster("fc", 8), Cluster("fc", 4)), "cluster fc"),
         ((Recover("batchnorm"), Recover("batchnorm")), "recover"),
+        ((Recover("batchnorm"), Recover("statistics")), "recover"),
         ((Student(("a",)), Student(("b",))), "student"),
     ],
 )
@@ -159,7 +176,7 @@ def test_training_goes_on_in_the_order_that_it_is_written_in():
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert recipe.describe() == "weights 4 bit, 2 + 1 epochs of recovery"
     assert len(Recipe((short, short)).steps) == 2
-    with pytest.raises(RecipeError, match="batchnorm beside finetune"):
+    with pytest.raises(RecipeError, match="batchnorm or statistics beside finetune"):
         Recipe((Recover("batchnorm"), short))
 
 
@@ -226,7 +243,9 @@ def test_diff_names_what_changed():
         ((Prune("a", 8), Prune("b", 8)), "2 groups narrowed"),
         ((Cluster("a", 4), LowRank("b", 8), Cluster("b", 2)), "1 layer of low rank, 2 layers in 2-4-bit codebooks"),
         ((Student(("l.1", "l.0")), Recover("batchnorm")), "without l.0 l.1, BatchNorm re-estimated"),
+        ((Recover("statistics"),), "BatchNorm re-estimated, biases corrected"),
         ((Recover("finetune", 0.4),), "0.4 epochs of recovery"),
+        ((Recover("finetune", 1, train="scales", features=2),), "1 epochs of recovery (scales and biases, features)"),
     ],
 )
 def test_describe(steps, text):

@@ -212,7 +212,7 @@ def test_the_default_space_holds_the_untouched_network(structure, images, data):
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     assert bits.get("stem", 8) >= 6
     assert bits.get("fc", 8) >= 6
-    assert (Recover("batchnorm") in space.recovery) == bool(structure.folds)
+    assert space.recovery[0] == Recover("batchnorm" if structure.folds else "statistics")
     assert any(r is not None and r.method == "finetune" for r in space.recovery) == (images > 0)
     assert all(r.epochs * images <= 20_000 * 1.05 for r in space.recovery if r is not None)
 
@@ -232,11 +232,8 @@ def test_anchors_are_distinct_and_begin_untouched(structure):
         steps = recipes[f"uniform {bits}-bit"].of(Quantize)
         assert [step.layer for step in steps] == sorted(layer.name for layer in structure.layers)
         assert {(step.weight_bits, step.activation_bits) for step in steps} == {(bits, 8)}
-    assert all(
-        recipe.of(Recover) == [Recover("batchnorm")]
-        for name, recipe in found
-        if structure.folds and name not in ("untouched", "fp16")
-    )
+    recovery = [Recover("batchnorm" if structure.folds else "statistics")]
+    assert all(recipe.of(Recover) == recovery for name, recipe in found if name not in ("untouched", "fp16"))
     for name, share in (("uniform 25% pruning", 0.75), ("width 0.5", 0.5)):
         for step in recipes.get(name, Recipe()).of(Prune):
             group = structure.group(step.group)
