@@ -213,7 +213,10 @@ def _show_layers(console: Console, found: Preflight) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from .spaces.space import METHODS
+
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "sparsity": "sparsity", "channels": "channels"}
+    kinds |= {kind: kind for kind in METHODS}
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)
     table.add_column("kind")
@@ -224,7 +227,7 @@ def _show_layers(console: Console, found: Preflight) -> None:
         for axis in found.axes:
             target = layer.output if axis.kind == "channels" else layer.name
             if axis.kind in kinds and target in axis.targets:
-                choices = " ".join(f"{choice:g}" for choice in axis.choices)
+                choices = " ".join(choice if isinstance(choice, str) else f"{choice:g}" for choice in axis.choices)
                 may.append(
                     f"{kinds[axis.kind]} {choices}"
                     + (f" (with {target})" if axis.kind == "channels" and target != layer.name else "")

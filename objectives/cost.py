@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student, pattern_of
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels
 
@@ -57,28 +58,43 @@ def macs(structure: Structure, recipe: Recipe) -> int:
     return sum(_scaled(layer.macs, layer, sizes[layer.name]) for layer in structure.layers if layer.name in sizes)
 
 
-def weight_bytes(params: int, bits: int, sparsity: float) -> int:
+def weight_bytes(count: int, bits: int, nonzero: int) -> int:
     """Bytes of one packed weight: dense, or a bitmap and the nonzero values, whichever is less.
 
-    >>> weight_bytes(1000, 3, 0.0), weight_bytes(1000, 8, 0.5)
+    >>> weight_bytes(1000, 3, 1000), weight_bytes(1000, 8, 500)
     (375, 625)
     """
-    nonzero = params - round(params * sparsity)
-    return min(-(-params * bits // 8), -(-params // 8) + -(-nonzero * bits // 8))
+    return min(-(-count * bits // 8), -(-count // 8) + -(-nonzero * bits // 8))
+
+
+Whole = TypeVar("Whole", int, NDArray[np.int64])
+
+
+def nonzero_weights(count: Whole, inputs: Whole, zeros: float | str) -> Whole:
+    """How many of `count` weights stay: all but a share, or those of a pattern along `inputs` input channels.
+
+    >>> int(nonzero_weights(54, 6, 0.25)), int(nonzero_weights(54, 6, "2:4"))
+    (40, 27)
+    """
+    if not isinstance(zeros, str):
+        return count - np.rint(count * zeros).astype(np.int64)  # type: ignore[no-any-return]
+    keep, of = pattern_of(zeros)
+    return count // inputs * (inputs // of * keep - (-(inputs % of) * keep // of))
 
 
 def layer_bytes(structure: Structure, recipe: Recipe) -> int:
     """Bytes of all layers' own tensors: packed weights, scales (float32) and biases."""
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
-    sparsity: Mapping[str, float] = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     total = 0
     for layer in structure.layers:
         if layer.name not in sizes:
             continue
-        outputs = sizes[layer.name][0]
+        outputs, inputs = sizes[layer.name]
         width = bits.get(layer.name, 32)
-        total += weight_bytes(_scaled(layer.params, layer, sizes[layer.name]), width, sparsity.get(layer.name, 0.0))
+        params = _scaled(layer.params, layer, sizes[layer.name])
+        total += weight_bytes(params, width, int(nonzero_weights(params, inputs, sparsity.get(layer.name, 0.0))))
         total += 4 * outputs * (layer.bias + (width <= 8))
     return total
 
@@ -158,7 +174,9 @@ def many(
             whole = layer.weight_shape[0] * layer.weight_shape[1]
             params = layer.params * outputs * inputs // whole
             bits = chosen(picks, "weight_bits", layer.name, 32).astype(np.int64)
-            nonzero = params - np.rint(params * chosen(picks, "sparsity", layer.name, 0.0)).astype(np.int64)
+            axis = owner.get(("sparsity", layer.name))
+            left = [nonzero_weights(params, inputs, zeros) for zeros in (axis.choices if axis else (0.0,))]
+            nonzero = np.stack(left)[picks[:, column[axis.name]] if axis else 0, np.arange(len(picks))]
             packed = np.minimum(-(-params * bits // 8), -(-params // 8) + -(-nonzero * bits // 8))
             both = (bits <= 8) & (chosen(picks, "activation_bits", layer.name, 32) == 8)
             extra = np.where(both, overhead.per_quantized, np.where(bits < 32, overhead.per_weight_only, 0.0))

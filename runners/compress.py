@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
-from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import ORDER, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.space import refusal
 from ..spaces.structure import Structure, inside
-from .library import LayerLibrary, shaped
+from .calibration import Calibration
+from .library import LayerLibrary, Method, shaped
 from .operators.prune import prune_channels
 from .operators.quantize import FakeQuantize, codes
 
@@ -31,12 +33,17 @@ class FrozenWeight:
     scale: Tensor | None = None
 
 
-# What every act is given: the network, the recipe, its structure, an example input, and the library if there is one.
-_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None], None]
+# What every act is given: the network, the recipe, its structure, an example input, the library and the calibration if there are.
+_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None, Calibration | None], None]
 
 
 def drop_blocks(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     for step in recipe.of(Student):
         for name in step.drop:
@@ -44,24 +51,47 @@ def drop_blocks(
 
 
 def remove_channels(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
     prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
 
 
 def shape_weights(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     """Zeros first, then integers: one parametrization per layer, because the scale must not see what is zeroed."""
-    ratios = {step.layer: step.ratio for step in recipe.of(Sparsify)}
-    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
-    for name in sorted({*ratios, *bits}):
+    sparse = {step.layer: step for step in recipe.of(Sparsify)}
+    quantized = {step.layer: step for step in recipe.of(Quantize)}
+    levels = {name: _level(sparse.get(name), quantized.get(name)) for name in sorted({*sparse, *quantized})}
+    statistics = None
+    if calibration and any(method.at(bits, ratio).needs for bits, ratio, method in levels.values()):
+        operated = any(ORDER.index(type(step)) < ORDER.index(Sparsify) for step in recipe.steps)
+        statistics = calibration.after(model) if operated else calibration.untouched
+    for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
-        level = bits.get(name, 32), ratios.get(name, 0.0)
-        mask, scale = library.shaped(weight, *level) if library else shaped(weight, *level)
-        parametrize.register_parametrization(layer, "weight", FakeQuantize(weight, level[0], mask, scale), unsafe=True)
+        evidence = statistics[name] if statistics else None
+        made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
+        if made.weight is not None:
+            weight.copy_(made.weight)
+        fake = FakeQuantize(weight, bits, made.mask, made.scale)
+        parametrize.register_parametrization(layer, "weight", fake, unsafe=True)
+
+
+def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, float, Method]:
+    zeros, codes = sparse or Sparsify("", 0.0), quantized or Quantize("", 32)
+    return codes.weight_bits, zeros.ratio, Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges)
 
 
 # Sparsify and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
@@ -88,24 +118,47 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
             problems.append(f"no layer {name!r} that can be compressed")
         elif inside(name, dropped):
             problems.append(f"layer {name!r} is in a block that the recipe leaves out")
+    problems += _impossible(recipe, structure)
     if problems:
         choices = {"layers": sorted(layers), "groups of channels": sorted(groups), "blocks": structure.blocks}
         here = [f"{kind} here: {', '.join(names) or 'none'}" for kind, names in choices.items()]
         raise RecipeError("\n".join(["the recipe does not fit this network:", *(f"  - {p}" for p in problems), *here]))
 
 
+def _impossible(recipe: Recipe, structure: Structure) -> list[str]:
+    """What a layer's shape rules out."""
+    problems = []
+    for layer in structure.layers:
+        steps: list[Sparsify | Quantize] = [*recipe.of(Sparsify), *recipe.of(Quantize)]
+        for step in steps:
+            if step.layer == layer.name:
+                asked = {name: getattr(step, name, "") for name in ("criterion", "rounding", "pattern")}
+                problems += [
+                    f"layer {layer.name!r}: {why}"
+                    for key, value in asked.items()
+                    if (why := refusal(layer, key, value))
+                ]
+    return problems
+
+
 def compress(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None = None,
+    calibration: Calibration | None = None,
 ) -> nn.Module:
     """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit.
 
-    With a library layers are compressed once and then looked up; the network is the same to the bit.
+    With a library layers are compressed once and then looked up; the network is the same to the bit. calibration: of the
+    network before any step; raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
     model.eval()
     for kinds, act in ACTS:
         if any(recipe.of(kind) for kind in kinds):
-            act(model, recipe, structure, example, library)
+            act(model, recipe, structure, example, library, calibration)
     return model
 
 

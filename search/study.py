@@ -44,7 +44,7 @@ from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.task import Task, dataset
-from ..spaces.recipe import Recipe, Recover
+from ..spaces.recipe import Recipe, Recover, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
@@ -202,7 +202,7 @@ class Study:
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
             "weights": _digest(self.runner),
             "data": {split: len(dataset(self.task, split)) for split in ("train", "validation")},  # type: ignore[arg-type]
-            "space": asdict(self.space),
+            "space": plain(self.space),
             "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
             "budget": [limit.text for limit in self.budget.limits],
             "sampler": self.sampler_name,

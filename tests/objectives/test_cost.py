@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paretorch.objectives.cost import FileOverhead, layer_bytes, macs, many, shapes, size_bytes, weight_bytes
+from paretorch.objectives.cost import (
+    FileOverhead,
+    layer_bytes,
+    macs,
+    many,
+    nonzero_weights,
+    shapes,
+    size_bytes,
+    weight_bytes,
+)
+from paretorch.runners.operators.sparsify import mask_of
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Group, Layer, Structure
@@ -109,14 +119,20 @@ def test_weight_bytes_is_what_packing_takes(params, bits, sparsity):
     mask[: round(params * sparsity)] = 0
     dense = packed(mask, bits)
     bitmap = packed(mask, 1) + packed(mask[mask > 0], bits)
-    assert weight_bytes(params, bits, sparsity) == min(dense, bitmap)
+    assert weight_bytes(params, bits, int(mask.sum())) == min(dense, bitmap)
 
 
 @given(st.integers(1, 5000), st.integers(2, 8), st.floats(0, 0.99), st.floats(0, 0.99))
 def test_weight_bytes_falls_with_bits_and_zeros(params, bits, one, two):
-    low, high = sorted((one, two))
-    assert weight_bytes(params, bits, high) <= weight_bytes(params, bits, low)
-    assert weight_bytes(params, bits, low) <= weight_bytes(params, bits + 1, low)
+    few, many = sorted((round(params * one), round(params * two)))
+    assert weight_bytes(params, bits, few) <= weight_bytes(params, bits, many)
+    assert weight_bytes(params, bits, many) <= weight_bytes(params, bits + 1, many)
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.sampled_from(["2:4", "4:8", "1:3"]), st.sampled_from([(), (3, 3)]))
+def test_the_zeros_of_a_pattern_are_counted_as_they_are_made(outputs, inputs, pattern, kernel):
+    mask = mask_of(torch.rand(outputs, inputs, *kernel), 0.5, pattern)
+    assert nonzero_weights(mask.numel(), inputs, pattern) == int(mask.sum())
 
 
 @pytest.mark.parametrize(("bits", "scales"), [(3, 4 * 5), (8, 4 * 5), (16, 0)])
@@ -145,7 +161,9 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
     space = Space(
         weight_bits=(Rule((32, 2, 3, 8, 16)), Rule((4, 8), ("last",))),
         activation_bits=(Rule((8, 32), ("conv",)), Rule((32, 8), ("linear", "depthwise"), share=True)),
-        sparsity=(Rule((0.0, 0.3, 0.75, 0.9)),),
+        sparsity=(Rule((0.0, 0.3, 0.75, 0.9, "2:4")), Rule((0.0, 0.5), ("depthwise", "first"))),
+        criterion=(Rule(("obs", "magnitude"), share=True),),
+        rounding=(Rule(("nearest", "gptq")),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
         depth=(0, 1, 2),
