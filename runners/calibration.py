@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import Diverged
 from .library import Evidence, LayerLibrary, digest
 from .operators.fold import reestimate_batchnorms
 from .operators.hessian import gram, groups_of
@@ -72,7 +73,8 @@ class Statistics:
         """Names the network and its images: its modules, its numbers, and what it answers, for code has no content."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
-        about = (VERSION, torch.__version__, str(self.model), list(self.model.state_dict()), self.calibration.seed)
+        # The number of threads is the order of sums.
+        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), list(self.model.state_dict()), self.calibration.seed)  # fmt: skip
         numbers = digest(*self.model.state_dict().values(), answer)
         return hashlib.sha256(repr((*about, numbers, self.calibration.images)).encode()).hexdigest()
 
@@ -145,6 +147,9 @@ class Statistics:
         finally:
             for hook in hooks:
                 hook.remove()
+        for name, total in totals.items():
+            if not bool(total.isfinite().all()):
+                raise Diverged(f"layer {name!r} is given NaN or infinity on the calibration images")
         return {name: total.float() for name, total in totals.items()}
 
     def _fisher(self, names: Sequence[str]) -> dict[str, Tensor]:

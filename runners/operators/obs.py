@@ -18,7 +18,7 @@ from .sparsify import mask_of
 
 _COLUMNS = 8  # inputs whose zeros are chosen together; the paper's 128 are many for a layer of 144
 _ROUNDS = 5  # of zeros that change places
-_ITERATIONS = 100  # of conjugate gradients
+_EFFORT = 2e11  # multiply-adds of conjugate gradients: 100 steps for a layer of 512 x 2048, 18 for one of 512 x 4608
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def obs(weight: Tensor, hessian: Tensor, ratio: float, pattern: str = "") -> tup
             break
         solved = refit(target, other, hessian)
         left = output_error(solved - target, curvature).sum()
-        if left >= least:
+        if left > 0.999 * least:
             break
         mask, found, least = other, solved, left
     found = better(target * mask, found, target, hessian)
@@ -93,8 +93,7 @@ def _mask(target: Tensor, factor: Tensor, ratio: float, pattern: str, channels: 
 def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     """Of all weights with these zeros those of least (damped) output error against `target`, all `[groups, rows, inputs]`.
 
-    Conjugate gradients on all rows at once, preconditioned with the diagonal: exact after as many steps as a row has
-    weights, and close to it much sooner.
+    Conjugate gradients on all rows at once, preconditioned with the diagonal; every step lessens the error of every row.
     """
     curvature, keep = damped(hessian), mask.double()
     scale = curvature.diagonal(dim1=-2, dim2=-1)[:, None]
@@ -103,8 +102,9 @@ def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     direction = residual / scale
     size = (residual * direction).sum(-1, keepdim=True)
     start = size.clone()
-    for _ in range(min(_ITERATIONS, target.shape[-1])):
-        going = size > 1e-9 * start
+    effort = target.numel() * target.shape[-1]
+    for _ in range(min(100, max(10, round(_EFFORT / effort)))):
+        going = size > 1e-8 * start
         if not bool(going.any()):
             break
         along = torch.bmm(direction, curvature) * keep

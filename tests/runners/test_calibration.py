@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from paretorch.errors import RecipeError
+from paretorch.errors import Diverged, RecipeError
 from paretorch.runners import calibration as module
 from paretorch.runners.calibration import Calibration
 from paretorch.runners.compress import compress, freeze
@@ -188,6 +188,16 @@ def test_training_goes_on_from_what_was_adjusted(network, task_of, tmp_path):
 
     assert shipped(ours) == shipped(still)
     assert shipped(ours) != shipped(near)
+
+
+def test_inputs_that_are_not_finite_are_a_result(network):
+    model, x = network("residual")
+    with torch.no_grad():
+        model.bn.weight *= 1e30
+    structure = trace(network("residual")[0], x)
+    calibration = Calibration(model, x[:64].split(32))
+    with pytest.raises(Diverged, match=r"layer 'layer1.0.conv1' is given NaN or infinity"):
+        compress(model, Recipe((Quantize("fc", 3, 32, "gptq"),)), structure, x[:2], None, calibration)
 
 
 def test_without_calibration_nothing_is_guessed(network):

@@ -1,5 +1,6 @@
 """Rules become axes, picks become one canonical recipe, and a recipe finds its picks again."""
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student, plain
 from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
 from paretorch.spaces.structure import Group, Layer, Structure, inside, kept_channels
 
@@ -195,6 +196,17 @@ def test_methods_are_searched_and_written_only_where_they_have_an_effect():
     assert space.encode(structure, recipe) == space.encode(structure, recipe) | both | {"sparsity/fc": 2}
     nothing = {"weight_bits/stem": 2, "weight_bits/fc": 2}
     assert space.recipe(structure, {**both, **nothing}) == Recipe()
+
+
+def test_a_space_without_methods_is_written_as_before_there_were_any():
+    """What a study compares when it goes on: one of an earlier version must find its space unchanged."""
+    space = Space(weight_bits=(Rule((4, 8)),), recovery=(None, Recover("batchnorm")))
+    assert plain(space) == {
+        "weight_bits": ({"choices": (4, 8), "layers": ("*",), "share": False},), "activation_bits": (), "sparsity": (),
+        "channels": (), "width": (1.0,), "depth": (0,), "ladder": False,
+        "recovery": (None, {"method": "batchnorm", "epochs": 0.0, "learning_rate": 0.01, "distill": 0.9, "temperature": 2.0}),
+    }  # fmt: skip
+    assert plain(replace(space, rounding=(Rule(("gptq",), share=True),)))["rounding"][0]["choices"] == ("gptq",)
 
 
 def test_choices_that_some_layers_cannot_have_are_refused_with_these_layers():
