@@ -1,7 +1,7 @@
 """What is lost by compression without training, and how much of it is won back: ResNet-20 on CIFAR-10.
 
     python benchmarks/recovery.py                     # all of it, 3 seeds
-    python benchmarks/recovery.py rounding --seeds 1
+    python benchmarks/recovery.py rounding --seeds 1 --only W3A8
 
 Every number is that of the exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the same
 images. A seed draws the calibration images (512 training crops), and with them Hessians, gradients, activation ranges and
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["rounding", "sparsity"], help="rounding, sparsity")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="part of the name of a row or a column")
     arguments = parser.parse_args()
     task = cifar10()
     lost: dict[tuple[str, str, str], list[NDArray[np.float64]]] = {}
@@ -74,6 +75,8 @@ def main() -> None:
                 print(f"untouched: {100 * base.mean():.2f}%, {len(base_file)} bytes", flush=True)
             for part in arguments.parts:
                 for row, column, recipe in {"rounding": rounding, "sparsity": sparsity}[part](runner.structure):
+                    if arguments.only not in f"{row} {column}":
+                        continue
                     begin = time.perf_counter()
                     data = runner.build(recipe)
                     took = time.perf_counter() - begin
