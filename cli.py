@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .search.retarget import Retargeted
     from .search.study import Study
     from .spaces.recipe import Recipe
+    from .spaces.space import Axis
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
                   help="Search bits x sparsity x architecture of a trained network under a real budget.")  # fmt: skip
@@ -223,12 +224,19 @@ def check(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
     console.print("\nThe search can start: [bold]paretorch search[/bold] " + str(config))
 
 
+def _choices(axis: Axis) -> str:
+    return " ".join(choice if isinstance(choice, str) else f"{choice:g}" for choice in axis.choices)
+
+
 def _show_layers(console: Console, found: Preflight) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from .spaces.space import METHODS
+
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
-    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels")}
+    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", *METHODS)}
+    shared = [axis for axis in found.axes if axis.kind in METHODS and len(axis.targets) > 1]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)
     table.add_column("kind")
@@ -238,10 +246,9 @@ def _show_layers(console: Console, found: Preflight) -> None:
         may = []
         for axis in found.axes:
             target = layer.output if axis.kind == "channels" else layer.name
-            if axis.kind in kinds and target in axis.targets:
-                choices = " ".join(f"{choice:g}" for choice in axis.choices)
+            if axis.kind in kinds and target in axis.targets and axis not in shared:
                 may.append(
-                    f"{kinds[axis.kind]} {choices}"
+                    f"{kinds[axis.kind]} {_choices(axis)}"
                     + (f" (with {target})" if axis.kind == "channels" and target != layer.name else "")
                 )
         table.add_row(Text(layer.name), layer.kind, f"{layer.params:,}", Text("; ".join(may) or "nothing"))
@@ -254,7 +261,9 @@ def _show_layers(console: Console, found: Preflight) -> None:
                 if axis.kind == "depth" and max(axis.choices)
                 else ""
             )
-            console.print(Text(f"{axis.kind}: {' '.join(f'{c:g}' for c in axis.choices)}{names}"))
+            console.print(Text(f"{axis.kind}: {_choices(axis)}{names}"))
+    for axis in shared:
+        console.print(Text(f"{axis.kind}: {_choices(axis)} (one for {len(axis.targets)} layers)"))
     if found.structure.refused:
         console.print("\nLeft as it is:")
         for name, reason in found.structure.refused:

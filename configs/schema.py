@@ -34,9 +34,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RecipeError
 from ..objectives.objective import Budget, Limit, Objective
-from ..spaces.recipe import Recover
+from ..spaces.recipe import Recover, pattern_of
 from ..spaces.space import Rule, Space
 
 T = TypeVar("T")
@@ -105,6 +105,24 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _no_minutes(value: object) -> object:
+    """YAML 1.1 reads 2:4 as minutes and seconds, 124."""
+    if isinstance(value, int) and value > 60:
+        text = f"{value // 60}:{value % 60}"
+        raise PydanticCustomError(
+            "minutes", "{text}", {"text": f"must be less than 1; a pattern needs quotes, '{text}'"}
+        )
+    return value
+
+
+def _pattern(text: str) -> str:
+    try:
+        pattern_of(text)
+    except RecipeError as error:
+        raise _fail(str(error)) from error
+    return text
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -159,6 +177,15 @@ Number = Annotated[float, _NUMBER]
 Positive = Annotated[float, Field(gt=0), _NUMBER]
 Removed = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Kept = Annotated[float, Field(gt=0, le=1), _NUMBER]
+Criterion = Literal["magnitude", "taylor", "activation", "obs", "random"]
+Rounding = Literal["nearest", "gptq", "adaround"]
+Ranges = Literal["mse", "minmax", "percentile", "entropy"]
+# A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
+Zeros = Annotated[
+    Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_minutes), _NUMBER, Tag("<number>")]
+    | Annotated[str, AfterValidator(_pattern), Tag("<text>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<number>"),
+]
 WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
 ActivationBits = Literal[8, 32]
 ClusterBits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
@@ -220,8 +247,42 @@ class RankRule(LayerRule):
     """Shares of the full rank, 0 < x <= 1, in ascending or descending order; 1 leaves the layer as it is. Required."""
 
 
+class SparsityRule(LayerRule):
+    """Shares of the selected layers' weights that may be set to zero."""
+
+    choices: Choices[Zeros]
+    """Shares, 0 <= x < 1, and patterns such as '2:4' (in quotes), in ascending or descending order. Required."""
+
+
+class CriterionRule(LayerRule):
+    """Which weights of the selected layers are set to zero."""
+
+    choices: Choices[Criterion]
+    """magnitude, taylor, activation, obs, random. Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
+class RoundingRule(LayerRule):
+    """How the weights of the selected layers are rounded."""
+
+    choices: Choices[Rounding]
+    """nearest, gptq, adaround. Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
+class RangesRule(LayerRule):
+    """How the ranges of the selected layers' weights are found."""
+
+    choices: Choices[Ranges]
+    """mse, minmax, percentile, entropy. Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
 class ShareRule(LayerRule):
-    """Shares of the selected layers that may be removed."""
+    """Shares of the selected groups' channels that may be removed."""
 
     choices: Choices[Removed]
     """Shares, 0 <= x < 1, in ascending or descending order. Required."""
@@ -247,6 +308,20 @@ RankRules = Annotated[
 ]
 ShareRules = Annotated[
     Annotated[Choices[Removed], Tag("<choices>")] | Annotated[tuple[ShareRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+SparsityRules = Annotated[
+    Annotated[Choices[Zeros], Tag("<choices>")] | Annotated[tuple[SparsityRule, ...], Tag("<rules>")], _FORMS
+]
+CriterionRules = Annotated[
+    Annotated[Choices[Criterion], Tag("<choices>")] | Annotated[tuple[CriterionRule, ...], Tag("<rules>")], _FORMS
+]
+RoundingRules = Annotated[
+    Annotated[Choices[Rounding], Tag("<choices>")] | Annotated[tuple[RoundingRule, ...], Tag("<rules>")], _FORMS
+]
+RangesRules = Annotated[
+    Annotated[Choices[Ranges], Tag("<choices>")] | Annotated[tuple[RangesRule, ...], Tag("<rules>")], _FORMS
 ]
 
 
@@ -311,8 +386,19 @@ class SpaceConfig(Strict):
     rank: RankRules | None = None
     """Shares of a layer's full rank at which it becomes two thinner layers, 0 < x <= 1; 1 leaves it as it is. A share that
     would save neither bytes nor MACs is left out (about 0.5 and more for square linear layers). Choices or rules."""
-    sparsity: ShareRules | None = None
-    """Shares of a layer's weights that are set to zero, 0 <= x < 1. Choices or rules."""
+    rounding: RoundingRules | None = None
+    """How weights of at most 8 bits are rounded: nearest; gptq or adaround, which round for the layer's outputs on the
+    calibration images (seconds to minutes, once). Choices (one for all layers) or rules. Default: nearest."""
+    ranges: RangesRules | None = None
+    """How the range of each output channel's weights is found: mse, minmax, percentile, entropy. Choices (one for all
+    layers) or rules. Default: mse."""
+    sparsity: SparsityRules | None = None
+    """Shares of a layer's weights that are set to zero, 0 <= x < 1, or patterns such as '2:4' (in quotes): 2 of every 4
+    neighbouring input channels stay. Choices or rules."""
+    criterion: CriterionRules | None = None
+    """Which weights are set to zero: magnitude, taylor (by gradients), activation (by the inputs' norms), obs (by what they
+    cost after the others are adjusted, which they then are), random. Choices (one for all layers) or rules.
+    Default: magnitude."""
     channels: ShareRules | None = None
     """Shares of a dependency group's channels that are really removed, 0 <= x < 1. Choices or rules."""
     width: Choices[Kept] = (1.0,)
@@ -562,6 +648,9 @@ def to_space(space: SpaceConfig) -> Space:
         cluster_bits=_rules(space.cluster_bits),
         rank=_rules(space.rank),
         sparsity=_rules(space.sparsity),
+        criterion=_rules(space.criterion, share=True),
+        rounding=_rules(space.rounding, share=True),
+        ranges=_rules(space.ranges, share=True),
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,
@@ -569,12 +658,12 @@ def to_space(space: SpaceConfig) -> Space:
     )
 
 
-def _rules(entries: tuple[Any, ...] | None) -> tuple[Rule, ...]:
+def _rules(entries: tuple[Any, ...] | None, share: bool = False) -> tuple[Rule, ...]:
     if not entries:
         return ()
     if isinstance(entries[0], LayerRule):
         return tuple(Rule(entry.choices, entry.layers, entry.share) for entry in entries)
-    return (Rule(entries),)
+    return (Rule(entries, share=share),)
 
 
 def _recover(choice: str | Recovery) -> Recover | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify
+from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
 
@@ -51,9 +51,9 @@ class FileOverhead:
         """The bytes outside the layers' tensors of a file with such contents."""
         return sum(getattr(self, name) * amount for name, amount in vars(contents).items())
 
-    def kept(self, layer: str, bits: int, sparsity: float) -> float:
-        """The share of a layer's weights that are not zero in the file."""
-        return self.nonzero.get(layer, {}).get(level(bits, sparsity), 1 - sparsity)
+    def kept(self, layer: str, bits: int, zeros: float | str) -> float | None:
+        """The share of a layer's weights that are not zero in the file, where it was measured."""
+        return self.nonzero.get(layer, {}).get(level(bits, zeros))
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     )
 
 
-def level(bits: int, sparsity: float) -> str:
+def level(bits: int, zeros: float | str) -> str:
     """The name of a level of compression, which JSON can have as a key.
 
     >>> level(2, 0.5)
     '2 bits, 0.5 zeros'
     """
-    return f"{bits} bits, {sparsity:g} zeros"
+    return f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros"
 
 
 def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
@@ -168,13 +168,25 @@ def shared_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     return np.minimum(dense_bytes(count, bits), sparse) + 4 * entries
 
 
+def nonzero_weights(count: Whole, inputs: Whole, zeros: float | str) -> Whole:
+    """How many of `count` weights a mask leaves: all but a share, or those of a pattern along `inputs` input channels.
+
+    >>> int(nonzero_weights(54, 6, 0.25)), int(nonzero_weights(54, 6, "2:4"))
+    (40, 27)
+    """
+    if not isinstance(zeros, str):
+        return count - np.rint(count * zeros).astype(np.int64)
+    keep, of = pattern_of(zeros)
+    return count // inputs * (inputs // of * keep - (-(inputs % of) * keep // of))
+
+
 def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | None = None) -> int:
     """Bytes of all layers' own tensors: packed weights, scales or codebooks (float32) and biases."""
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
-    sparsity: Mapping[str, float] = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
     folded = {layer for layer, _ in structure.folds}
     total = 0
@@ -183,13 +195,16 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
         if name not in sizes:
             continue
         rows, columns = sides(layer, sizes[name])
+        channels = sizes[name][1]
         rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
-        for outputs, inputs in [(rank, columns), (rows, rank)] if rank else [(rows, columns)]:
+        share = overhead.kept(name, width, zeros)
+        for outputs, inputs, read in [(rank, columns, channels), (rows, rank, rank)] if rank else [(rows, columns, channels)]:  # fmt: skip
             count = outputs * inputs
+            nonzero = int(nonzero_weights(count, read, zeros))
             if name in clustered:
-                total += int(shared_bytes(count, clustered[name], count - round(count * zeros)))
+                total += int(shared_bytes(count, clustered[name], nonzero))
             else:
-                total += int(weight_bytes(count, width, round(count * overhead.kept(name, width, zeros))))
+                total += int(weight_bytes(count, width, nonzero if share is None else round(count * share)))
                 total += 4 * outputs * (width <= 8)
         # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
         total += 4 * rows * (layer.bias + (name in clustered and name in folded))
@@ -231,13 +246,17 @@ def many(
         axis = owner.get((kind, target))
         return picks[:, column[axis.name]] if axis else np.zeros(len(picks), dtype=np.int64)
 
-    def choices(kind: str, target: str, default: float) -> NDArray[np.float64]:
+    def listed(kind: str, target: str, default: float) -> tuple[Any, ...]:
         axis = owner.get((kind, target))
-        return np.array(axis.choices if axis else (default,), dtype=float)
+        return axis.choices if axis else (default,)
+
+    def choices(kind: str, target: str, default: float) -> NDArray[np.float64]:
+        return np.array(listed(kind, target, default), dtype=float)
 
     def kept_table(name: str) -> NDArray[np.float64]:
-        shares = choices("sparsity", name, 0.0)
-        return np.array([[overhead.kept(name, int(b), s) for s in shares] for b in choices("weight_bits", name, 32)])
+        """By bits and zeros the share that was measured, NaN where none was."""
+        zeros, bits = listed("sparsity", name, 0.0), listed("weight_bits", name, 32)
+        return np.array([[overhead.kept(name, b, z) for z in zeros] for b in bits], dtype=float)
 
     def keep_table(name: str) -> NDArray[np.int64]:
         group = structure.group(name)
@@ -298,7 +317,7 @@ def many(
             whole = rank == 0
             bit, zero = pick(picks, "weight_bits", layer.name), pick(picks, "sparsity", layer.name)
             bits = choices("weight_bits", layer.name, 32).astype(np.int64)[bit]
-            zeros = choices("sparsity", layer.name, 0.0)[zero]
+            zeros = listed("sparsity", layer.name, 0.0)
             codebook = choices("cluster_bits", layer.name, 32).astype(np.int64)[pick(picks, "cluster_bits", layer.name)]
             clustered = codebook < 32
             factors = clustered & (layer.name in folded)
@@ -307,19 +326,18 @@ def many(
             few = (bits < 32) | clustered
             second = np.where(eight, _SECOND_QUANTIZED, np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT))
             own = np.where(whole, 0.0, second) + _FACTORS * factors + 4 * rows * (int(layer.bias) + factors)
-            matrices = [(np.where(whole, rows, rank), columns)]
+            share = kept[layer.name][bit, zero]
+            matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
-                matrices.append((np.where(whole, 0, rows), rank))
-            for out, read in matrices:
-                count = out * read
+                matrices.append((np.where(whole, 0, rows), rank, np.maximum(rank, 1)))
+            for out, row, read in matrices:
+                count = out * row
                 some = np.maximum(count, 1)
-                kept_weights = np.rint(some * kept[layer.name][bit, zero]).astype(np.int64)
-                plain = weight_bytes(some, bits, kept_weights) + 4 * out * (bits <= 8)
+                left = np.stack([nonzero_weights(some, read, choice) for choice in zeros])[zero, np.arange(len(picks))]
+                nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
+                plain = weight_bytes(some, bits, nonzero) + 4 * out * (bits <= 8)
                 if clustered.any():
-                    kept_indices = some - np.rint(some * zeros).astype(np.int64)
-                    plain = np.where(
-                        clustered, shared_bytes(some, np.where(clustered, codebook, 1), kept_indices), plain
-                    )
+                    plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)
                 own += np.where(count > 0, plain, 0)
             size += there * own
             weight_only += there & few & ~eight

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
-from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import ORDER, Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.space import refusal
 from ..spaces.structure import Layer, Structure, inside, largest_rank, shapes, sides
-from .library import LayerLibrary, shaped
+from .calibration import Calibration
+from .library import LayerLibrary, Method, shaped
 from .operators.cluster import SharedWeights, shared
 from .operators.lowrank import factored, parts
 from .operators.prune import prune_channels
@@ -39,8 +41,8 @@ class FrozenWeight:
     codebook: Tensor | None = None
 
 
-# What every act is given: the network, the recipe, its structure, an example input, and the library if there is one.
-_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None], None]
+# What every act is given: the network, the recipe, its structure, an example input, the library and the calibration if there are.
+_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None, Calibration | None], None]
 
 
 class Skip(nn.Module):
@@ -51,7 +53,12 @@ class Skip(nn.Module):
 
 
 def drop_blocks(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     for step in recipe.of(Student):
         for name in step.drop:
@@ -59,14 +66,24 @@ def drop_blocks(
 
 
 def remove_channels(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
     prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
 
 
 def factor_layers(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     for step in recipe.of(LowRank):
         layer = model.get_submodule(step.layer)
@@ -82,21 +99,40 @@ def factor_layers(
 
 
 def shape_weights(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None,
+    calibration: Calibration | None,
 ) -> None:
     """Zeros first: one parametrization per layer, because neither scales nor codebooks must see what is zeroed."""
-    ratios = {part: step.ratio for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
-    bits = {part: step.weight_bits for step in recipe.of(Quantize) for part in parts(model, step.layer)}
+    sparse = {part: step for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
+    quantized = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     clustered = {part: step.bits for step in recipe.of(Cluster) for part in parts(model, step.layer)}
-    for name in sorted({*ratios, *bits, *clustered}):
+    names = sorted({*sparse, *quantized, *clustered})
+    levels = {name: _level(sparse.get(name), quantized.get(name)) for name in names}
+    statistics = None
+    if calibration and any(method.at(bits, ratio).needs for bits, ratio, method in levels.values()):
+        operated = any(ORDER.index(type(step)) < ORDER.index(Sparsify) for step in recipe.steps)
+        statistics = calibration.after(model) if operated else calibration.untouched
+    for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
-        level = bits.get(name, 32), ratios.get(name, 0.0)
-        mask, scale = library.shaped(weight, *level) if library else shaped(weight, *level)
-        made: nn.Module = FakeQuantize(weight, level[0], mask, scale)
+        evidence = statistics[name] if statistics else None
+        made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
+        if made.weight is not None:
+            weight.copy_(made.weight)
+        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale)
         if name in clustered:
-            made = SharedWeights(*shared(weight, clustered[name], mask), clustered[name], zero=mask is not None)
-        parametrize.register_parametrization(layer, "weight", made, unsafe=True)
+            indices, codebook = shared(weight, clustered[name], made.mask)
+            shows = SharedWeights(indices, codebook, clustered[name], zero=made.mask is not None)
+        parametrize.register_parametrization(layer, "weight", shows, unsafe=True)
+
+
+def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, float, Method]:
+    zeros, codes = sparse or Sparsify("", 0.0), quantized or Quantize("", 32)
+    return codes.weight_bits, zeros.ratio, Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges)
 
 
 # Sparsify, Cluster and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
@@ -128,6 +164,7 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
             problems.append(f"layer {one.layer!r} is in a block that the recipe leaves out")
         elif isinstance(one, LowRank):
             problems += _rank_problems(one, layers[one.layer], shapes(structure, recipe)[one.layer])
+    problems += _impossible(recipe, structure)
     if problems:
         choices = {"layers": sorted(layers), "groups of channels": sorted(groups), "blocks": structure.blocks}
         here = [f"{kind} here: {', '.join(names) or 'none'}" for kind, names in choices.items()]
@@ -145,18 +182,40 @@ def _rank_problems(step: LowRank, layer: Layer, shape: tuple[int, int]) -> list[
     return []
 
 
+def _impossible(recipe: Recipe, structure: Structure) -> list[str]:
+    """What a layer's shape rules out."""
+    problems = []
+    for layer in structure.layers:
+        steps: list[Sparsify | Quantize] = [*recipe.of(Sparsify), *recipe.of(Quantize)]
+        for step in steps:
+            if step.layer == layer.name:
+                asked = {name: getattr(step, name, "") for name in ("criterion", "rounding", "pattern")}
+                problems += [
+                    f"layer {layer.name!r}: {why}"
+                    for key, value in asked.items()
+                    if (why := refusal(layer, key, value))
+                ]
+    return problems
+
+
 def compress(
-    model: nn.Module, recipe: Recipe, structure: Structure, example: Tensor, library: LayerLibrary | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    structure: Structure,
+    example: Tensor,
+    library: LayerLibrary | None = None,
+    calibration: Calibration | None = None,
 ) -> nn.Module:
     """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit.
 
-    With a library layers are compressed once and then looked up; the network is the same to the bit.
+    With a library layers are compressed once and then looked up; the network is the same to the bit. calibration: of the
+    network before any step; raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
     model.eval()
     for kinds, act in ACTS:
         if any(recipe.of(kind) for kind in kinds):
-            act(model, recipe, structure, example, library)
+            act(model, recipe, structure, example, library, calibration)
     return model
 
 

@@ -1,9 +1,10 @@
-"""The layer library: every (weight, bits, sparsity) is compressed once, for all trials, studies and processes.
+"""The layer library: every (weight, level) is compressed once, for all trials, studies and processes.
 
-An entry is what a layer needs beside its weight: which of the numbers stay (a bit for each) and the scale of each output
-channel. Its name is the SHA-256 of all that it depends on: the weight's bytes, type and shape, the level, `VERSION`, and
-the version of torch, which may order a sum anew. So an entry is never outdated, only there or not, and nobody holds a
-lock: who does not find it computes it, and of several who write it at once each writes the same.
+An entry is what a layer needs beside its weight: which of the numbers stay (a bit for each), the scale of each output
+channel, and the adjusted weight where the method asks for one. Its name is the SHA-256 of all that it depends on: the weight's
+bytes, type and shape, the level, the name of the evidence that the method asks for, `VERSION`, and the version of torch, which
+may order a sum anew. So an entry is never outdated, only there or not, and nobody holds a lock: who does not find it computes
+it, and of several who write it at once each writes the same. Hessians and gradients (`calibration`) are entries too.
 
 A file is moved into its place whole and carries a checksum of its name and contents. One that a crash tore, that the
 disk damaged or that somebody else put there does not fit, counts as missing and is written anew. The oldest by last use
@@ -19,7 +20,10 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -28,28 +32,110 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .operators.adaround import adaround
+from .operators.gptq import gptq
 from .operators.lowrank import basis
+from .operators.obs import obs
 from .operators.quantize import weight_scales
-from .operators.sparsify import magnitude_mask
+from .operators.sparsify import activation_scores, mask_of, random_scores
 
 VERSION = 1  # of what `shaped` computes; raised when a scale or a mask comes out otherwise
 _BLOCK = 4096  # bytes: what a disk takes for a file at least
 _STALE = 3600  # seconds after which a file that was never moved into its place belongs to nobody
 _Entry = dict[str, Tensor]
+_Wanted = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def shaped(weight: Tensor, bits: int, ratio: float) -> tuple[Tensor | None, Tensor | None]:
-    """A layer's `(mask, scale)` at a level: zeros first, because the scale must not see what is zeroed.
+@dataclass(frozen=True)
+class Method:
+    """How zeros, scales and codes are chosen: the fields of `Sparsify` and `Quantize` beside the numbers."""
 
-    mask: as the weight, 1 and 0, or None without sparsity. scale: `[output channels]`, or None above 8 bits.
+    criterion: str = "magnitude"
+    pattern: str = ""
+    rounding: str = "nearest"
+    ranges: str = "mse"
 
-        >>> mask, scale = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
+    def at(self, bits: int, ratio: float) -> Method:
+        """The same without what has no effect at this level, so that equal layers are one entry."""
+        zeros = self if ratio else replace(self, criterion="magnitude", pattern="")
+        return zeros if bits <= 8 else replace(zeros, rounding="nearest", ranges="mse")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be known of the layer beside its weight: `hessian`, `fisher`, `seed`."""
+        found = {"taylor": "fisher", "random": "seed", "activation": "hessian", "obs": "hessian"}
+        rounding = "" if self.rounding == "nearest" else "hessian"
+        return frozenset({found.get(self.criterion, ""), rounding} - {""})
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether weights that stay get other values."""
+        return self.criterion == "obs" or self.rounding != "nearest"
+
+
+PLAIN = Method()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What calibration knows of one layer: `key` names it, the numbers come when they are asked for."""
+
+    key: str
+    seed: int
+    hessian: Callable[[], Tensor]
+    fisher: Callable[[], Tensor]
+
+
+class Shaped(NamedTuple):
+    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: `[output channels]`, or None above
+    8 bits. weight: in place of the layer's own, or None."""
+
+    mask: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+
+
+def shaped(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None) -> Shaped:
+    """A layer at a level: zeros first, because the scale must not see what is zeroed, then the rounding.
+
+    evidence: what `method.needs` asks for; raises `ValueError` without it.
+
+        >>> mask, scale, _ = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
         >>> mask.tolist(), scale.shape
         ([[1.0, 0.0, 0.0, 1.0]], torch.Size([1]))
     """
-    mask = magnitude_mask(weight, ratio) if ratio else None
-    scale = weight_scales(weight if mask is None else weight * mask, bits) if bits <= 8 else None
-    return mask, scale
+    method = method.at(bits, ratio)
+    if method.needs and evidence is None:
+        raise ValueError(
+            f"{method} needs the {', '.join(sorted(method.needs))} of the layer: give compress() a calibration"
+        )
+    mask, scale, adjusted = None, None, None
+    if ratio and method.criterion == "obs":
+        mask, adjusted = obs(weight, evidence.hessian(), ratio, method.pattern)  # type: ignore[union-attr]
+    elif ratio:
+        mask = mask_of(_scores(weight, method, evidence), ratio, method.pattern)
+    current = weight if adjusted is None else adjusted
+    if bits <= 8:
+        scale = weight_scales(current if mask is None else current * mask, bits, method.ranges)
+        if method.rounding != "nearest":
+            assert evidence is not None
+            adjusted = ROUNDINGS[method.rounding](current, scale, bits, evidence.hessian(), mask)
+    return Shaped(mask, scale, adjusted)
+
+
+def _scores(weight: Tensor, method: Method, evidence: Evidence | None) -> Tensor:
+    """How important each weight is by a criterion that leaves the others as they are."""
+    if method.criterion == "magnitude":
+        return weight.detach().abs()
+    assert evidence is not None
+    if method.criterion == "taylor":  # Molchanov et al. 2019, equation 8: what the square of a weight's step costs
+        return weight.detach().square() * evidence.fisher()
+    if method.criterion == "activation":
+        return activation_scores(weight, evidence.hessian())
+    return random_scores(weight, int(digest(weight.detach().contiguous())[:8], 16) ^ evidence.seed)
+
+
+ROUNDINGS = {"gptq": gptq, "adaround": adaround}
 
 
 def default_folder() -> Path | None:
@@ -70,7 +156,7 @@ class LayerLibrary:
 
         >>> library = LayerLibrary(limit=0)
         >>> weight = torch.randn(8, 4)
-        >>> mask, scale = library.shaped(weight, 4, 0.5)
+        >>> mask, scale, _ = library.shaped(weight, 4, 0.5)
         >>> torch.equal(scale, shaped(weight, 4, 0.5)[1])
         True
     """
@@ -84,27 +170,38 @@ class LayerLibrary:
         self._lock = threading.Lock()
         self._unpruned = limit  # bytes written since the folder was measured, which it has never been
 
-    def shaped(self, weight: Tensor, bits: int, ratio: float) -> tuple[Tensor | None, Tensor | None]:
+    def shaped(
+        self, weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None
+    ) -> Shaped:
         """What the function `shaped` gives, bit for bit; the tensors are the caller's own."""
         bits = bits if bits <= 8 else 32
         if bits == 32 and not ratio:
-            return None, None
-        plain = weight.detach().cpu().contiguous()
-        key = _key(plain, bits, ratio)
+            return Shaped(None, None, None)
+        plain, method = weight.detach().cpu().contiguous(), method.at(bits, ratio)
+        key = _key(plain, bits, ratio, method, evidence)
         entry = self._recall(key)
         if entry is None:
-            entry = self._read(key, plain, bits, ratio)
+            wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+            if ratio:
+                wanted["mask"] = (torch.uint8, (-(-plain.numel() // 8),))
+            if bits <= 8:
+                wanted["scale"] = (plain.dtype, (len(plain),))
+            if method.adjusts:
+                wanted["weight"] = (plain.dtype, tuple(plain.shape))
+            entry = self.find(key, wanted)
             if entry is None:
-                entry = _entry(key, *shaped(plain, bits, ratio))
-                self._write(key, entry)
+                entry = _entry(shaped(plain, bits, ratio, method, evidence))
+                self.put(key, entry)
             self._remember(key, entry)
-        mask = scale = None
+        mask = scale = adjusted = None
         if ratio:
             flags = np.unpackbits(entry["mask"].numpy(), count=plain.numel())
             mask = torch.from_numpy(flags).view(plain.shape).to(weight)
         if bits <= 8:
             scale = entry["scale"].to(weight.device, copy=True)  # a scale is trained in place
-        return mask, scale
+        if method.adjusts:
+            adjusted = entry["weight"].to(weight.device, copy=True)
+        return Shaped(mask, scale, adjusted)
 
     def basis(self, weight: Tensor) -> Tensor:
         """What `operators.lowrank.basis` gives, kept in memory only: it is as large as the weight."""
@@ -137,8 +234,8 @@ class LayerLibrary:
     def _path(self, key: str) -> Path | None:
         return self.folder / key[:2] / f"{key}.safetensors" if self.folder else None
 
-    def _read(self, key: str, weight: Tensor, bits: int, ratio: float) -> _Entry | None:
-        """The entry of an intact file, which then counts as used just now."""
+    def find(self, key: str, wanted: _Wanted) -> _Entry | None:
+        """The entry of an intact file that holds what is wanted; it then counts as used just now."""
         path = self._path(key)
         if path is None:
             return None
@@ -147,22 +244,18 @@ class LayerLibrary:
         except (OSError, SafetensorError, KeyError, ValueError):  # not there, torn, or not ours: all the same
             return None
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entry.items()}
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"check": (torch.uint8, (32,))}
-        if ratio:
-            wanted["mask"] = (torch.uint8, (-(-weight.numel() // 8),))
-        if bits <= 8:
-            wanted["scale"] = (weight.dtype, (len(weight),))
-        if found != wanted or not torch.equal(entry["check"], _check(key, entry)):
+        if found != {"check": (torch.uint8, (32,)), **wanted} or not torch.equal(entry["check"], _check(key, entry)):
             return None
         with contextlib.suppress(OSError):  # of another user, or pruned just now; it was read, and that is enough
             os.utime(path)
         return entry
 
-    def _write(self, key: str, entry: _Entry) -> None:
+    def put(self, key: str, entry: _Entry) -> bool:
+        """Keep an entry on disk; False when that is not possible."""
         path = self._path(key)
         if path is None:
-            return
-        data = save(entry)
+            return False
+        data = save({**entry, "check": _check(key, entry)})
         # Threads and containers share process numbers, and a writer must never meet another's unfinished file.
         partial = path.with_name(f".{uuid4().hex}.partial")
         try:
@@ -172,7 +265,7 @@ class LayerLibrary:
         except OSError:  # read-only, full or gone: the entry stays in memory
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            return
+            return False
         with self._lock:
             self._unpruned += _blocks(len(data))
             due = self._unpruned > self.limit // 16
@@ -180,6 +273,7 @@ class LayerLibrary:
                 self._unpruned = 0
         if due:
             self._prune()
+        return True
 
     def _prune(self) -> None:
         """Bring the folder down to fifteen sixteenths of the limit: the last sixteenth is written before the next look."""
@@ -205,28 +299,42 @@ class LayerLibrary:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def _key(weight: Tensor, bits: int, ratio: float) -> str:
-    about = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
-    digest = hashlib.sha256(repr(about).encode() + b"\0")
-    digest.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
-    return digest.hexdigest()
+def digest(*tensors: Tensor) -> str:
+    """The SHA-256 of tensors: their types, shapes and numbers."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0")
+        found.update(_raw(tensor.detach().contiguous()))
+    return found.hexdigest()
 
 
-def _entry(key: str, mask: Tensor | None, scale: Tensor | None) -> _Entry:
+def _key(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None) -> str:
+    about: tuple[object, ...] = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
+    if method != PLAIN:
+        about = (*about, *astuple(method))
+    if evidence is not None and method.needs:
+        about = (*about, evidence.seed if method.needs == {"seed"} else evidence.key)
+    found = hashlib.sha256(repr(about).encode() + b"\0")
+    found.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
+    return found.hexdigest()
+
+
+def _entry(made: Shaped) -> _Entry:
     entry = {}
-    if mask is not None:
-        entry["mask"] = torch.from_numpy(np.packbits(mask.flatten().to(torch.uint8).numpy()))
-    if scale is not None:
-        entry["scale"] = scale
-    entry["check"] = _check(key, entry)
+    if made.mask is not None:
+        entry["mask"] = torch.from_numpy(np.packbits(made.mask.flatten().to(torch.uint8).numpy()))
+    if made.scale is not None:
+        entry["scale"] = made.scale
+    if made.weight is not None:
+        entry["weight"] = made.weight.contiguous()
     return entry
 
 
 def _check(key: str, entry: _Entry) -> Tensor:
-    parts = [key.encode(), *(_raw(entry[name]) for name in ("mask", "scale") if name in entry)]
+    parts = [key.encode(), *(_raw(entry[name]) for name in sorted(entry) if name != "check")]
     return torch.frombuffer(bytearray(hashlib.sha256(b"".join(parts)).digest()), dtype=torch.uint8)
 
 

@@ -30,6 +30,7 @@ from ..objectives.measurement import Measurement, Metric
 from ..spaces.recipe import Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
 from . import packing
+from .calibration import Calibration
 from .compress import chunks, compress, freeze
 from .distill import WORTH, answers
 from .entropy import zstd_bytes
@@ -163,6 +164,11 @@ class LocalRunner:
         return answers(self.task, self.model)
 
     @cached_property
+    def statistics(self) -> Calibration:
+        """What rounding and criteria may ask the calibration images."""
+        return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed)
+
+    @cached_property
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:
         return calibration_bias(self.comparable(), self.calibration_parts)
 
@@ -224,7 +230,7 @@ class LocalRunner:
         """
         model = copy.deepcopy(self.model)
         report("compressing", {})
-        compress(model, recipe, self.structure, self.example, self.library)
+        compress(model, recipe, self.structure, self.example, self.library, self.statistics)
         steps = recipe.of(Recover) if recovery else []
         if any(step.epochs for step in steps):
             self._train(model, recipe, report)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConfigError, RecipeError
 from ..objectives.cost import layer_bytes
-from ..spaces.recipe import Quantize, Recipe, Sparsify, Step
-from ..spaces.space import Space
+from ..spaces.recipe import Recipe, Step, zeros_of
+from ..spaces.space import METHODS, Space, quantize, sparsify
 from ..spaces.structure import Layer, Structure
 from .compress import compress, freeze
 from .local import LocalRunner
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 KL, SQUARED = "KL divergence (nats)", "squared difference / variance"
 VERSION = 1
-Level = tuple[int, float]  # weight bits and the share of zeros
+Level = tuple[int, float | str]  # weight bits, and the share of zeros or their pattern
 UNTOUCHED: Level = (32, 0.0)
 # What hears of the progress: rows that are done, rows in all, and the layer at work.
 Progress = Callable[[int, int, str], None]
@@ -54,7 +54,7 @@ class Row:
 
     layer: str
     weight_bits: int
-    sparsity: float
+    sparsity: float | str
     divergence: float
     bytes: int
 
@@ -74,17 +74,17 @@ class Sensitivity:
     unit: str
     images: int
 
-    def divergence(self, layer: str, weight_bits: int = 32, sparsity: float = 0.0) -> float:
+    def divergence(self, layer: str, weight_bits: int = 32, sparsity: float | str = 0.0) -> float:
         """Of one layer at one level, 0 for the untouched one; raises `RecipeError` for what was not measured."""
         if (weight_bits, sparsity) == UNTOUCHED:
             return 0.0
         if (layer, weight_bits, sparsity) not in self._found:
-            raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * sparsity:g}% zeros was not measured; "
+            raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros was not measured; "
                               "measure it again with this network and space")  # fmt: skip
         return self._found[layer, weight_bits, sparsity]
 
     @cached_property
-    def _found(self) -> dict[tuple[str, int, float], float]:
+    def _found(self) -> dict[tuple[str, int, float | str], float]:
         return {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in self.rows}
 
     def by_axis(self, space: Space, structure: Structure) -> dict[str, tuple[float, ...]]:
@@ -142,6 +142,12 @@ class Sensitivity:
             raise ArtifactError(f"not a sensitivity: {error}") from error
 
 
+def order(level: Level) -> tuple[float, str, int]:
+    """What levels are sorted by: more and more zeros, and then fewer and fewer bits."""
+    bits, zeros = level
+    return zeros_of(zeros), str(zeros), -bits
+
+
 def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
     """By layer, in order: every combination of its choices, and each choice alone, without the untouched level.
 
@@ -156,7 +162,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
         )
         both = [(b, r) for r in ratios for b in bits]
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
-        distinct = sorted({*both, *alone} - {UNTOUCHED}, key=lambda level: (level[1], -level[0]))
+        distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:
             found[layer.name] = distinct
     if not found:
@@ -199,11 +205,14 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Every layer at every level of the space, alone in the runner's network, on all its calibration images.
 
+    Zeros are chosen, ranges found and weights rounded by the first choice of the space.
+
     reuse: record what runs before a layer instead of running it again; memory: bytes of records at most. Both change
     the time it takes and nothing else. Raises `ConfigError` when the space leaves nothing to measure.
     """
     structure = runner.structure
     wanted = levels(space, structure)
+    axes = space.axes(structure)
     total, done = sum(map(len, wanted.values())), 0
     bench = _Bench(runner, memory if reuse else 0)
     rows = []
@@ -215,17 +224,20 @@ def measure_sensitivity(
         for level in wanted[layer.name]:
             if progress:
                 progress(done, total, layer.name)
-            recipe = _recipe(layer.name, level)
+            methods = {
+                axis.kind: axis.choices[0] for axis in axes if axis.kind in METHODS and layer.name in axis.targets
+            }
+            recipe = _recipe(layer.name, level, methods)
             size = layer_bytes(Structure((layer,)), recipe)
             rows.append(Row(layer.name, *level, bench.divergence(layer, recipe), size))
             done += 1
     return Sensitivity(tuple(rows), unit_of(bench.dense), len(runner.calibration))
 
 
-def _recipe(layer: str, level: Level) -> Recipe:
-    bits, ratio = level
-    steps: list[Step] = [Quantize(layer, bits)] if bits < 32 else []
-    return Recipe((*steps, *([Sparsify(layer, ratio)] if ratio else [])))
+def _recipe(layer: str, level: Level, methods: Mapping[str, str]) -> Recipe:
+    bits, zeros = level
+    steps: list[Step] = [quantize(layer, bits, 32, methods)] if bits < 32 else []
+    return Recipe((*steps, *([sparsify(layer, zeros, methods)] if zeros else [])))
 
 
 class _Bench:
@@ -263,7 +275,7 @@ class _Bench:
     @torch.no_grad()
     def divergence(self, layer: Layer, recipe: Recipe) -> float:
         runner = self.runner
-        compress(self.model, recipe, runner.structure, runner.example, runner.library)
+        compress(self.model, recipe, runner.structure, runner.example, runner.library, runner.statistics)
         freeze(self.model, recipe)
         if self.norms:
             live = [name for name in self.norms if name not in self.prefix.replayed]

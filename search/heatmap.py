@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..runners.files import write_atomic
-from ..runners.sensitivity import KL, Level, Sensitivity
+from ..runners.sensitivity import KL, Level, Sensitivity, order
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,11 +39,13 @@ def short(value: float) -> str:
 
 
 def _levels(found: Sensitivity) -> list[Level]:
-    return sorted({(row.weight_bits, row.sparsity) for row in found.rows}, key=lambda level: (level[1], -level[0]))
+    return sorted({(row.weight_bits, row.sparsity) for row in found.rows}, key=order)
 
 
-def _share(ratio: float) -> str:
-    return f"{100 * ratio:.3g}%" if ratio else ""
+def _share(zeros: float | str) -> str:
+    if isinstance(zeros, str):
+        return zeros
+    return f"{100 * zeros:.3g}%" if zeros else ""
 
 
 def heat_tables(found: Sensitivity, width: int = 80) -> list[Table]:
@@ -85,14 +87,14 @@ def heat_rows(found: Sensitivity) -> list[dict[str, str | float]]:
     >>> heat_rows(Sensitivity((Row("fc", 8, 0.0, 0.01, 36), Row("fc", 32, 0.5, 0.02, 80)), KL, 512))
     [{'layer': 'fc', '8 bits': 0.01, '50% zeros': 0.02}]
     """
-    value: dict[tuple[str, int, float], str | float]
+    value: dict[tuple[str, int, float | str], str | float]
     value = {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in found.rows}
     names = {_name(*level): level for level in _levels(found)}
     layers = dict.fromkeys(row.layer for row in found.rows)
     return [{"layer": layer, **{n: value.get((layer, *level), "-") for n, level in names.items()}} for layer in layers]
 
 
-def _name(bits: int, ratio: float) -> str:
+def _name(bits: int, ratio: float | str) -> str:
     if not ratio:
         return f"{bits} bits"
     return f"{_share(ratio)} zeros" if bits == 32 else f"{bits} bits, {_share(ratio)} zeros"

@@ -17,10 +17,11 @@ from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
+from ..runners.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
-from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Step, Student
+from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels
 
@@ -157,7 +158,8 @@ def measure_overhead(runner: LocalRunner, baseline_size: int, axes: Sequence[Axi
 def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own.
+    Of a large layer some output channels stand for all: each has a scale of its own. Nearest rounding stands for the other
+    ways to round, and zeros of least magnitude for the other criteria, which leave about as many.
     """
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
     found: dict[str, dict[str, float]] = {}
@@ -171,13 +173,14 @@ def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[
         weight = runner.model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
         count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
         weight = weight[:: max(1, len(weight) // count)]
-        for bits, ratio in sorted(levels):
+        for bits, zeros in sorted(levels, key=str):
             if bits <= 8:
-                mask, scale = runner.library.shaped(weight, bits, ratio)
-                assert scale is not None
-                whole = codes(weight if mask is None else weight * mask, scale.clamp_min(1e-12), bits)
+                method = Method(pattern=zeros if isinstance(zeros, str) else "")
+                made = runner.library.shaped(weight, bits, zeros_of(zeros), method)
+                assert made.scale is not None
+                whole = codes(weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12), bits)
                 share = float(whole.count_nonzero()) / whole.numel()
-                found.setdefault(layer.name, {})[cost.level(bits, ratio)] = share
+                found.setdefault(layer.name, {})[cost.level(bits, zeros)] = share
     return found
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -33,6 +33,37 @@ def plain(value: Any) -> Any:
         return value
     shown = (f for f in fields(value) if not f.metadata.get("later") or getattr(value, f.name) != f.default)
     return {f.name: plain(getattr(value, f.name)) for f in shown}
+
+
+def pattern_of(text: str) -> tuple[int, int]:
+    """N and M of a pattern `N:M`: N of every M neighbouring weights stay; raises `RecipeError` for any other text.
+
+    >>> pattern_of("2:4")
+    (2, 4)
+    """
+    keep, _, of = text.partition(":")
+    if not (keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 32):
+        raise RecipeError(
+            f"pattern {text!r}: write N:M, such as 2:4 or 4:8, for N of every M (at most 32) weights that stay"
+        )
+    return int(keep), int(of)
+
+
+def zeros_of(choice: float | str) -> float:
+    """The share of zeros that a choice of sparsity means: itself, or that of a pattern.
+
+    >>> zeros_of(0.3), zeros_of("2:8")
+    (0.3, 0.75)
+    """
+    if isinstance(choice, str):
+        keep, of = pattern_of(choice)
+        return 1 - keep / of
+    return choice
+
+
+CRITERIA = ("magnitude", "taylor", "activation", "obs", "random")
+ROUNDINGS = ("nearest", "gptq", "adaround")
+RANGES = ("mse", "minmax", "percentile", "entropy")
 
 
 @dataclass(frozen=True)
@@ -60,10 +91,18 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Sparsify:
-    """Set the share `ratio` of a layer's weights, those of least magnitude, to zero."""
+    """Set the share `ratio` of a layer's weights to zero, those that the `criterion` finds least important.
+
+    magnitude: the smallest. taylor: those with the least effect on the outputs by their gradients (Molchanov et al. 2019).
+    activation: the least products with the norm of their input (Wanda, Sun et al. 2024). obs: those that cost least after
+    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw.
+    pattern: "" (anywhere), or N:M such as 2:4: N of every M neighbouring input channels stay; then ratio is 1 - N/M.
+    """
 
     layer: str
     ratio: float
+    criterion: str = later("magnitude")
+    pattern: str = later("")
 
 
 @dataclass(frozen=True)
@@ -76,11 +115,17 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store a layer's weights in `weight_bits` (2..8 integers, 16 float16) and feed it `activation_bits` (8 or 32)."""
+    """Store a layer's weights in `weight_bits` (2..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
+
+    rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
+    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1.
+    """
 
     layer: str
     weight_bits: int
     activation_bits: int = 32
+    rounding: str = later("nearest")
+    ranges: str = later("mse")
 
 
 @dataclass(frozen=True)
@@ -165,6 +210,12 @@ def _check(step: Step) -> None:
             raise RecipeError(f"cluster {layer}: bits = {bits}; choose from 2..8")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
             raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
+        case Sparsify(layer, _, criterion) if criterion not in CRITERIA:
+            raise RecipeError(f"sparsify {layer}: criterion = {criterion!r}; choose from {', '.join(CRITERIA)}")
+        case Sparsify(layer, ratio, _, pattern) if pattern and ratio != zeros_of(pattern):
+            raise RecipeError(
+                f"sparsify {layer}: ratio = {ratio} with pattern {pattern}; it must be {zeros_of(pattern):g}, or leave one out"
+            )
         case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
             raise RecipeError(
                 f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, or leave the step out for 32"
@@ -173,6 +224,15 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"quantize {layer}: activation_bits = {activations} with weight_bits = {bits}; "
                 "choose 32, or 8 together with weights of at most 8 bits"
+            )
+        case Quantize(layer, _, _, rounding, ranges) if rounding not in ROUNDINGS or ranges not in RANGES:
+            raise RecipeError(
+                f"quantize {layer}: rounding = {rounding!r}, ranges = {ranges!r}; choose the rounding from {', '.join(ROUNDINGS)} "
+                f"and the ranges from {', '.join(RANGES)}"
+            )
+        case Quantize(layer, bits, _, rounding, ranges) if bits > 8 and (rounding, ranges) != ("nearest", "mse"):
+            raise RecipeError(
+                f"quantize {layer}: rounding {rounding}, ranges {ranges} with weight_bits = {bits}; float16 has neither, leave them out"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -272,7 +332,7 @@ class Recipe:
                 if entry["step"] not in _NAMES:
                     raise RecipeError(f"unknown step {entry['step']!r}; steps: {', '.join(_NAMES)}")
                 kind = _NAMES[entry["step"]]
-                if unknown := set(values) - {field.name for field in fields(kind)}:
+                if unknown := set(values) - {entry.name for entry in fields(kind)}:
                     raise RecipeError(f"step {entry['step']!r} has no field {', '.join(sorted(map(str, unknown)))}")
                 steps.append(kind(**values))
             return cls(tuple(steps), data["version"])
@@ -289,15 +349,20 @@ class Recipe:
             parts.append(f"{len(prunes)} group{'s' * (len(prunes) > 1)} narrowed")
         if factored := self.of(LowRank):
             parts.append(f"{len(factored)} layer{'s' * (len(factored) > 1)} of low rank")
-        if sparse := [step.ratio for step in self.of(Sparsify)]:
-            parts.append(
-                f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {_span([round(100 * r) for r in sparse])}% sparse"
+        if sparse := self.of(Sparsify):
+            ways = _other((step.pattern for step in sparse), "") + _other(
+                (step.criterion for step in sparse), "magnitude"
             )
+            share = _span([round(100 * step.ratio) for step in sparse])
+            parts.append(f"{len(sparse)} layer{'s' * (len(sparse) > 1)} {share}% sparse" + _in_brackets(ways))
         if clustered := [step.bits for step in self.of(Cluster)]:
             parts.append(f"{len(clustered)} layer{'s' * (len(clustered) > 1)} in {_span(clustered)}-bit codebooks")
         quantized = self.of(Quantize)
         if quantized:
-            parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit")
+            ways = _other((step.rounding for step in quantized), "nearest") + _other(
+                (s.ranges for s in quantized), "mse"
+            )
+            parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit" + _in_brackets(ways))
             int8 = sum(step.activation_bits == 8 for step in quantized)
             if int8:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
@@ -323,6 +388,14 @@ def _how(training: list[Recover]) -> str:
         found += [text] if any(step.train == what for step in training) else []
     found += ["features"] if any(step.features for step in training) else []
     return f" ({', '.join(found)})" if found else ""
+
+
+def _other(values: Iterable[str], default: str) -> list[str]:
+    return sorted(set(values) - {default})
+
+
+def _in_brackets(ways: list[str]) -> str:
+    return f" ({', '.join(ways)})" if ways else ""
 
 
 def _span(values: list[int]) -> str:

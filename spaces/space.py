@@ -11,14 +11,31 @@ Width is not a step of its own: it narrows every dependency group, so it is writ
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import ConfigError, RecipeError
-from .recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
-from .structure import Structure, inside, kept_channels, kept_rank, shapes, sides
+from .recipe import (
+    CRITERIA,
+    RANGES,
+    ROUNDINGS,
+    Cluster,
+    LowRank,
+    Prune,
+    Quantize,
+    Recipe,
+    Recover,
+    Sparsify,
+    Step,
+    Student,
+    later,
+    pattern_of,
+    zeros_of,
+)
+from .structure import Layer, Structure, inside, kept_channels, kept_rank, shapes, sides
 
 KINDS = ("conv", "depthwise", "grouped", "linear")
 # By technique: whether a number is a possible choice, and which ones are.
@@ -26,12 +43,20 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "width": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
     "depth": (lambda x: isinstance(x, int) and x >= 0, "whole numbers of blocks, 0 or more"),
     "channels": (lambda x: 0 <= x < 1, "shares from 0, below 1"),
-    "sparsity": (lambda x: 0 <= x < 1, "shares from 0, below 1"),
+    "sparsity": (
+        lambda x: _is_pattern(x) if isinstance(x, str) else 0 <= x < 1,
+        "shares from 0, below 1, patterns such as '2:4'",
+    ),
     "weight_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 16, 32), "2..8, 16, 32"),
     "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
     "cluster_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 32), "2..8, 32"),
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
 }
+# By field of `Sparsify` and `Quantize`: what may be asked for, the default first.
+METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES}
+# Inputs of one group: its Hessian then takes 512 MiB in double precision, its inverse and a factor as much again.
+LARGEST_HESSIAN = 8192
+_BY_HESSIAN = ("activation", "obs", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
@@ -65,21 +90,26 @@ class Space:
     weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
     cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
-    nothing. sparsity: shares of zeros. channels: shares of a dependency group's channels that are removed. width: shares of all
+    nothing. sparsity: shares of zeros, or patterns such as "2:4". criterion, rounding, ranges: which weights become zero,
+    how they are rounded, how their range is found (see `Sparsify` and `Quantize`). channels: shares of a dependency
+    group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate.
     """
 
     weight_bits: tuple[Rule, ...] = ()
     activation_bits: tuple[Rule, ...] = ()
-    cluster_bits: tuple[Rule, ...] = ()
-    rank: tuple[Rule, ...] = ()
+    cluster_bits: tuple[Rule, ...] = later(())
+    rank: tuple[Rule, ...] = later(())
     sparsity: tuple[Rule, ...] = ()
     channels: tuple[Rule, ...] = ()
     width: tuple[float, ...] = (1.0,)
     depth: tuple[int, ...] = (0,)
     recovery: tuple[Recover | None, ...] = field(default=(None,))
     ladder: bool = False
+    criterion: tuple[Rule, ...] = later(())
+    rounding: tuple[Rule, ...] = later(())
+    ranges: tuple[Rule, ...] = later(())
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
         """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
@@ -95,6 +125,9 @@ class Space:
         axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, problems)
         axes += _rule_axes("cluster_bits", self.cluster_bits, layers, structure, problems)
         axes += _rank_axes(_rule_axes("rank", self.rank, layers, structure, problems), structure)
+        for kind in METHODS:
+            axes += _rule_axes(kind, getattr(self, kind), layers, structure, problems)
+        problems += _refusals(axes, structure)
         axes.append(Axis("recovery", "recovery", (), self.recovery))
         if problems:
             raise ConfigError(problems, "space")
@@ -110,9 +143,18 @@ class Space:
             else:
                 listed = [(f"{kind}.{number}.choices", rule.choices) for number, rule in enumerate(entries)]
             for key, choices in listed:
-                wrong = [c for c in choices if not isinstance(c, int | float) or isinstance(c, bool) or not possible(c)]
+                numbers = (int, float, str) if kind == "sparsity" else (int, float)
+                wrong = [c for c in choices if not isinstance(c, numbers) or isinstance(c, bool) or not possible(c)]
                 problems = [f"{value!r} is not possible" for value in wrong] if choices else ["no choice"]
                 found += [f"{key}: {problem}; choose from {allowed}" for problem in problems]
+        for kind, allowed_names in METHODS.items():
+            for number, rule in enumerate(getattr(self, kind)):
+                problems = [f"{value!r} is not possible" for value in rule.choices if value not in allowed_names]
+                problems = problems if rule.choices else ["no choice"]
+                found += [
+                    f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}"
+                    for problem in problems
+                ]
         if not self.recovery:
             found.append("recovery: no choice; choose from Recover(...) and None")
         for choice in self.recovery:
@@ -148,15 +190,15 @@ class Space:
             if (share := value.get(("rank", layer.name), 1.0)) < 1:
                 rank = kept_rank(*sides(layer, narrowed[layer.name]), share)
                 steps += [LowRank(layer.name, rank)] if rank else []
-            if ratio := value.get(("sparsity", layer.name), 0.0):
-                steps.append(Sparsify(layer.name, ratio))
+            methods = {kind: value[kind, layer.name] for kind in METHODS if (kind, layer.name) in value}
+            if zeros := value.get(("sparsity", layer.name), 0.0):
+                steps.append(sparsify(layer.name, zeros, methods))
             if (clustered := value.get(("cluster_bits", layer.name), 32)) < 32:
                 steps.append(Cluster(layer.name, clustered))
                 continue
             bits = value.get(("weight_bits", layer.name), 32)
-            activations = value.get(("activation_bits", layer.name), 32)
             if bits < 32:
-                steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))
+                steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
         return Recipe((*steps, *self.recoveries(single["recovery"]))) if steps else Recipe()
 
     def as_ladder(self) -> Space:
@@ -183,7 +225,7 @@ class Space:
         quantized = {step.layer: step for step in recipe.of(Quantize)}
         clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
         ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
-        sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+        sparse = {step.layer: step for step in recipe.of(Sparsify)}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
         steps = tuple(recipe.of(Recover))
         recovery = next((choice for choice in self.recovery if self.recoveries(choice) == steps), "another")
@@ -205,7 +247,12 @@ class Space:
                 elif axis.kind == "channels":
                     wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
-                    wanted = {sparse.get(t, 0.0) for t in targets}
+                    wanted = {sparse[t].pattern or sparse[t].ratio if t in sparse else 0.0 for t in targets}
+                elif axis.kind == "criterion":  # without zeros any choice will do
+                    wanted = {sparse[t].criterion for t in targets if t in sparse}
+                elif axis.kind in METHODS:  # and where weights stay float
+                    found = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8]
+                    wanted = {getattr(step, axis.kind) for step in found}
                 elif axis.kind == "weight_bits":  # has no effect where weights are clustered
                     wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets if t not in clustered}
                 elif axis.kind == "cluster_bits":
@@ -234,6 +281,70 @@ def _common(axis: Axis, possible: Iterable[set[Any]]) -> set[Any]:
     """The least of the choices that all targets of an axis may have, or None where there is no such."""
     found = set.intersection(set(axis.choices), *possible)
     return {min(found)} if found else {None}
+
+
+def sparsify(layer: str, zeros: float | str, methods: Mapping[str, str]) -> Sparsify:
+    """The step for a choice of sparsity, with what of `METHODS` was chosen."""
+    pattern = zeros if isinstance(zeros, str) else ""
+    return Sparsify(layer, zeros_of(zeros), methods.get("criterion", CRITERIA[0]), pattern)
+
+
+def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, str]) -> Quantize:
+    """The step for a choice of bits below 32; what has no effect above 8 is left out."""
+    if bits > 8:
+        return Quantize(layer, bits)
+    chosen = {kind: methods[kind] for kind in ("rounding", "ranges") if kind in methods}
+    return Quantize(layer, bits, activation_bits, **chosen)
+
+
+def refusal(layer: Layer, kind: str, choice: Any) -> str:
+    """Why a choice (of criterion, rounding, sparsity or a pattern) is not possible for a layer of such a shape, or "".
+
+    >>> refusal(Layer("fc", "linear", (10, 25088), 250880), "rounding", "gptq")
+    'rounding gptq needs a Hessian of 25088 x 25088 inputs, more than 8192; choose nearest'
+    """
+    if kind in METHODS and choice in _BY_HESSIAN and (inputs := math.prod(layer.weight_shape[1:])) > LARGEST_HESSIAN:
+        return f"{kind} {choice} needs a Hessian of {inputs} x {inputs} inputs, more than {LARGEST_HESSIAN}; choose {METHODS[kind][0]}"
+    if kind in ("sparsity", "pattern") and choice and isinstance(choice, str):
+        channels, of = layer.weight_shape[1], pattern_of(choice)[1]
+        if channels < of:
+            return (
+                f"pattern {choice} needs {of} input channels of one group, it has {channels}; choose a share of zeros"
+            )
+    return ""
+
+
+def _refusals(axes: Sequence[Axis], structure: Structure) -> list[str]:
+    """The choices that some of their layers cannot have."""
+    found: dict[str, list[str]] = {}
+    for axis in axes:
+        for choice in axis.choices if axis.kind in (*METHODS, "sparsity") else ():
+            for target in axis.targets:
+                if (
+                    isinstance(choice, str)
+                    and _known(axis.kind, choice)
+                    and (why := refusal(structure.layer(target), axis.kind, choice))
+                ):
+                    found.setdefault(f"{axis.kind}: {choice!r} is not possible everywhere", []).append(
+                        f"{target}: {why}"
+                    )
+    return [
+        f"{problem}; write a rule of its own for such layers; {'; '.join(layers[:3])}"
+        + (f"; and {len(layers) - 3} more" if len(layers) > 3 else "")
+        for problem, layers in found.items()
+    ]
+
+
+def _known(kind: str, choice: str) -> bool:
+    return choice in METHODS[kind] if kind in METHODS else _is_pattern(choice)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        pattern_of(text)
+    except RecipeError:
+        return False
+    return True
 
 
 def _ratios(axis: Axis, structure: Structure, name: str, width: float, keep: Mapping[str, int]) -> set[float]:

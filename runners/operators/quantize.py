@@ -1,4 +1,4 @@
-"""Weights as integers: symmetric, one scale per output channel, chosen by least squared error.
+"""Weights as integers: symmetric, one scale per output channel, rounded to the nearest (`gptq` and `adaround` round otherwise).
 
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
@@ -7,8 +7,14 @@ parameter, and since rounding passes gradients straight through, its gradient is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+# Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
+_CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
+_BINS = 1024  # of the histogram of a channel's magnitudes
 
 
 def largest(bits: int) -> int:
@@ -17,25 +23,80 @@ def largest(bits: int) -> int:
 
 
 @torch.no_grad()
-def weight_scales(weight: Tensor, bits: int, steps: int = 60) -> Tensor:
-    """The scale of each output channel (first axis) with the least squared error, of `steps` clipping points."""
+def weight_scales(weight: Tensor, bits: int, ranges: str = "mse") -> Tensor:
+    """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
+
+    mse: the least squared error of the weights. minmax: the largest weight is the largest code. percentile: the 99th
+    percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
+    """
     rows = weight.detach().flatten(1)
     peak = rows.abs().amax(1).clamp_min(1e-12)
+    return RANGES[ranges](rows, peak, bits)
+
+
+def _minmax(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+    return peak / largest(bits)
+
+
+def _percentile(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+    high = torch.quantile(rows.abs(), 0.99, dim=1)
+    return torch.where(high > 0, high, peak) / largest(bits)  # a channel of few weights that are not zero
+
+
+def _mse(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
     best_error = torch.full_like(peak, torch.inf)
     best = peak / largest(bits)
-    # Down to a fifth of the peak: at 2 bits the optimum for a bell-shaped channel lies near a half of it.
-    for step in range(steps):
-        scale = peak * (1 - 0.8 * step / steps) / largest(bits)
+    for share in _CLIPPED:
+        scale = peak * share / largest(bits)
         error = (codes(rows, scale, bits) * scale[:, None] - rows).square().sum(1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 
 
+def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+    """P: the histogram of the magnitudes, what is clipped in its last bin. Q: the same without it, a mean per code."""
+    levels = largest(bits) + 1
+    bins = (rows.abs() / peak[:, None] * _BINS).long().clamp_max(_BINS - 1)
+    counts = torch.zeros(len(rows), _BINS, dtype=torch.float64)
+    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
+    counts[:, 0] = 0  # zeros are exact at every scale, and of a sparse weight they would be all there is to see
+    best_divergence = torch.full_like(peak, torch.inf, dtype=torch.float64)
+    best = peak / largest(bits)
+    for share in _CLIPPED:
+        width = max(levels, round(_BINS * share))
+        p, q = counts[:, :width].clone(), counts[:, :width]
+        p[:, -1] += counts[:, width:].sum(1)
+        # Code k stands for what is rounded to it: its neighbourhood of one step, and half a step at either end.
+        code = ((torch.arange(width) + 0.5) / width * (levels - 1)).round().long().expand(len(rows), -1)
+        there = (q > 0).double()
+        total = torch.zeros(len(rows), levels, dtype=torch.float64).scatter_add_(1, code, q)
+        number = torch.zeros_like(total).scatter_add_(1, code, there)
+        q = (total / number.clamp_min(1)).gather(1, code) * there
+        p = p / p.sum(1, keepdim=True).clamp_min(1e-12)
+        q = (q + 1e-6) / (q + 1e-6).sum(1, keepdim=True)
+        divergence = torch.where(p > 0, p * (p.clamp_min(1e-300).log() - q.log()), 0.0).sum(1)
+        better = divergence < best_divergence
+        best = torch.where(better, peak * (width / _BINS) / largest(bits), best)
+        best_divergence = torch.where(better, divergence, best_divergence)
+    return best
+
+
+RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "mse": _mse, "minmax": _minmax, "percentile": _percentile, "entropy": _entropy
+}  # fmt: skip
+
+
 def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`."""
     top = largest(bits)
     return torch.round(weight / scale.view(-1, *[1] * (weight.ndim - 1))).clamp(-top, top)
+
+
+def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest `scale * code` to each number, for a scale that broadcasts."""
+    top = largest(bits)
+    return torch.round(weight / scale).clamp(-top, top) * scale
 
 
 class FakeQuantize(nn.Module):

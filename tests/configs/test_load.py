@@ -123,7 +123,8 @@ budget: [size_bytes <=, accuracy >= 5%, {size_bytes: 25%}]
 space:
   weight_bits: [3, 9]
   activation_bits: [{layers: 3, choices: [8, 16], shre: true}]
-  sparsity: [0.5, 1]
+  sparsity: [0.5, 1, 2:4, "4:2"]
+  rounding: [nearest, gtpq]
   channels: 0.5
   width: [0]
   depth: [yes, -1]
@@ -154,6 +155,9 @@ output: 3
         "space.activation_bits.0.choices.1 = 16: choose from 8, 32",
         "space.activation_bits.0.shre = True: unknown key; did you mean 'share'? keys here: layers, share, choices",
         "space.sparsity.1 = 1: must be less than 1",
+        "space.sparsity.2 = 124: must be less than 1; a pattern needs quotes, '2:4'",
+        "space.sparsity.3: pattern '4:2': write N:M, such as 2:4",
+        "space.rounding.1 = 'gtpq': choose from nearest, gptq, adaround; did you mean 'gptq'?",
         "space.channels = 0.5: must be a list of choices, or a list of rules {layers: ...",
         "space.width.0 = 0: must be greater than 0",
         "space.depth.0 = True: must be a number; YAML reads yes, no, on and off as true and false",
@@ -175,7 +179,7 @@ output: 3
         "output = 3: must be a text; put it in quotes",
     ]:
         assert any(expected in entry for entry in found), f"{expected!r} is not among\n" + "\n".join(found)
-    assert len(found) == 36, "one problem each, and none twice"
+    assert len(found) == 39, "one problem each, and none twice"
 
 
 @pytest.mark.parametrize(

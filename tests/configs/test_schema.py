@@ -98,6 +98,29 @@ def test_a_space_becomes_rules():
     )
 
 
+def test_methods_are_one_choice_for_all_layers_unless_a_rule_says_otherwise():
+    space = parse(
+        {
+            **TASK,
+            "space": {
+                "sparsity": [0.0, "2:4", 0.7],
+                "rounding": ["nearest", "gptq"],
+                "criterion": [
+                    {"choices": ["obs"]},
+                    {"layers": "fc", "choices": ["magnitude", "taylor"], "share": False},
+                ],
+                "ranges": ["entropy"],
+            },
+        }
+    ).to_space()
+    assert space == Space(
+        sparsity=(Rule((0.0, "2:4", 0.7)),),
+        rounding=(Rule(("nearest", "gptq"), share=True),),
+        criterion=(Rule(("obs",), share=True), Rule(("magnitude", "taylor"), ("fc",))),
+        ranges=(Rule(("entropy",), share=True),),
+    )
+
+
 def test_a_technique_that_a_space_does_not_name_is_left_out():
     assert parse({**TASK, "space": {"weight_bits": [8]}}).to_space() == Space(weight_bits=(Rule((8,)),))
     assert parse({**TASK, "space": {}}).to_space() == Space()

@@ -240,6 +240,30 @@ def test_options_of_search(paretorch, folder):
     assert not (folder / "studies" / "blobs").exists()
 
 
+def test_methods_and_patterns_are_searched(paretorch, folder, look):
+    """Rounding, criterion and 2:4 in one configuration: through check, search and export."""
+    text = (folder / "config.yaml").read_text().replace(
+        "sparsity: [0.0, 0.5]",
+        "sparsity: [{choices: [0.0, 0.5]}, {layers: last, choices: [0.0, '2:4']}]\n"
+        "  rounding: [nearest, gptq, adaround]\n  criterion: [magnitude, taylor, obs]\n  ranges: [mse, entropy]",
+    )  # fmt: skip
+    (folder / "config.yaml").write_text(text)
+    checked = paretorch("check", "config.yaml")
+    assert "sparsity 0 2:4" in checked.text
+    assert "rounding: nearest gptq adaround (one for 2 layers)" in checked.text
+    paretorch("search", "config.yaml", "--trials", "12")
+    study = folder / "studies" / "blobs"
+    found = look.finished(study)
+    assert len(found) == 12
+    steps = [step for candidate in found.values() for step in candidate["recipe"]["steps"]]
+    assert {"gptq", "adaround"} & {step.get("rounding") for step in steps}
+    assert {"obs", "taylor"} & {step.get("criterion") for step in steps}
+    chosen = next(n for n, c in found.items() if any(s.get("rounding") or s.get("criterion") for s in c["recipe"]["steps"]) and c["state"] in ("front", "ok", "done"))  # fmt: skip
+    paretorch("export", "studies/blobs", "--pick", chosen, "--to", "out")
+    shipped = (folder / "out" / "recipe.yaml").read_text()
+    assert "rounding: " in shipped or "criterion: " in shipped
+
+
 def test_check(paretorch, folder):
     done = paretorch("check", "config.yaml")
     for text in (

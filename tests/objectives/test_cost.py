@@ -17,9 +17,11 @@ from paretorch.objectives.cost import (
     level,
     macs,
     many,
+    nonzero_weights,
     size_bytes,
     weight_bytes,
 )
+from paretorch.runners.operators.sparsify import mask_of
 from paretorch.runners.packing import pack
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
@@ -202,7 +204,9 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         activation_bits=(Rule((8, 32), ("conv",)), Rule((32, 8), ("linear", "depthwise"), share=True)),
         cluster_bits=(Rule((32, 2, 8)), Rule((4, 32), ("linear", "3"), share=True)),
         rank=(Rule((1.0, 0.5, 0.2)),),
-        sparsity=(Rule((0.0, 0.3, 0.75, 0.9)),),
+        sparsity=(Rule((0.0, 0.3, 0.75, 0.9, "2:4")), Rule((0.0, 0.5), ("depthwise", "first"))),
+        criterion=(Rule(("obs", "magnitude"), share=True),),
+        rounding=(Rule(("nearest", "gptq")),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
         depth=(0, 1, 2),
@@ -252,3 +256,9 @@ def test_a_codebook_is_counted_with_its_indices_and_a_batchnorms_factors(bits, z
     expected = indices + 4 * entries + 4 * 5
     assert layer_bytes(plain, recipe) == expected
     assert layer_bytes(folded, recipe) == expected + 4 * 5
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.sampled_from(["2:4", "4:8", "1:3"]), st.sampled_from([(), (3, 3)]))
+def test_the_zeros_of_a_pattern_are_counted_as_they_are_made(outputs, inputs, pattern, kernel):
+    mask = mask_of(torch.rand(outputs, inputs, *kernel), 0.5, pattern)
+    assert nonzero_weights(mask.numel(), inputs, pattern) == int(mask.sum())

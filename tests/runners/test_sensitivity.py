@@ -125,6 +125,37 @@ def test_it_is_the_layer_alone_after_batchnorm(network, task_of, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in runner.model.state_dict().items())
 
 
+def test_methods_are_the_first_of_the_space(network, task_of, tmp_path):
+    runner = runner_of(network, task_of, tmp_path, "residual")
+    rules = {"weight_bits": (Rule((2,), ("layer1.0.*", "fc")),), "sparsity": (Rule(("2:4", 0.75), ("layer1.0.*",)),)}
+    plain = measure_sensitivity(runner, Space(**rules))
+    space = Space(
+        **rules,
+        rounding=(Rule(("gptq", "nearest"), share=True), Rule(("nearest",), ("fc",))),
+        criterion=(Rule(("obs",)),),
+    )
+    for reuse in (True, False):
+        found = measure_sensitivity(runner, space, reuse=reuse)
+        assert [(row.weight_bits, row.sparsity) for row in found.rows[:5]] == [
+            (2, 0.0), (32, "2:4"), (2, "2:4"), (32, 0.75), (2, 0.75)
+        ]  # fmt: skip
+        assert found.divergence("fc", 2) == pytest.approx(plain.divergence("fc", 2), rel=1e-3)
+        recipe = Recipe((Sparsify("layer1.0.conv1", 0.5, "obs", "2:4"), Quantize("layer1.0.conv1", 2, 32, "gptq")))
+        dense, model = runner.comparable(), runner.comparable()
+        freeze(compress(model, recipe, runner.structure, runner.example, None, runner.statistics), recipe)
+        reestimate_batchnorms(model, runner.calibration_parts, runner.calibration_bias)
+        with torch.no_grad():
+            outputs = [torch.cat([net(part) for part in runner.calibration_parts]) for net in (dense, model)]
+        assert found.divergence("layer1.0.conv1", 2, "2:4") == pytest.approx(divergence(*outputs), rel=1e-3)
+        mine, theirs = (sum(row.divergence for row in rows if row.layer != "fc") for rows in (found.rows, plain.rows))
+        assert mine < 0.8 * theirs
+    again = Sensitivity.from_json(found.to_json())
+    assert again == found
+    assert again.by_axis(space, runner.structure)["sparsity/layer1.0.conv1"][0] == found.divergence(
+        "layer1.0.conv1", 32, "2:4"
+    )
+
+
 def test_without_batchnorm_statistics_the_number_is_another(network, task_of, tmp_path, monkeypatch):
     """2 bits shift the statistics of what follows; a measurement that leaves them is the wrong one."""
     runner = runner_of(network, task_of, tmp_path, "residual", 128)

@@ -44,6 +44,15 @@ def test_it_fits_the_terminal_and_nothing_is_lost(width, layers):
     assert "…" not in text
 
 
+def test_a_pattern_stands_among_the_shares():
+    sensitivity = Sensitivity((Row("a", 32, 0.7, 0.5, 1), Row("a", 8, "2:4", 0.25, 1), Row("a", 8, 0.0, 0.1, 1)), KL, 1)
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(*heat_tables(sensitivity))
+    assert stream.getvalue().split() == ["bits", "8", "8", "32", "zeros", "2:4", "70%", "a", "0.10", "0.25", "0.50"]
+    assert heat_rows(sensitivity)[0]["8 bits, 2:4 zeros"] == 0.25
+    assert _png(sensitivity, "patterns").startswith(b"\x89PNG")
+
+
 def test_a_level_that_a_layer_lacks_is_a_dash():
     rows = (Row("a", 4, 0.0, 0.5, 1), Row("b", 8, 0.5, math.inf, 1))
     stream = io.StringIO()

@@ -9,13 +9,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import RecipeError
-from paretorch.spaces.recipe import ORDER, Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import (
+    CRITERIA,
+    ORDER,
+    RANGES,
+    ROUNDINGS,
+    Cluster,
+    LowRank,
+    Prune,
+    Quantize,
+    Recipe,
+    Recover,
+    Sparsify,
+    Student,
+)
 
 NAMES = ("stem", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc")
 quantize = st.integers(2, 8).flatmap(
-    lambda bits: st.builds(Quantize, st.sampled_from(NAMES), st.just(bits), st.sampled_from((8, 32)))
+    lambda bits: st.builds(
+        Quantize,
+        st.sampled_from(NAMES),
+        st.just(bits),
+        st.sampled_from((8, 32)),
+        st.sampled_from(ROUNDINGS),
+        st.sampled_from(RANGES),
+    )
 ) | st.builds(Quantize, st.sampled_from(NAMES), st.just(16))
-sparsify = st.builds(Sparsify, st.sampled_from(NAMES), st.floats(0, 1, exclude_min=True, exclude_max=True))
+sparsify = st.builds(
+    Sparsify, st.sampled_from(NAMES), st.floats(0, 1, exclude_min=True, exclude_max=True), st.sampled_from(CRITERIA)
+) | st.builds(
+    Sparsify, st.sampled_from(NAMES), st.just(0.5), st.sampled_from(CRITERIA), st.sampled_from(("2:4", "4:8"))
+)
 prune = st.builds(Prune, st.sampled_from(NAMES), st.integers(1, 512))
 student = st.builds(Student, st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(tuple))
 recover = st.sampled_from((Recover("batchnorm"), Recover("statistics"))) | st.builds(
@@ -250,6 +274,41 @@ def test_diff_names_what_changed():
 )
 def test_describe(steps, text):
     assert Recipe(steps).describe() == text
+
+
+def test_what_came_later_is_written_only_where_it_is_used():
+    """So that a recipe which was written before has the key that it had then."""
+    old = Recipe((Sparsify("fc", 0.5), Quantize("fc", 4, 8)))
+    assert "criterion" not in old.to_json()
+    assert "rounding" not in old.to_json()
+    assert old == Recipe((Sparsify("fc", 0.5, "magnitude", ""), Quantize("fc", 4, 8, "nearest", "mse")))
+    new = Recipe((Sparsify("fc", 0.5, pattern="2:4"), Quantize("fc", 4, 8, "gptq")))
+    assert new.to_dict()["steps"] == [
+        {"step": "sparsify", "layer": "fc", "ratio": 0.5, "pattern": "2:4"},
+        {"step": "quantize", "layer": "fc", "weight_bits": 4, "activation_bits": 8, "rounding": "gptq"},
+    ]
+    assert new.describe() == "1 layer 50% sparse (2:4), weights 4 bit (gptq), activations 8 bit"
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        (Sparsify("fc", 0.5, "size"), "criterion = 'size'; choose from magnitude, taylor"),
+        (Sparsify("fc", 0.6, pattern="2:4"), "ratio = 0.6 with pattern 2:4; it must be 0.5"),
+        (Sparsify("fc", 0.5, pattern="half"), "pattern 'half': write N:M, such as 2:4"),
+        (Sparsify("fc", 0.5, pattern="4:4"), "pattern '4:4': write N:M"),
+        (Quantize("fc", 4, 8, "up"), "rounding = 'up'"),
+        (
+            Quantize("fc", 4, 8, ranges="all"),
+            "choose the rounding from nearest, gptq, adaround and the ranges from mse",
+        ),
+        (Quantize("fc", 16, 32, "gptq"), "float16 has neither"),
+    ],
+)
+def test_an_impossible_method_is_refused(step, problem):
+    with pytest.raises(RecipeError) as caught:
+        Recipe((step,))
+    assert problem in str(caught.value)
 
 
 def test_a_recipe_cannot_be_changed_behind_its_key():

@@ -1,5 +1,6 @@
 """Rules become axes, picks become one canonical recipe, and a recipe finds its picks again."""
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student, plain
 from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
 from paretorch.spaces.structure import (
     Group,
@@ -82,7 +83,12 @@ def spaces(draw, structure):
         activation_bits=rules((8, 32), layers),
         cluster_bits=rules((2, 4, 8, 32), layers),
         rank=rules((1.0, 0.9, 0.5, 0.3, 0.1), layers),
-        sparsity=rules((0.0, 0.3, 0.5, 0.9), layers),
+        sparsity=rules((0.0, 0.3, 0.5, 0.9, "1:2"), [x.name for x in structure.layers if x.weight_shape[1] > 1])
+        if min(x.weight_shape[1] for x in structure.layers) > 1
+        else rules((0.0, 0.3, 0.5, 0.9), layers),
+        criterion=rules(("magnitude", "obs", "random"), layers),
+        rounding=rules(("nearest", "gptq", "adaround"), layers),
+        ranges=rules(("mse", "minmax"), layers),
         channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
         depth=draw(some((0, 1, 2, 3))),
@@ -177,7 +183,7 @@ def test_each_choice_arrives_at_each_target(case):
     depth = next(axis for axis in space.axes(structure) if axis.name == "depth")
     drop = structure.blocks[: depth.choices[picks["depth"]]]
     quantized = {step.layer: step for step in recipe.of(Quantize)}
-    sparse = {step.layer: step.ratio for step in recipe.of(Sparsify)}
+    sparse = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     kept = {step.group: step.keep for step in recipe.of(Prune)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
@@ -194,11 +200,64 @@ def test_each_choice_arrives_at_each_target(case):
         assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
         if bits <= 8:
             assert quantized[layer.name].activation_bits == chosen.get(("activation_bits", layer.name), 32)
+            assert quantized[layer.name].rounding == chosen.get(("rounding", layer.name), "nearest")
+            assert quantized[layer.name].ranges == chosen.get(("ranges", layer.name), "mse")
     for group in structure.groups:
         if not inside(group.name, drop):
             width = chosen[("width", group.name)]
             share = width * (1 - chosen.get(("channels", group.name), 0.0))
             assert kept.get(group.name, group.channels) == kept_channels(group.channels, share, group.round_to)
+
+
+def test_methods_are_searched_and_written_only_where_they_have_an_effect():
+    space = Space(
+        weight_bits=(Rule((3, 16, 32), ("fc", "stem")),), sparsity=(Rule((0.0, 0.5, "2:4"), ("fc",)),),
+        criterion=(Rule(("magnitude", "obs"), share=True),), rounding=(Rule(("nearest", "gptq"), share=True),),
+    )  # fmt: skip
+    structure = residual()
+    both = {"criterion/all": 1, "rounding/all": 1}
+    recipe = space.recipe(structure, {**both, "weight_bits/stem": 1, "sparsity/fc": 2})
+    assert recipe.steps == (Sparsify("fc", 0.5, "obs", "2:4"), Quantize("fc", 3, 32, "gptq"), Quantize("stem", 16))
+    assert space.encode(structure, recipe) == space.encode(structure, recipe) | both | {"sparsity/fc": 2}
+    nothing = {"weight_bits/stem": 2, "weight_bits/fc": 2}
+    assert space.recipe(structure, {**both, **nothing}) == Recipe()
+
+
+def test_a_space_without_methods_is_written_as_before_there_were_any():
+    """What a study compares when it goes on: one of an earlier version must find its space unchanged."""
+    space = Space(weight_bits=(Rule((4, 8)),), recovery=(None, Recover("batchnorm")))
+    assert plain(space) == {
+        "weight_bits": ({"choices": (4, 8), "layers": ("*",), "share": False},), "activation_bits": (), "sparsity": (),
+        "channels": (), "width": (1.0,), "depth": (0,), "ladder": False,
+        "recovery": (None, {"method": "batchnorm", "epochs": 0.0, "learning_rate": 0.01, "distill": 0.9, "temperature": 2.0}),
+    }  # fmt: skip
+    assert plain(replace(space, rounding=(Rule(("gptq",), share=True),)))["rounding"][0]["choices"] == ("gptq",)
+
+
+def test_choices_that_some_layers_cannot_have_are_refused_with_these_layers():
+    layers = (
+        Layer("stem", "conv", (16, 3, 3, 3), 1),
+        Layer("dw", "depthwise", (16, 1, 3, 3), 1),
+        Layer("fc", "linear", (10, 25088), 1),
+    )
+    structure = Structure(layers)
+    space = Space(
+        sparsity=(Rule((0.0, "2:4")),), rounding=(Rule(("nearest", "gptq"), share=True),), criterion=(Rule(("obs",)),)
+    )
+    with pytest.raises(ConfigError) as caught:
+        space.axes(structure)
+    pattern, criterion, rounding = sorted(
+        caught.value.problems, key=lambda text: "sparsity criterion rounding".index(text[:8])
+    )
+    assert "stem: pattern 2:4 needs 4 input channels of one group, it has 3" in pattern
+    assert "dw: pattern 2:4" in pattern
+    assert "fc: criterion obs needs a Hessian of 25088 x 25088" in criterion
+    assert "write a rule of its own" in rounding
+    own = Space(
+        sparsity=(Rule((0.0, "2:4"), ("fc",)),), criterion=(Rule(("obs",), ("conv", "depthwise")),),
+        rounding=(Rule(("nearest", "gptq"), share=True), Rule(("nearest",), ("fc",))),
+    )  # fmt: skip
+    assert own.axes(structure)
 
 
 @settings(deadline=None, max_examples=50)
@@ -322,7 +381,8 @@ def test_all_problems_come_at_once():
         activation_bits=(Rule((16,)),),
         cluster_bits=(Rule((16, 4)),),
         rank=(Rule((0.0, 1.0)), Rule((0.5,), ("nothere",))),
-        sparsity=(Rule((0.5, 1.0)), Rule(())),
+        sparsity=(Rule((0.5, 1.0, "half")), Rule(())),
+        rounding=(Rule(("nearest", "up")),),
         channels=(Rule((-0.1,), ("fc",)),),
         width=(0.0, 1.0),
         depth=(0, -1, 0.5),
@@ -338,6 +398,7 @@ def test_all_problems_come_at_once():
         "weight_bits.1.layers: pattern 'nothing' selects no layer", "weight_bits.1.layers: pattern 'nowhere' selects no layer",
         "activation_bits.0.choices: 16 is not possible", "cluster_bits.0.choices: 16 is not possible",
         "rank.0.choices: 0.0 is not possible", "rank.1.layers: pattern 'nothere' selects no layer", "sparsity.0.choices: 1.0 is not possible",
+        "sparsity.0.choices: 'half' is not possible", "rounding.0.choices: 'up' is not possible",
         "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
         "channels.0.layers: pattern 'fc' selects no group", "width: 0.0 is not possible",
         "depth: -1 is not possible", "depth: 0.5 is not possible", "recover: method 'pray', epochs 0.0",

@@ -1,0 +1,61 @@
+"""AdaRound: whether each weight is rounded up or down is learned (Nagel, Amjad, van Baalen, Louizos, Blankevoort, ICML 2020).
+
+The rectified sigmoid of a variable per weight says how far up it is rounded; a regularizer, harder from step to step, drives
+it to 0 or 1. The paper minimises the error of the layer's outputs on batches of inputs. Without an activation behind the
+layer that error is quadratic in the weights, so here the Hessian gives it for all inputs at once: no noise, no inputs
+in memory, and some hundred steps in place of ten thousand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .hessian import better, damped, output_error, rows
+from .quantize import codes, largest
+
+# Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
+STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
+_LOW, _HIGH = -0.1, 1.1  # the sigmoid is stretched to these and cut off at 0 and 1
+
+
+@torch.no_grad()
+def adaround(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The weight on the grid `scale * codes`, every code beside the exact quotient, chosen for the layer's outputs.
+
+    Shapes as for `gptq`. Nothing is drawn: the same arguments give the same weight. Each row has at most the error that
+    nearest rounding gives it.
+    """
+    groups, top = len(hessian), largest(bits)
+    target = rows(weight, groups).float()
+    steps = scale.view(groups, -1, 1).float()
+    keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
+    near = rows(codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1)), groups).float() * keep
+    curvature = damped(hessian).float()
+    quotient = (target / steps).clamp(-top, top)
+    floor = quotient.floor().clamp(-top, top - 1)
+    # The error of each row in units of what nearest rounding does to it, so that all rows weigh the same.
+    unit = output_error(near - target, curvature).float().clamp_min(1e-20).unsqueeze(-1)
+    share = (quotient - floor).clamp(0.01, 0.99)
+    variable = -torch.log((_HIGH - _LOW) / (share - _LOW) - 1)
+    first, second = torch.zeros_like(variable), torch.zeros_like(variable)
+    inputs = target.shape[-1]
+    for step in range(STEPS):
+        sigmoid = torch.sigmoid(variable)
+        up = (sigmoid * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        change = (floor + up) * steps * keep - target
+        gradient = 2 * torch.bmm(change, curvature) * steps * keep / unit * inputs
+        progress = step / STEPS
+        if progress >= 0.2:  # the paper's warm start: rounding is free at first
+            beta = 2 + 18 * (1 - (progress - 0.2) / 0.8)
+            distance = 2 * up - 1
+            gradient -= REGULARIZER * beta * 2 * distance.sign() * distance.abs().pow(beta - 1)
+        gradient *= torch.where((up > 0) & (up < 1), sigmoid * (1 - sigmoid) * (_HIGH - _LOW), 0.0)
+        # Adam (Kingma & Ba 2015)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        direction = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        variable -= RATE * direction
+    up = (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+    solved = (floor + (up >= 0.5)) * steps * keep
+    return better(near, solved, target, hessian).reshape(weight.shape).to(weight.dtype)
