@@ -161,7 +161,7 @@ def shared_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     """Bytes of indices, and of their codebook: a float32 for each, but no more than there are weights that differ.
 
     >>> int(shared_bytes(1000, 4, 1000)), int(shared_bytes(100, 8, 10))
-    (564, 69)
+    (564, 61)
     """
     sparse = np.minimum(bitmap_bytes(count, bits, nonzero), index_bytes(count, bits, nonzero))
     entries = np.minimum(2**bits, nonzero + (nonzero < count))
