@@ -84,11 +84,11 @@ def main() -> None:
                     lost.setdefault((part, row, column), []).append(base - scores)
                     print(f"  seed {seed}  {row:<28}{column:<6}{100 * scores.mean():>7.2f}%  {len(data):>7} bytes  built in {took:.1f} s", flush=True)  # fmt: skip
     for part in arguments.parts:
-        _table({(row, column): values for (of, row, column), values in lost.items() if of == part})
+        _table({(row, column): values for (of, row, column), values in lost.items() if of == part}, part == "rounding")
 
 
-def _table(lost: dict[tuple[str, str], list[NDArray[np.float64]]]) -> None:
-    """Points lost, their interval over images and their range over seeds; and the share of the first row's loss won back."""
+def _table(lost: dict[tuple[str, str], list[NDArray[np.float64]]], ladder: bool) -> None:
+    """Points lost, their interval over images and range over seeds; of a ladder the share of the first row's loss won back."""
     rows, columns = (list(dict.fromkeys(key[i] for key in lost)) for i in (0, 1))
     print(f"\n| points lost (95%) [seeds] | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in rows:
@@ -100,7 +100,7 @@ def _table(lost: dict[tuple[str, str], list[NDArray[np.float64]]]) -> None:
             each = [100 * values.mean() for values in seeds]
             spread = f" [{min(each):.2f}, {max(each):.2f}]" if len(each) > 1 else ""
             back = 1 - mean.mean() / np.mean(lost[rows[0], column])
-            won = f", {100 * back:.0f}% won back" if row != rows[0] else ""
+            won = f", {100 * back:.0f}% won back" if ladder and row != rows[0] else ""
             cells.append(f"{100 * mean.mean():.2f} ±{100 * half:.2f}{spread}{won}")
         print(f"| {row} | {' | '.join(cells)} |")
 
