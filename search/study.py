@@ -44,7 +44,7 @@ from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.task import Task, dataset
-from ..spaces.recipe import Recipe, Recover, plain
+from ..spaces.recipe import Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
@@ -835,7 +835,11 @@ class Study:
         for name, index in candidate.picks.items():
             value = choices[name].choices[index]
             if choices[name].kind == "recovery":
-                value = "none" if value is None else value.method + (f" {value.epochs:g}" if value.epochs else "")
+                value = (
+                    "none"
+                    if value is None
+                    else value.method + (f" {value.epochs:g}" if value.epochs else "") + how([value])
+                )
             found[name] = value
         return found
 
