@@ -46,7 +46,7 @@ from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.target import DEFAULT, Target, as_target
 from ..runners.task import Task, dataset
-from ..spaces.recipe import Recipe, Recover, plain
+from ..spaces.recipe import Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
@@ -864,7 +864,11 @@ class Study:
         for name, index in candidate.picks.items():
             value = choices[name].choices[index]
             if choices[name].kind == "recovery":
-                value = "none" if value is None else value.method + (f" {value.epochs:g}" if value.epochs else "")
+                value = (
+                    "none"
+                    if value is None
+                    else value.method + (f" {value.epochs:g}" if value.epochs else "") + how([value])
+                )
             found[name] = value
         return found
 

@@ -368,7 +368,7 @@ class Recipe:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
         recovery = self.of(Recover)
         if any(step.epochs for step in recovery):
-            parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{_how(recovery)}")
+            parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{how(recovery)}")
         elif recovery:
             named = {"batchnorm": "BatchNorm re-estimated", "statistics": "BatchNorm re-estimated, biases corrected"}
             parts.append(named[recovery[0].method])
@@ -381,12 +381,14 @@ class Recipe:
         return "\n".join(lines)
 
 
-def _how(training: list[Recover]) -> str:
+def how(training: list[Recover]) -> str:
     """What is unusual about the training, for people: ` (last layers, features)`."""
     found = []
     for what, text in (("last", "last layers"), ("scales", "scales and biases")):
         found += [text] if any(step.train == what for step in training) else []
     found += ["features"] if any(step.features for step in training) else []
+    found += sorted({step.temperature_schedule for step in training} - {"constant"})
+    found += ["patience"] if any(step.patience for step in training) else []
     return f" ({', '.join(found)})" if found else ""
 
 
