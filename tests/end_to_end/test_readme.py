@@ -49,10 +49,15 @@ def test_every_command_it_names_exists() -> None:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 
-def test_every_link_and_picture_is_there() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets
-    assert [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()] == []
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_link_and_picture_is_there(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    assert [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()] == []
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}  # fmt: skip
+    assert {t for t in re.findall(r"\]\(#([^)]+)\)", text)} <= headings
 
 
 def test_the_make_targets_it_names_exist() -> None:

@@ -39,7 +39,9 @@ def files(network, task_of, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "target", ["onnxruntime", "torch", NPU, pytest.param("openvino", marks=needs_openvino)], ids=str
+    "target",
+    ["onnxruntime", "torch", NPU, pytest.param("openvino", marks=needs_openvino)],
+    ids=lambda target: target if isinstance(target, str) else target.name,
 )
 def test_each_target_keeps_its_promises(target):
     check_target(as_target(target))
