@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import sys
 import tempfile
 import time
@@ -37,14 +38,15 @@ from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.runtime import session
 from paretorch.runners.simulate import Simulation
-from paretorch.spaces.recipe import Prune, Recover, Sparsify, Step, Student
-from paretorch.spaces.structure import Structure, inside, kept_channels
+from paretorch.spaces.recipe import Cluster, LowRank, Prune, Recover, Sparsify, Step, Student
+from paretorch.spaces.structure import Layer, Structure, inside, kept_channels, kept_rank, sides
 
 # By name the pixels of its images: few, but for two that pool to a fixed number of places.
 NETWORKS = {
-    "alexnet": 224, "vgg11_bn": 224, "squeezenet1_1": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 48,
+    "squeezenet1_1": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 48,
     "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mnasnet0_5": 32, "shufflenet_v2_x0_5": 32, "efficientnet_b0": 32,
-    "regnet_y_400mf": 32, "convnext_tiny": 32, "vit_b_16": 32, "swin_t": 32,
+    "regnet_y_400mf": 32, "convnext_tiny": 32, "vit_b_16": 32, "swin_t": 32, "alexnet": 224,
+    "vgg11_bn": 224,
 }  # fmt: skip
 Operator = Callable[[Structure], Sequence[Step]]
 
@@ -57,11 +59,24 @@ def _narrowed(structure: Structure) -> list[Step]:
     return [Prune(g.name, keep) for g in structure.groups if (keep := kept_channels(g.channels, 0.75, g.round_to)) < g.channels]  # fmt: skip
 
 
+def _calibrated(structure: Structure) -> list[Layer]:
+    """The layers whose inputs are few enough for a Hessian, and for this to end."""
+    return [layer for layer in structure.layers if math.prod(layer.weight_shape[1:]) <= 1024]
+
+
+def _half_rank(layer: Layer) -> int | None:
+    return kept_rank(*sides(layer, layer.weight_shape[:2]), 0.5) if layer.factorable else None  # type: ignore[arg-type]
+
+
 OPERATORS: dict[str, Operator] = {
     "W8A8": _each(lambda name: Quantize(name, 8, 8)),
     "W4": _each(lambda name: Quantize(name, 4)),
     "fp16": _each(lambda name: Quantize(name, 16)),
+    "gptq W4": lambda structure: [Quantize(layer.name, 4, 8, rounding="gptq") for layer in _calibrated(structure)],
     "50% zeros": _each(lambda name: Sparsify(name, 0.5)),
+    "2:4": lambda structure: [Sparsify(x.name, 0.5, pattern="2:4") for x in structure.layers if x.weight_shape[1] >= 4],
+    "codebook": _each(lambda name: Cluster(name, 4)),
+    "rank 1/2": lambda structure: [LowRank(x.name, rank) for x in structure.layers if (rank := _half_rank(x))],
     "75% channels": _narrowed,
     "a block less": lambda structure: [Student(structure.blocks[:1])] if structure.blocks else [],
 }

@@ -57,7 +57,7 @@ def test_every_link_and_picture_is_there(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", text)
     assert [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()] == []
     headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}  # fmt: skip
-    assert {t for t in re.findall(r"\]\(#([^)]+)\)", text)} <= headings
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 
 def test_the_make_targets_it_names_exist() -> None:
