@@ -59,12 +59,19 @@ class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
 
     def _run(self, x, **attributes):  # type: ignore[no-untyped-def]
         given = {name: value for name, value in attributes.items() if value is not None}
-        plain = given.get("auto_pad") in (None, b"NOTSET", "NOTSET") and not given.get("ceil_mode")
+        dims, up = x.ndim - 2, bool(given.get("ceil_mode"))
+        pads, kernel = list(given.get("pads") or [0] * 2 * dims), tuple(given["kernel_shape"])
+        # Rounded up, torch and ONNX leave out windows that begin in the padding behind, which only torch's own padding
+        # tells from the rest; the reference of ONNX 1.23 does not leave them out.
+        even = pads[:dims] == pads[dims:] and all(2 * p <= k for p, k in zip(pads, kernel, strict=False))
+        plain = given.get("auto_pad") in (None, b"NOTSET", "NOTSET") and (even or not up)
         if not plain or x.dtype != np.float32 or len(self.output) > 1:
             return super()._run(x, **attributes)
-        padded = functional.pad(_tensor(x), _torch_pads(given.get("pads"), x.ndim - 2), value=-torch.inf)
-        kernel, strides = tuple(given["kernel_shape"]), tuple(given.get("strides") or [1] * (x.ndim - 2))
-        return (_POOL[x.ndim](padded, kernel, strides, 0, tuple(given.get("dilations") or [1] * (x.ndim - 2))).numpy(),)
+        strides, dilations = (tuple(given.get(name) or [1] * dims) for name in ("strides", "dilations"))
+        if up:
+            return (_POOL[x.ndim](_tensor(x), kernel, strides, tuple(pads[:dims]), dilations, ceil_mode=True).numpy(),)
+        padded = functional.pad(_tensor(x), _torch_pads(pads, dims), value=-torch.inf)
+        return (_POOL[x.ndim](padded, kernel, strides, 0, dilations).numpy(),)
 
 
 class Gemm(OpRun):  # type: ignore[misc]
