@@ -348,6 +348,9 @@ class Finetune(Strict):
     patience: Natural = 0
     """Training ends after so many epochs in a row without a better loss on held-out training samples (a tenth, 1024
     at most), and the best weights stay. Default: 0, to the end and on all samples."""
+    gradual: bool = False
+    """Zeros (`sparsity`) grow during the first half of training, from none to all, the smallest weights of each moment (Zhu &
+    Gupta 2017); `criterion` and `rounding` then have no effect where zeros are. Default: false."""
 
 
 class Recovery(Strict):

@@ -123,7 +123,7 @@ def shape_weights(
         made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
         if made.weight is not None:
             weight.copy_(made.weight)
-        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale)
+        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale, method.pattern)
         if name in clustered:
             indices, codebook = shared(weight, clustered[name], made.mask)
             shows = SharedWeights(indices, codebook, clustered[name], zero=made.mask is not None)

@@ -141,6 +141,8 @@ class Recover:
     train: all parameters; last, those of the last third of the modules that own any, in the order of execution; scales, those
     of one dimension: scales of quantization, biases, normalisation. patience: training ends after so many epochs in a row without a
     better loss on training samples that are held out, and the best weights stay; 0 trains to the end, on all samples.
+    gradual: the zeros of `Sparsify` grow during the first half of training, from none to all of them, by the cubic schedule of
+    Zhu & Gupta 2017; the smallest weights of that moment are zero. Those of codebooks are there from the start.
     """
 
     method: str
@@ -152,6 +154,7 @@ class Recover:
     temperature_schedule: str = later("constant")
     features: float = later(0.0)
     patience: int = later(0)
+    gradual: bool = later(False)
 
 
 Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover
@@ -167,6 +170,7 @@ _TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "str": (str, str, "a name"),
     "int": (Integral, int, "a whole number"),
     "float": (Real, float, "a finite number"),
+    "bool": (bool, bool, "true or false"),
     "tuple[str, ...]": (tuple, lambda names: tuple(sorted(set(map(str, names)))), "a tuple of names"),
 }
 
@@ -181,7 +185,7 @@ def _canonical(step: Step) -> Step:
         accepted, convert, wanted = _TYPES[str(entry.type)]
         if (
             not isinstance(value, accepted)
-            or isinstance(value, bool)
+            or (isinstance(value, bool) and accepted is not bool)
             or (accepted is Real and not math.isfinite(value))
         ):
             raise RecipeError(f"{type(step).__name__.lower()}: {entry.name} = {value!r}; it must be {wanted}")
@@ -252,13 +256,32 @@ def _check(step: Step) -> None:
         case Recover(features=features, patience=patience) if features < 0 or patience < 0:
             raise RecipeError(f"recover: features {features}, patience {patience}; both must be 0 or more")
         case Recover(method, train=train, temperature_schedule=schedule, features=features, patience=patience) if (
-            method != "finetune" and (train, schedule, features, patience) != ("all", "constant", 0, 0)
+            method != "finetune"
+            and (train, schedule, features, patience, step.gradual) != ("all", "constant", 0, 0, False)
         ):
             raise RecipeError(
-                f"recover: {method} does not train; leave out train, temperature_schedule, features and patience"
+                f"recover: {method} does not train; leave out train, temperature_schedule, features, patience and gradual"
             )
         case _:
             pass
+
+
+def _check_gradual(steps: list[Step], trained: list[Recover]) -> None:
+    if not any(step.gradual for step in trained):
+        return
+    if any(step.gradual for step in trained[1:]):
+        raise RecipeError(
+            "recover: gradual in a training step after the first, by when the zeros are there; leave it out"
+        )
+    clustered = {step.layer for step in steps if isinstance(step, Cluster)}
+    sparse = {step.layer: step for step in steps if isinstance(step, Sparsify) and step.layer not in clustered}
+    rounding = {step.layer: step.rounding for step in steps if isinstance(step, Quantize)}
+    for layer, step in sparse.items():
+        if (found := (step.criterion, rounding.get(layer, "nearest"))) != ("magnitude", "nearest"):
+            raise RecipeError(
+                f"recover: gradual with criterion {found[0]}, rounding {found[1]} for layer {layer}; zeros that grow are the smallest "
+                "weights of their moment, so choose magnitude and nearest, or leave gradual out"
+            )
 
 
 @dataclass(frozen=True)
@@ -296,6 +319,7 @@ class Recipe:
             raise RecipeError(
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
             )
+        _check_gradual(steps, trained)
         steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -389,6 +413,7 @@ def how(training: list[Recover]) -> str:
     found += ["features"] if any(step.features for step in training) else []
     found += sorted({step.temperature_schedule for step in training} - {"constant"})
     found += ["patience"] if any(step.patience for step in training) else []
+    found += ["zeros grow"] if any(step.gradual for step in training) else []
     return f" ({', '.join(found)})" if found else ""
 
 
