@@ -166,7 +166,7 @@ class LocalRunner:
     @cached_property
     def statistics(self) -> Calibration:
         """What rounding and criteria may ask the calibration images."""
-        return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed)
+        return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed, self.task.criteria)
 
     @cached_property
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:

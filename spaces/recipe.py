@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -62,6 +63,18 @@ def zeros_of(choice: float | str) -> float:
 
 
 CRITERIA = ("magnitude", "taylor", "activation", "obs", "random")
+_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
+
+
+def known_criterion(name: str) -> bool:
+    """Whether it is one of `CRITERIA`, or the name of a function of the user's, FILE.py:FUNCTION.
+
+    >>> known_criterion("obs"), known_criterion("rules.py:score"), known_criterion("obss")
+    (True, True, False)
+    """
+    return name in CRITERIA or bool(_FUNCTION.fullmatch(name))
+
+
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
 
@@ -95,7 +108,8 @@ class Sparsify:
 
     magnitude: the smallest. taylor: those with the least effect on the outputs by their gradients (Molchanov et al. 2019).
     activation: the least products with the norm of their input (Wanda, Sun et al. 2024). obs: those that cost least after
-    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw.
+    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw. FILE.py:FUNCTION: what
+    a function of the user's says, which the task holds under this name (`Task.criteria`).
     pattern: "" (anywhere), or N:M such as 2:4: N of every M neighbouring input channels stay; then ratio is 1 - N/M.
     """
 
@@ -214,8 +228,11 @@ def _check(step: Step) -> None:
             raise RecipeError(f"cluster {layer}: bits = {bits}; choose from 2..8")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
             raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
-        case Sparsify(layer, _, criterion) if criterion not in CRITERIA:
-            raise RecipeError(f"sparsify {layer}: criterion = {criterion!r}; choose from {', '.join(CRITERIA)}")
+        case Sparsify(layer, _, criterion) if not known_criterion(criterion):
+            raise RecipeError(
+                f"sparsify {layer}: criterion = {criterion!r}; choose from {', '.join(CRITERIA)}, or name a function of yours, "
+                "FILE.py:FUNCTION"
+            )
         case Sparsify(layer, ratio, _, pattern) if pattern and ratio != zeros_of(pattern):
             raise RecipeError(
                 f"sparsify {layer}: ratio = {ratio} with pattern {pattern}; it must be {zeros_of(pattern):g}, or leave one out"

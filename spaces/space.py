@@ -31,6 +31,7 @@ from .recipe import (
     Sparsify,
     Step,
     Student,
+    known_criterion,
     later,
     pattern_of,
     zeros_of,
@@ -149,10 +150,11 @@ class Space:
                 found += [f"{key}: {problem}; choose from {allowed}" for problem in problems]
         for kind, allowed_names in METHODS.items():
             for number, rule in enumerate(getattr(self, kind)):
-                problems = [f"{value!r} is not possible" for value in rule.choices if value not in allowed_names]
+                problems = [f"{value!r} is not possible" for value in rule.choices if not _known(kind, value)]
                 problems = problems if rule.choices else ["no choice"]
+                own = ", or a function of yours, FILE.py:FUNCTION" if kind == "criterion" else ""
                 found += [
-                    f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}"
+                    f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}{own}"
                     for problem in problems
                 ]
         if not self.recovery:
@@ -354,6 +356,8 @@ def _refusals(axes: Sequence[Axis], structure: Structure) -> list[str]:
 
 
 def _known(kind: str, choice: str) -> bool:
+    if kind == "criterion":
+        return isinstance(choice, str) and known_criterion(choice)
     return choice in METHODS[kind] if kind in METHODS else _is_pattern(choice)
 
 
