@@ -51,7 +51,8 @@ class Task:
     loss: for recovery; cross-entropy when None. criteria: functions that choose zeros, by the name that `Sparsify.criterion`
     calls them, such as "rules.py:score": from a weight `[output, input, ...]` and the norms of its inputs on the calibration
     images (as the weight, or None where a layer has more than 8192 inputs) they return a score for each weight, the lowest of
-    which become zero.
+    which become zero. students: other networks for the same inputs and outputs, by the name that `Student.factory` calls them,
+    as functions without arguments; they may be untrained, then recovery trains them.
 
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
@@ -70,6 +71,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     batch_size: int = 128
     criteria: Mapping[str, Criterion] = field(default_factory=dict)
+    students: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not callable(self.model) or isinstance(self.model, nn.Module):
@@ -84,6 +86,10 @@ class Task:
                             f"write a word such as 'f1', none of {', '.join(COSTS)}")  # fmt: skip
         if self.batch_size < 1:
             raise TaskError(f"task {self.name!r}: batch_size = {self.batch_size}; it must be at least 1")
+        for name, factory in self.students.items():
+            if not name or not callable(factory) or isinstance(factory, nn.Module):
+                raise TaskError(f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name and a function "
+                                "that returns the network")  # fmt: skip
         for name, function in self.criteria.items():
             if name in CRITERIA or not known_criterion(name) or not callable(function):
                 raise TaskError(f"task {self.name!r}: criteria = {{{name!r}: {function!r}}}; write a function of (weight, norms), and its "

@@ -218,7 +218,7 @@ class Study:
 
     def _snapshot(self) -> dict[str, Any]:
         """What must not change when a study goes on: all that decides which recipes come and how they are judged."""
-        structure = json.dumps(asdict(self.runner.structure), sort_keys=True, default=list)
+        structure = json.dumps(plain(replace(self.runner.structure, students=())), sort_keys=True, default=list)
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],

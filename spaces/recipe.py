@@ -81,9 +81,14 @@ RANGES = ("mse", "minmax", "percentile", "entropy")
 
 @dataclass(frozen=True)
 class Student:
-    """Leave out whole residual blocks, by module name; the others keep the teacher's weights."""
+    """A network in place of the teacher: without whole residual blocks, or another architecture.
 
-    drop: tuple[str, ...]
+    drop: the blocks that are left out, by module name; the others keep their weights. factory: the name of a network that the
+    task makes (`Task.students`); all other steps of the recipe, blocks to drop included, then refer to its layers.
+    """
+
+    drop: tuple[str, ...] = ()
+    factory: str = later("")
 
 
 @dataclass(frozen=True)
@@ -218,8 +223,8 @@ def _target(step: Step) -> str:
 
 def _check(step: Step) -> None:
     match step:
-        case Student(drop) if not drop:
-            raise RecipeError("student: it leaves out no block; leave the step out instead")
+        case Student(drop, factory) if not drop and not factory:
+            raise RecipeError("student: it leaves out no block and names no factory; leave the step out instead")
         case Prune(group, keep) if keep < 1:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
         case LowRank(layer, rank) if rank < 1:
@@ -382,7 +387,7 @@ class Recipe:
 
     def describe(self) -> str:
         """One line for people."""
-        parts: list[str] = []
+        parts = [f"student {step.factory}" for step in self.of(Student) if step.factory]
         drop = [name for step in self.of(Student) for name in step.drop]
         if drop:
             parts.append(f"without {' '.join(drop)}")
