@@ -15,11 +15,13 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParetorchError, TaskError
+from ..spaces.recipe import CRITERIA
 from .schema import Config
 
 if TYPE_CHECKING:
@@ -42,13 +44,9 @@ def load_task(config: Config) -> Task:
     if not isinstance(config.task, str):
         from .builtin import builtin_task
 
-        return builtin_task(config.task, config.path, config.search.seed)
-    where, _, name = config.task.rpartition(":")
-    is_file = where.endswith(".py") or "/" in where
-    module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
-    shown = str(config.path(where)) if is_file else where
-    function = _function(module, name, shown)
-    file = Path(module.__file__) if module.__file__ else None
+        return _with_criteria(builtin_task(config.task, config.path, config.search.seed), config)
+    function, shown, file = _named(config.task, config, (), "that returns the task")
+    name = config.task.rpartition(":")[2]
     try:
         task = function()
     except ParetorchError:
@@ -60,7 +58,33 @@ def load_task(config: Config) -> Task:
             f"{shown}: {name}() returned {_kind(task)}; it must return a paretorch.Task "
             "(return paretorch.Task(name=..., model=..., train=..., validation=...))"
         )
-    return task
+    return _with_criteria(task, config)
+
+
+def _with_criteria(task: Task, config: Config) -> Task:
+    """The task with the functions that the space names as criteria, unless it has them itself."""
+    space = config.to_space()
+    chosen = [choice for rule in (space.criterion if space else ()) for choice in rule.choices]
+    wanted = [text for text in chosen if text not in CRITERIA and text not in task.criteria]
+    own = {
+        text: _named(text, config, ("weight", "norms"), "that returns a score for each weight")[0] for text in wanted
+    }
+    return replace(task, criteria={**task.criteria, **own}) if own else task
+
+
+def _named(
+    text: str, config: Config, arguments: tuple[str, ...], purpose: str
+) -> tuple[Callable[..., Any], str, Path | None]:
+    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, where it is in words, and its file."""
+    where, _, name = text.rpartition(":")
+    is_file = where.endswith(".py") or "/" in where
+    module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
+    shown = str(config.path(where)) if is_file else where
+    return (
+        _function(module, name, shown, arguments, purpose),
+        shown,
+        Path(module.__file__) if module.__file__ else None,
+    )
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -117,7 +141,9 @@ def _importable(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _function(module: ModuleType, name: str, shown: str) -> Callable[[], Any]:
+def _function(
+    module: ModuleType, name: str, shown: str, arguments: tuple[str, ...], purpose: str
+) -> Callable[..., Any]:
     if not hasattr(module, name):
         own = [
             key
@@ -130,12 +156,13 @@ def _function(module: ModuleType, name: str, shown: str) -> Callable[[], Any]:
     function = getattr(module, name)
     if not callable(function):
         raise TaskError(
-            f"{shown}: {name} is {_kind(function)}, not a function; define `def {name}():` that returns the task"
+            f"{shown}: {name} is {_kind(function)}, not a function; define `def {name}({', '.join(arguments)}):` {purpose}"
         )
     try:
-        inspect.signature(function).bind()
+        inspect.signature(function).bind(*arguments)
     except TypeError as error:
-        raise TaskError(f"{shown}: {name} is called without arguments, but {error}; give them defaults") from error
+        called = f"with ({', '.join(arguments)})" if arguments else "without arguments"
+        raise TaskError(f"{shown}: {name} is called {called}, but {error}; give other arguments defaults") from error
     return function  # type: ignore[no-any-return]
 
 

@@ -148,6 +148,12 @@ def _checked_function(text: str) -> str:
     return text
 
 
+def _criterion_function(text: str) -> str:
+    if not _FUNCTION.fullmatch(text):
+        raise _fail(f"criterion {text!r}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, such as rules.py:score")
+    return text
+
+
 def _checked_target(text: str) -> str:
     if text not in TARGETS and not text.endswith((".yaml", ".yml")):
         close = difflib.get_close_matches(text, TARGETS, 1)
@@ -177,7 +183,12 @@ Number = Annotated[float, _NUMBER]
 Positive = Annotated[float, Field(gt=0), _NUMBER]
 Removed = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Kept = Annotated[float, Field(gt=0, le=1), _NUMBER]
-Criterion = Literal["magnitude", "taylor", "activation", "obs", "random"]
+# A name or a function, told apart by a function, so that only the form that was meant reports its mistake.
+Criterion = Annotated[
+    Annotated[Literal["magnitude", "taylor", "activation", "obs", "random"], Tag("<name>")]
+    | Annotated[str, AfterValidator(_criterion_function), Tag("<function>")],
+    Discriminator(lambda value: "<function>" if isinstance(value, str) and ":" in value else "<name>"),
+]
 Rounding = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["mse", "minmax", "percentile", "entropy"]
 # A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
@@ -258,7 +269,7 @@ class CriterionRule(LayerRule):
     """Which weights of the selected layers are set to zero."""
 
     choices: Choices[Criterion]
-    """magnitude, taylor, activation, obs, random. Required."""
+    """magnitude, taylor, activation, obs, random, or a function of yours as FILE.py:FUNCTION. Required."""
     share: bool = True
     """One choice for all selected layers (true) or one for each (false). Default: true."""
 
@@ -348,6 +359,9 @@ class Finetune(Strict):
     patience: Natural = 0
     """Training ends after so many epochs in a row without a better loss on held-out training samples (a tenth, 1024
     at most), and the best weights stay. Default: 0, to the end and on all samples."""
+    gradual: bool = False
+    """Zeros (`sparsity`) grow during the first half of training, from none to all, the smallest weights of each moment (Zhu &
+    Gupta 2017); `criterion` and `rounding` then have no effect where zeros are. Default: false."""
 
 
 class Recovery(Strict):
@@ -397,8 +411,9 @@ class SpaceConfig(Strict):
     neighbouring input channels stay. Choices or rules."""
     criterion: CriterionRules | None = None
     """Which weights are set to zero: magnitude, taylor (by gradients), activation (by the inputs' norms), obs (by what they
-    cost after the others are adjusted, which they then are), random. Choices (one for all layers) or rules.
-    Default: magnitude."""
+    cost after the others are adjusted, which they then are), random, or FILE.py:FUNCTION, a function of yours: from a weight
+    and the norms of its inputs, as large as the weight or None, it gives a score for each weight; the lowest become zero.
+    Choices (one for all layers) or rules. Default: magnitude."""
     channels: ShareRules | None = None
     """Shares of a dependency group's channels that are really removed, 0 <= x < 1. Choices or rules."""
     width: Choices[Kept] = (1.0,)

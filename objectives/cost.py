@@ -71,6 +71,7 @@ class FileContents:
 
 def contents(structure: Structure, recipe: Recipe) -> FileContents:
     """What the file of a recipe is made of."""
+    structure = structure.of(recipe)
     there = shapes(structure, recipe)
     activations = dict.fromkeys((step.layer for step in recipe.of(Cluster)), 32)
     activations |= {step.layer: step.activation_bits for step in recipe.of(Quantize)}
@@ -102,6 +103,7 @@ def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
 
 def macs(structure: Structure, recipe: Recipe) -> int:
     """Multiply-adds for one sample in the layers that stay."""
+    structure = structure.of(recipe)
     sizes = shapes(structure, recipe)
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
     total = 0
@@ -182,6 +184,7 @@ def nonzero_weights(count: Whole, inputs: Whole, zeros: float | str) -> Whole:
 
 def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | None = None) -> int:
     """Bytes of all layers' own tensors: packed weights, scales or codebooks (float32) and biases."""
+    structure = structure.of(recipe)
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
@@ -212,7 +215,11 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
 
 
 def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> int:
-    """Bytes of the packed file that the recipe will give, within about 1%."""
+    """Bytes of the packed file that the recipe will give, within about 1%.
+
+    The overhead is one network's: for a recipe with a student from a factory it must be the student's.
+    """
+    structure = structure.of(recipe)
     rest = float(overhead.of(contents(structure, recipe)))
     ranks = {step.layer for step in recipe.of(LowRank)}
     clustered = {step.layer for step in recipe.of(Cluster)}

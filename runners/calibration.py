@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -24,6 +24,7 @@ from ..errors import Diverged
 from .library import Evidence, LayerLibrary, digest
 from .operators.fold import reestimate_batchnorms
 from .operators.hessian import gram, groups_of
+from .task import Criterion
 
 VERSION = 1  # of what is computed here; raised when it comes out otherwise
 _MEMORY = 1 << 30  # bytes of Hessians that are accumulated in one pass
@@ -34,13 +35,20 @@ HESSIAN, FISHER = "hessian", "fisher"
 class Calibration:
     """A network and its calibration images, in parts that are run at once.
 
-    library: where what is computed is kept; nowhere but here when None. seed: of all that is drawn.
+    library: where what is computed is kept; nowhere but here when None. seed: of all that is drawn. criteria: functions of the
+    user's, see `Task`.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[Tensor], library: LayerLibrary | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        parts: Sequence[Tensor],
+        library: LayerLibrary | None = None,
+        seed: int = 0,
+        criteria: Mapping[str, Criterion] | None = None,
     ) -> None:
         self.model, self.parts, self.library, self.seed = model, parts, library, seed
+        self.criteria = criteria or {}
 
     @cached_property
     def images(self) -> str:
@@ -85,6 +93,7 @@ class Statistics:
             self.calibration.seed,
             partial(self._get, HESSIAN, layer),
             partial(self._get, FISHER, layer),
+            self.calibration.criteria,
         )
 
     @cached_property

@@ -123,7 +123,7 @@ def shape_weights(
         made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
         if made.weight is not None:
             weight.copy_(made.weight)
-        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale)
+        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale, method.pattern)
         if name in clustered:
             indices, codebook = shared(weight, clustered[name], made.mask)
             shows = SharedWeights(indices, codebook, clustered[name], zero=made.mask is not None)
@@ -146,6 +146,7 @@ ACTS: tuple[tuple[tuple[type, ...], _Act], ...] = (
 
 def check_fits(recipe: Recipe, structure: Structure) -> None:
     """Raises `RecipeError` with every step that names what this network does not have, or a rank that saves nothing."""
+    structure = structure.of(recipe)
     layers = {layer.name: layer for layer in structure.layers}
     groups = {group.name: group.channels for group in structure.groups}
     dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
@@ -208,10 +209,12 @@ def compress(
 ) -> nn.Module:
     """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit.
 
+    model: the network that the recipe begins with, so the student where it names one.
     With a library layers are compressed once and then looked up; the network is the same to the bit. calibration: of the
     network before any step; raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
+    structure = structure.of(recipe)
     model.eval()
     for kinds, act in ACTS:
         if any(recipe.of(kind) for kind in kinds):

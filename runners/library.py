@@ -21,7 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -32,12 +32,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..errors import RecipeError, TaskError
+from ..spaces.recipe import CRITERIA
+from ..spaces.space import LARGEST_HESSIAN
 from .operators.adaround import adaround
 from .operators.gptq import gptq
 from .operators.lowrank import basis
 from .operators.obs import obs
 from .operators.quantize import weight_scales
-from .operators.sparsify import activation_scores, mask_of, random_scores
+from .operators.sparsify import activation_scores, input_norms, mask_of, random_scores
+from .task import Criterion
 
 VERSION = 1  # of what `shaped` computes; raised when a scale or a mask comes out otherwise
 _BLOCK = 4096  # bytes: what a disk takes for a file at least
@@ -62,10 +66,10 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be known of the layer beside its weight: `hessian`, `fisher`, `seed`."""
-        found = {"taylor": "fisher", "random": "seed", "activation": "hessian", "obs": "hessian"}
+        """What must be known of the layer beside its weight: `hessian`, `fisher`, `seed`, `function` (the user's)."""
+        found = {"taylor": "fisher", "random": "seed", "activation": "hessian", "obs": "hessian", "magnitude": ""}
         rounding = "" if self.rounding == "nearest" else "hessian"
-        return frozenset({found.get(self.criterion, ""), rounding} - {""})
+        return frozenset({found.get(self.criterion, "function"), rounding} - {""})
 
     @property
     def adjusts(self) -> bool:
@@ -78,12 +82,16 @@ PLAIN = Method()
 
 @dataclass(frozen=True)
 class Evidence:
-    """What calibration knows of one layer: `key` names it, the numbers come when they are asked for."""
+    """What calibration knows of one layer: `key` names it, the numbers come when they are asked for.
+
+    criteria: functions of the user's by name.
+    """
 
     key: str
     seed: int
     hessian: Callable[[], Tensor]
     fisher: Callable[[], Tensor]
+    criteria: Mapping[str, Criterion] = field(default_factory=dict)
 
 
 class Shaped(NamedTuple):
@@ -132,7 +140,34 @@ def _scores(weight: Tensor, method: Method, evidence: Evidence | None) -> Tensor
         return weight.detach().square() * evidence.fisher()
     if method.criterion == "activation":
         return activation_scores(weight, evidence.hessian())
+    if method.criterion not in CRITERIA:
+        return _own_scores(weight, method.criterion, evidence)
     return random_scores(weight, int(digest(weight.detach().contiguous())[:8], 16) ^ evidence.seed)
+
+
+def _own_scores(weight: Tensor, name: str, evidence: Evidence) -> Tensor:
+    """What a function of the user's says of each weight."""
+    if name not in evidence.criteria:
+        raise RecipeError(
+            f"criterion {name!r}: the task has no such function; give it as Task(criteria={{{name!r}: function}}), or a configuration "
+            f"whose space names it; functions of the task: {', '.join(evidence.criteria) or 'none'}"
+        )
+    weight = weight.detach()
+    norms = input_norms(weight, evidence.hessian()) if weight[0].numel() <= LARGEST_HESSIAN else None
+    try:
+        with torch.no_grad():
+            found = evidence.criteria[name](weight.clone(), norms)
+    except Exception as error:  # whatever the user's function raises
+        raise TaskError(
+            f"criterion {name!r} failed for a weight of shape {tuple(weight.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape != weight.shape or not bool(found.isfinite().all()):
+        shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TaskError(
+            f"criterion {name!r} returned {shown} for a weight of shape {tuple(weight.shape)}; it must return a finite score for each "
+            "weight, a tensor of the same shape; the lowest scores become zero"
+        )
+    return found
 
 
 ROUNDINGS = {"gptq": gptq, "adaround": adaround}
@@ -173,11 +208,16 @@ class LayerLibrary:
     def shaped(
         self, weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None
     ) -> Shaped:
-        """What the function `shaped` gives, bit for bit; the tensors are the caller's own."""
+        """What the function `shaped` gives, bit for bit; the tensors are the caller's own.
+
+        Not kept where a function of the user's chose the zeros: a function has no content that could name an entry.
+        """
         bits = bits if bits <= 8 else 32
         if bits == 32 and not ratio:
             return Shaped(None, None, None)
         plain, method = weight.detach().cpu().contiguous(), method.at(bits, ratio)
+        if "function" in method.needs:
+            return Shaped(*(None if t is None else t.to(weight) for t in shaped(plain, bits, ratio, method, evidence)))
         key = _key(plain, bits, ratio, method, evidence)
         entry = self._recall(key)
         if entry is None:

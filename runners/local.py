@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,28 +116,44 @@ class LocalRunner:
         self.library = LayerLibrary() if library is None else library
         self.threads, self.batch, self.seconds = threads, batch, seconds
         self.target = as_target(target)
-        try:
-            model = task.model()
-        except TaskError:
-            raise
-        except Exception as error:  # whatever the user's factory raises
-            raise TaskError(
-                f"task {task.name!r}: its model function failed: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(model, torch.nn.Module):
-            raise TaskError(
-                f"task {task.name!r}: its model function returned {type(model).__name__}, not a torch module"
-            )
-        self.model = open_attention(model.eval())
+        self.model = _made(task, task.model, "its model function")
         self.example = example_input(task)
         self.calibration = inputs(task, "train", calibration_images, seed)
         self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))
+        self.students = {name: self._student(name) for name in task.students}
+        traced = torch.cat([self.example, self.calibration[:64]])
+        others = (replace(trace(model, traced), student=name) for name, model in self.students.items())
+        self.structure = replace(self.structure, students=tuple(others))
         weights = sum(layer.params for layer in self.structure.layers)
         self.zstd_level = 19 if weights <= _ZSTD_19 else 1  # one level for a study, or its sizes could not be compared
         self._validation: list[tuple[Tensor, Tensor]] | None = None
         self.way = obvious()
         self._baseline: Network | None = None
         self.baseline_ms: float | None = None
+
+    def _student(self, name: str) -> nn.Module:
+        """Another network of the task's, with weights drawn from the seed where it comes untrained."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = _made(self.task, self.task.students[name], f"the function of its student {name!r}")
+        with torch.no_grad():
+            expected = self.model(self.example).shape
+            try:
+                found = model(self.example)
+            except Exception as error:  # whatever the user's network raises
+                raise TaskError(f"student {name!r} does not run on the task's inputs of shape {tuple(self.example.shape)}: "
+                                f"{type(error).__name__}: {error}") from error  # fmt: skip
+        if not isinstance(found, Tensor) or found.shape != expected:
+            shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise TaskError(
+                f"student {name!r} returns {shown}, the network {tuple(expected)}; it must give the same outputs"
+            )
+        return model
+
+    def network(self, recipe: Recipe) -> nn.Module:
+        """What a recipe begins with: the network, or the student that it names; raises `RecipeError` for an unknown one."""
+        self.structure.of(recipe)
+        return next((self.students[step.factory] for step in recipe.of(Student) if step.factory), self.model)
 
     def validation(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The validation batches, kept in memory when they fit."""
@@ -166,7 +183,7 @@ class LocalRunner:
     @cached_property
     def statistics(self) -> Calibration:
         """What rounding and criteria may ask the calibration images."""
-        return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed)
+        return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed, self.task.criteria)
 
     @cached_property
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -175,11 +192,15 @@ class LocalRunner:
     @cached_property
     def output_moments(self) -> list[Moments]:
         """For each of `calibration_parts`, mean and variance of what layers give that no BatchNorm follows."""
-        return output_moments(self.comparable(), self.calibration_parts, {layer for layer, _ in self.structure.folds})
+        return self._moments(self.model, Recipe())
 
-    def comparable(self) -> nn.Module:
-        """A copy of the network in the layout of `calibration_parts`."""
-        return copy.deepcopy(self.model).to(memory_format=_layout(self.calibration))  # type: ignore[call-overload,no-any-return]
+    def _moments(self, model: nn.Module, recipe: Recipe) -> list[Moments]:
+        folded = {layer for layer, _ in self.structure.of(recipe).folds}
+        return output_moments(self.comparable(model), self.calibration_parts, folded)
+
+    def comparable(self, model: nn.Module | None = None) -> nn.Module:
+        """A copy of the network (or of a student) in the layout of `calibration_parts`."""
+        return copy.deepcopy(self.model if model is None else model).to(memory_format=_layout(self.calibration))  # type: ignore[call-overload,no-any-return]
 
     def path(self, recipe: Recipe) -> Path:
         return self.directory / f"{recipe.key}.safetensors"
@@ -228,7 +249,8 @@ class LocalRunner:
         keep_trained: keep the trained weights at `trained_path(recipe)`, so that a recipe which trains on needs not
         begin anew. What is kept saves time and changes no bit.
         """
-        model = copy.deepcopy(self.model)
+        source = self.network(recipe)
+        model = copy.deepcopy(source)
         report("compressing", {})
         compress(model, recipe, self.structure, self.example, self.library, self.statistics)
         steps = recipe.of(Recover) if recovery else []
@@ -248,11 +270,12 @@ class LocalRunner:
             known = self.calibration_bias if comparable else None
             reestimate_batchnorms(model, self.calibration_parts, known)
             if any(step.method == "statistics" for step in steps):
-                factors = match_moments(model, self.calibration_parts, self.output_moments)
+                moments = self.output_moments if source is self.model else self._moments(source, recipe)
+                factors = match_moments(model, self.calibration_parts, moments)
                 reestimate_batchnorms(model, self.calibration_parts, known)  # of what lies behind such layers
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         report("exporting", {})
-        factors |= fold_batchnorms(model, self.structure.folds)
+        factors |= fold_batchnorms(model, self.structure.of(recipe).folds)
         graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
         return packing.pack(graph)
 
@@ -399,6 +422,19 @@ class LocalRunner:
         found = Metric.of(self.scores(data, split))
         timed = self._latency(data, 4 * self.seconds)
         return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}
+
+
+def _made(task: Task, function: Callable[[], Any], what: str) -> nn.Module:
+    """The network that a function of the user's returns."""
+    try:
+        model = function()
+    except TaskError:
+        raise
+    except Exception as error:  # whatever the user's factory raises
+        raise TaskError(f"task {task.name!r}: {what} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"task {task.name!r}: {what} returned {type(model).__name__}, not a torch module")
+    return open_attention(model.eval())
 
 
 def _model(data: bytes) -> bytes:

@@ -18,16 +18,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import Diverged, TrialError
 from ..spaces.recipe import Recover
 from .distill import fast_layout, feature_loss, mixed_precision, pairs, recorded, soft_loss, temperature
 from .operators.quantize import FakeQuantize
+from .operators.sparsify import cubic, growing_mask
 from .task import Task, batches, dataset, loss
 
 Progress = Callable[[str], None]
 CLIP = 5.0  # the largest norm of all gradients together (of scales aside); one bad batch must not undo an epoch
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1024  # share of the training samples that patience looks at, and how many at most
+_RAMP, _UPDATES = 0.5, 32  # gradual zeros: the share of training during which they grow, and in how many steps at most
 KEEP_EVERY = 10.0  # seconds of training that a kill may cost, beside the epoch that it falls into
 
 
@@ -87,7 +90,7 @@ def finetune(
     The loss is `distill * T^2 * KL(teacher || student)` at temperature T plus `(1 - distill)` times the task's loss
     (Hinton et al. 2015) plus `features` times the distance of features; distillation of answers applies to outputs
     `[n, classes]` and is left out for other shapes. answers: the teacher's to all training samples, from
-    `distill.answers`. keep: is given the state between epochs, every ten seconds at most. state: to go on from one.
+    `distill.answers`. Gradual zeros grow from none again, so they are for the first training. keep: is given the state between epochs, every ten seconds at most. state: to go on from one.
     Raises `Diverged`, and `TrialError` when there is nothing to train.
     """
     seen, held = _samples(task, step.patience)
@@ -129,6 +132,8 @@ def finetune(
             names = pairs(model, teacher, example) if step.features else ()
             torch.manual_seed(seed)
         optimizer = _optimizer(model, trained)
+        growing = _masks(model) if step.gradual else {}
+        updates = _schedule(total) if growing else {}
         state = state or State()
         if state.steps:
             model.load_state_dict(state.model)
@@ -141,6 +146,10 @@ def finetune(
             epoch = number // per_epoch
             order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
             for x, y, indices in itertools.islice(_pass(task, [seen[i] for i in order], seed + epoch), total - number):
+                if number in updates:
+                    for layer, (fake, count) in growing.items():
+                        weight = model.get_submodule(layer).parametrizations["weight"].original  # type: ignore[index,union-attr]
+                        fake.mask = growing_mask(weight, count, fake.pattern, updates[number])  # type: ignore[arg-type]
                 if len(x) > 1:  # BatchNorm cannot train on a single sample
                     for group in optimizer.param_groups:
                         group["lr"] = step.learning_rate * 0.5 * (1 + math.cos(math.pi * number / total))
@@ -155,7 +164,7 @@ def finetune(
                     if number % 10 == 0:
                         progress(f"fine-tuning {number}/{total}")
                 number += 1
-            if step.patience:
+            if step.patience and number > max(updates, default=0):  # with fewer zeros it would be another recipe
                 found = held_out_loss()
                 state.waited = 0 if found < state.least else state.waited + 1
                 if found < state.least:
@@ -169,6 +178,28 @@ def finetune(
         if state.best:
             model.load_state_dict(state.best)
         model.eval()
+
+
+def _schedule(total: int) -> dict[int, float]:
+    """By the number of a step the share of the final zeros that it begins to train with; other steps change nothing.
+
+    >>> [f"{number}: {share:.3f}" for number, share in _schedule(8).items()]
+    ['0: 0.000', '1: 0.578', '2: 0.875', '3: 0.984', '4: 1.000']
+    """
+    ramp = int(_RAMP * total)
+    updates = min(ramp, _UPDATES)
+    return {round(n * ramp / updates): cubic(n / updates) for n in range(updates + 1)} if ramp else {}
+
+
+def _masks(model: nn.Module) -> dict[str, tuple[FakeQuantize, int]]:
+    """By layer its parametrization with a mask, and how many zeros the mask has."""
+    found = {}
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            fake = layer.parametrizations["weight"][0]  # type: ignore[index,union-attr]
+            if isinstance(fake, FakeQuantize) and fake.mask is not None:
+                found[name] = fake, int((fake.mask == 0).sum())
+    return found
 
 
 def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.SGD:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +24,13 @@ from torch.utils.data import (
 from ..errors import Diverged, TaskError
 from ..objectives.measurement import Metric
 from ..objectives.objective import COSTS
+from ..spaces.recipe import CRITERIA, known_criterion
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
+# How important each weight is, from the weight and, as large, the norms of what it is multiplied with on the calibration images
+# (None for layers of more than 8192 inputs).
+Criterion = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +48,11 @@ class Task:
     DataLoader the samples, how they are collated and the workers are used; order and `batch_size` are the task's.
     metric: `metric(outputs, targets)` returns one score per sample, higher is better; its mean is the metric and its
     interval comes from the number of samples. metric_name: how it is called in objectives and budgets.
-    loss: for recovery; cross-entropy when None.
+    loss: for recovery; cross-entropy when None. criteria: functions that choose zeros, by the name that `Sparsify.criterion`
+    calls them, such as "rules.py:score": from a weight `[output, input, ...]` and the norms of its inputs on the calibration
+    images (as the weight, or None where a layer has more than 8192 inputs) they return a score for each weight, the lowest of
+    which become zero. students: other networks for the same inputs and outputs, by the name that `Student.factory` calls them,
+    as functions without arguments; they may be untrained, then recovery trains them.
 
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
@@ -62,6 +70,8 @@ class Task:
     metric_name: str = "accuracy"
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     batch_size: int = 128
+    criteria: Mapping[str, Criterion] = field(default_factory=dict)
+    students: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not callable(self.model) or isinstance(self.model, nn.Module):
@@ -76,6 +86,21 @@ class Task:
                             f"write a word such as 'f1', none of {', '.join(COSTS)}")  # fmt: skip
         if self.batch_size < 1:
             raise TaskError(f"task {self.name!r}: batch_size = {self.batch_size}; it must be at least 1")
+        for name, factory in self.students.items():
+            if not name or not callable(factory) or isinstance(factory, nn.Module):
+                raise TaskError(f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name and a function "
+                                "that returns the network")  # fmt: skip
+        for name, function in self.criteria.items():
+            if name in CRITERIA or not known_criterion(name) or not callable(function):
+                raise TaskError(f"task {self.name!r}: criteria = {{{name!r}: {function!r}}}; write a function of (weight, norms), and its "
+                                "name as FILE.py:FUNCTION")  # fmt: skip
+
+
+def check_criteria(task: Task, names: Iterable[str]) -> None:
+    """Raises `TaskError` for criteria that are neither built in nor functions of the task."""
+    if missing := sorted(set(names) - {*CRITERIA, *task.criteria}):
+        raise TaskError(f"task {task.name!r} has no function for the criterion {', '.join(missing)}; give it as "
+                        f"Task(criteria={{{missing[0]!r}: function}}); it has: {', '.join(task.criteria) or 'none'}")  # fmt: skip
 
 
 def dataset(task: Task, split: Split) -> Dataset[Any]:

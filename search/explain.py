@@ -103,7 +103,12 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
             case Student(drop):
                 for block in drop:
                     left = tuple(name for name in drop if name != block)
-                    found.append(Decision(f"{block}: left out", changed(step, Student(left) if left else None)))
+                    found.append(
+                        Decision(
+                            f"{block}: left out",
+                            changed(step, replace(step, drop=left) if left or step.factory else None),
+                        )
+                    )
             case Prune(group, keep):
                 whole = structure.group(group)
                 wider = kept_channels(whole.channels, (keep + whole.channels) / 2 / whole.channels, whole.round_to)

@@ -45,7 +45,7 @@ from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.target import DEFAULT, Target, as_target
-from ..runners.task import Task, dataset
+from ..runners.task import Task, check_criteria, dataset
 from ..spaces.recipe import Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
@@ -198,6 +198,7 @@ class Study:
         else:
             space = self.given_space
         check_supported(space, self.runner.structure, self.target)
+        check_criteria(self.task, (choice for rule in space.criterion for choice in rule.choices))
         self._use(space)
 
     def _use(self, space: Space) -> None:
@@ -217,7 +218,7 @@ class Study:
 
     def _snapshot(self) -> dict[str, Any]:
         """What must not change when a study goes on: all that decides which recipes come and how they are judged."""
-        structure = json.dumps(asdict(self.runner.structure), sort_keys=True, default=list)
+        structure = json.dumps(plain(replace(self.runner.structure, students=())), sort_keys=True, default=list)
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -62,15 +63,32 @@ def zeros_of(choice: float | str) -> float:
 
 
 CRITERIA = ("magnitude", "taylor", "activation", "obs", "random")
+_FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
+
+
+def known_criterion(name: str) -> bool:
+    """Whether it is one of `CRITERIA`, or the name of a function of the user's, FILE.py:FUNCTION.
+
+    >>> known_criterion("obs"), known_criterion("rules.py:score"), known_criterion("obss")
+    (True, True, False)
+    """
+    return name in CRITERIA or bool(_FUNCTION.fullmatch(name))
+
+
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
 
 
 @dataclass(frozen=True)
 class Student:
-    """Leave out whole residual blocks, by module name; the others keep the teacher's weights."""
+    """A network in place of the teacher: without whole residual blocks, or another architecture.
 
-    drop: tuple[str, ...]
+    drop: the blocks that are left out, by module name; the others keep their weights. factory: the name of a network that the
+    task makes (`Task.students`); all other steps of the recipe, blocks to drop included, then refer to its layers.
+    """
+
+    drop: tuple[str, ...] = ()
+    factory: str = later("")
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,8 @@ class Sparsify:
 
     magnitude: the smallest. taylor: those with the least effect on the outputs by their gradients (Molchanov et al. 2019).
     activation: the least products with the norm of their input (Wanda, Sun et al. 2024). obs: those that cost least after
-    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw.
+    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw. FILE.py:FUNCTION: what
+    a function of the user's says, which the task holds under this name (`Task.criteria`).
     pattern: "" (anywhere), or N:M such as 2:4: N of every M neighbouring input channels stay; then ratio is 1 - N/M.
     """
 
@@ -141,6 +160,8 @@ class Recover:
     train: all parameters; last, those of the last third of the modules that own any, in the order of execution; scales, those
     of one dimension: scales of quantization, biases, normalisation. patience: training ends after so many epochs in a row without a
     better loss on training samples that are held out, and the best weights stay; 0 trains to the end, on all samples.
+    gradual: the zeros of `Sparsify` grow during the first half of training, from none to all of them, by the cubic schedule of
+    Zhu & Gupta 2017; the smallest weights of that moment are zero. Those of codebooks are there from the start.
     """
 
     method: str
@@ -152,6 +173,7 @@ class Recover:
     temperature_schedule: str = later("constant")
     features: float = later(0.0)
     patience: int = later(0)
+    gradual: bool = later(False)
 
 
 Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover
@@ -167,6 +189,7 @@ _TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "str": (str, str, "a name"),
     "int": (Integral, int, "a whole number"),
     "float": (Real, float, "a finite number"),
+    "bool": (bool, bool, "true or false"),
     "tuple[str, ...]": (tuple, lambda names: tuple(sorted(set(map(str, names)))), "a tuple of names"),
 }
 
@@ -181,7 +204,7 @@ def _canonical(step: Step) -> Step:
         accepted, convert, wanted = _TYPES[str(entry.type)]
         if (
             not isinstance(value, accepted)
-            or isinstance(value, bool)
+            or (isinstance(value, bool) and accepted is not bool)
             or (accepted is Real and not math.isfinite(value))
         ):
             raise RecipeError(f"{type(step).__name__.lower()}: {entry.name} = {value!r}; it must be {wanted}")
@@ -200,8 +223,8 @@ def _target(step: Step) -> str:
 
 def _check(step: Step) -> None:
     match step:
-        case Student(drop) if not drop:
-            raise RecipeError("student: it leaves out no block; leave the step out instead")
+        case Student(drop, factory) if not drop and not factory:
+            raise RecipeError("student: it leaves out no block and names no factory; leave the step out instead")
         case Prune(group, keep) if keep < 1:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
         case LowRank(layer, rank) if rank < 1:
@@ -210,8 +233,11 @@ def _check(step: Step) -> None:
             raise RecipeError(f"cluster {layer}: bits = {bits}; choose from 2..8")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
             raise RecipeError(f"sparsify {layer}: ratio = {ratio}; it must lie between 0 and 1, both excluded")
-        case Sparsify(layer, _, criterion) if criterion not in CRITERIA:
-            raise RecipeError(f"sparsify {layer}: criterion = {criterion!r}; choose from {', '.join(CRITERIA)}")
+        case Sparsify(layer, _, criterion) if not known_criterion(criterion):
+            raise RecipeError(
+                f"sparsify {layer}: criterion = {criterion!r}; choose from {', '.join(CRITERIA)}, or name a function of yours, "
+                "FILE.py:FUNCTION"
+            )
         case Sparsify(layer, ratio, _, pattern) if pattern and ratio != zeros_of(pattern):
             raise RecipeError(
                 f"sparsify {layer}: ratio = {ratio} with pattern {pattern}; it must be {zeros_of(pattern):g}, or leave one out"
@@ -252,13 +278,32 @@ def _check(step: Step) -> None:
         case Recover(features=features, patience=patience) if features < 0 or patience < 0:
             raise RecipeError(f"recover: features {features}, patience {patience}; both must be 0 or more")
         case Recover(method, train=train, temperature_schedule=schedule, features=features, patience=patience) if (
-            method != "finetune" and (train, schedule, features, patience) != ("all", "constant", 0, 0)
+            method != "finetune"
+            and (train, schedule, features, patience, step.gradual) != ("all", "constant", 0, 0, False)
         ):
             raise RecipeError(
-                f"recover: {method} does not train; leave out train, temperature_schedule, features and patience"
+                f"recover: {method} does not train; leave out train, temperature_schedule, features, patience and gradual"
             )
         case _:
             pass
+
+
+def _check_gradual(steps: list[Step], trained: list[Recover]) -> None:
+    if not any(step.gradual for step in trained):
+        return
+    if any(step.gradual for step in trained[1:]):
+        raise RecipeError(
+            "recover: gradual in a training step after the first, by when the zeros are there; leave it out"
+        )
+    clustered = {step.layer for step in steps if isinstance(step, Cluster)}
+    sparse = {step.layer: step for step in steps if isinstance(step, Sparsify) and step.layer not in clustered}
+    rounding = {step.layer: step.rounding for step in steps if isinstance(step, Quantize)}
+    for layer, step in sparse.items():
+        if (found := (step.criterion, rounding.get(layer, "nearest"))) != ("magnitude", "nearest"):
+            raise RecipeError(
+                f"recover: gradual with criterion {found[0]}, rounding {found[1]} for layer {layer}; zeros that grow are the smallest "
+                "weights of their moment, so choose magnitude and nearest, or leave gradual out"
+            )
 
 
 @dataclass(frozen=True)
@@ -296,6 +341,7 @@ class Recipe:
             raise RecipeError(
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
             )
+        _check_gradual(steps, trained)
         steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -341,7 +387,7 @@ class Recipe:
 
     def describe(self) -> str:
         """One line for people."""
-        parts: list[str] = []
+        parts = [f"student {step.factory}" for step in self.of(Student) if step.factory]
         drop = [name for step in self.of(Student) for name in step.drop]
         if drop:
             parts.append(f"without {' '.join(drop)}")
@@ -389,6 +435,7 @@ def how(training: list[Recover]) -> str:
     found += ["features"] if any(step.features for step in training) else []
     found += sorted({step.temperature_schedule for step in training} - {"constant"})
     found += ["patience"] if any(step.patience for step in training) else []
+    found += ["zeros grow"] if any(step.gradual for step in training) else []
     return f" ({', '.join(found)})" if found else ""
 
 

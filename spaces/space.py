@@ -31,6 +31,7 @@ from .recipe import (
     Sparsify,
     Step,
     Student,
+    known_criterion,
     later,
     pattern_of,
     zeros_of,
@@ -149,10 +150,11 @@ class Space:
                 found += [f"{key}: {problem}; choose from {allowed}" for problem in problems]
         for kind, allowed_names in METHODS.items():
             for number, rule in enumerate(getattr(self, kind)):
-                problems = [f"{value!r} is not possible" for value in rule.choices if value not in allowed_names]
+                problems = [f"{value!r} is not possible" for value in rule.choices if not _known(kind, value)]
                 problems = problems if rule.choices else ["no choice"]
+                own = ", or a function of yours, FILE.py:FUNCTION" if kind == "criterion" else ""
                 found += [
-                    f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}"
+                    f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}{own}"
                     for problem in problems
                 ]
         if not self.recovery:
@@ -175,6 +177,8 @@ class Space:
             else:
                 value.update({(axis.kind, target): chosen for target in axis.targets})
         steps: list[Step] = []
+        gradual = any(step.gradual for step in self.recoveries(single["recovery"]))
+        growing = False  # whether gradual zeros have a layer to grow in
         drop = structure.blocks[: single["depth"]]
         if drop:
             steps.append(Student(tuple(sorted(drop))))
@@ -191,25 +195,36 @@ class Space:
                 rank = kept_rank(*sides(layer, narrowed[layer.name]), share)
                 steps += [LowRank(layer.name, rank)] if rank else []
             methods = {kind: value[kind, layer.name] for kind in METHODS if (kind, layer.name) in value}
+            clustered = value.get(("cluster_bits", layer.name), 32)
             if zeros := value.get(("sparsity", layer.name), 0.0):
+                if gradual and clustered == 32:  # the smallest weights are zero, nothing else will do
+                    growing = True
+                    methods = {kind: choice for kind, choice in methods.items() if kind == "ranges"}
                 steps.append(sparsify(layer.name, zeros, methods))
-            if (clustered := value.get(("cluster_bits", layer.name), 32)) < 32:
+            if clustered < 32:
                 steps.append(Cluster(layer.name, clustered))
                 continue
             bits = value.get(("weight_bits", layer.name), 32)
             if bits < 32:
                 steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
-        return Recipe((*steps, *self.recoveries(single["recovery"]))) if steps else Recipe()
+        return Recipe((*steps, *self.recoveries(single["recovery"], growing))) if steps else Recipe()
 
     def as_ladder(self) -> Space:
-        """The space with its choices of recovery as a ladder, untrained at its foot; as it is when nothing is trained."""
+        """The space with its choices of recovery as a ladder, untrained at its foot.
+
+        As it is when nothing is trained, or when zeros grow in some of the choices only: one cannot go on from the other.
+        """
         trained = tuple(choice for choice in self.recovery if choice and choice.epochs)
+        if len({choice.gradual for choice in trained}) > 1:
+            return self
         untrained = sorted((c for c in self.recovery if c not in trained), key=lambda choice: choice is None)
         rungs = (*untrained[:1], *trained)
         return replace(self, recovery=rungs, ladder=True) if trained and len(rungs) > 1 else self
 
-    def recoveries(self, choice: Recover | None) -> tuple[Recover, ...]:
+    def recoveries(self, choice: Recover | None, growing: bool = True) -> tuple[Recover, ...]:
         """The steps of a choice of recovery: itself, and on a ladder all that train before it.
+
+        growing: whether the recipe has zeros that can grow; else, and on a ladder after the first, no step is gradual.
 
         >>> Space(recovery=(Recover("finetune", 1), Recover("finetune", 2)), ladder=True).recoveries(Recover("finetune", 2))[0].epochs
         1
@@ -217,8 +232,9 @@ class Space:
         if choice is None:
             return ()
         if not self.ladder or not choice.epochs:
-            return (choice,)
-        return tuple(step for step in self.recovery[: self.recovery.index(choice) + 1] if step and step.epochs)
+            return (choice if growing or not choice.gradual else replace(choice, gradual=False),)
+        found = [step for step in self.recovery[: self.recovery.index(choice) + 1] if step and step.epochs]
+        return tuple(replace(step, gradual=step.gradual and growing and not n) for n, step in enumerate(found))
 
     def encode(self, structure: Structure, recipe: Recipe) -> dict[str, int] | None:
         """Picks that give this recipe, or None when the space does not hold it."""
@@ -228,7 +244,10 @@ class Space:
         sparse = {step.layer: step for step in recipe.of(Sparsify)}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
         steps = tuple(recipe.of(Recover))
-        recovery = next((choice for choice in self.recovery if self.recoveries(choice) == steps), "another")
+        growing = any(name not in clustered for name in sparse)
+        recovery = next((choice for choice in self.recovery if self.recoveries(choice, growing) == steps), "another")
+        # With zeros that grow neither criterion nor rounding has an effect there.
+        grown = set(sparse) - set(clustered) if any(step.gradual for step in steps) else set()
         axes = self.axes(structure)
         keep = {step.group: step.keep for step in recipe.of(Prune)}
         narrowed = shapes(structure, Recipe(tuple(recipe.of(Prune))))
@@ -249,9 +268,10 @@ class Space:
                 elif axis.kind == "sparsity":
                     wanted = {sparse[t].pattern or sparse[t].ratio if t in sparse else 0.0 for t in targets}
                 elif axis.kind == "criterion":  # without zeros any choice will do
-                    wanted = {sparse[t].criterion for t in targets if t in sparse}
+                    wanted = {sparse[t].criterion for t in targets if t in sparse and t not in grown}
                 elif axis.kind in METHODS:  # and where weights stay float
-                    found = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8]
+                    free = grown if axis.kind == "rounding" else set()
+                    found = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
                     wanted = {getattr(step, axis.kind) for step in found}
                 elif axis.kind == "weight_bits":  # has no effect where weights are clustered
                     wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets if t not in clustered}
@@ -336,6 +356,8 @@ def _refusals(axes: Sequence[Axis], structure: Structure) -> list[str]:
 
 
 def _known(kind: str, choice: str) -> bool:
+    if kind == "criterion":
+        return isinstance(choice, str) and known_criterion(choice)
     return choice in METHODS[kind] if kind in METHODS else _is_pattern(choice)
 
 
@@ -446,7 +468,8 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=untrained)
 
     def recipe(*steps: Step, recovery: Recover | None = untrained) -> Recipe:
-        return Recipe((*steps, *space.recoveries(recovery)) if steps else steps)
+        growing = any(isinstance(step, Sparsify) for step in steps)
+        return Recipe((*steps, *space.recoveries(recovery, growing)) if steps else steps)
 
     def narrow(share: float) -> list[Step]:
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError
-from .recipe import Prune, Recipe, Student
+from .recipe import Prune, Recipe, Student, later
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Structure:
     """Layers in the order of execution, groups, and the blocks that can be left out (least important first).
 
     refused: `(module name, reason)` for what cannot be compressed. folds: `(layer, batchnorm)` pairs that are folded
-    into one layer when the network is exported.
+    into one layer when the network is exported. students: by name the structures of other networks that a recipe may
+    begin with, each of which knows its own name as `student`.
     """
 
     layers: tuple[Layer, ...]
@@ -64,6 +65,21 @@ class Structure:
     refused: tuple[tuple[str, str], ...] = ()
     folds: tuple[tuple[str, str], ...] = ()
     input_shape: tuple[int, ...] = field(default=())
+    students: tuple[Structure, ...] = later(())
+    student: str = later("")
+
+    def of(self, recipe: Recipe) -> Structure:
+        """The structure of the network that a recipe begins with: this one, or that of the student that it names."""
+        wanted = next((step.factory for step in recipe.of(Student) if step.factory), "")
+        if wanted in ("", self.student):
+            return self
+        for structure in self.students:
+            if structure.student == wanted:
+                return structure
+        known = ", ".join(structure.student for structure in self.students) or "none"
+        raise RecipeError(
+            f"student {wanted!r}: the task makes no such network; give it as Task(students={{{wanted!r}: function}}); it makes: {known}"
+        )
 
     def layer(self, name: str) -> Layer:
         for layer in self.layers:
@@ -97,6 +113,7 @@ def kept_channels(channels: int, share: float, round_to: int) -> int:
 
 def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Output and input channels of each layer that stays."""
+    structure = structure.of(recipe)
     dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
     keep = {step.group: step.keep for step in recipe.of(Prune)}
     channels = {group.name: group.channels for group in structure.groups}

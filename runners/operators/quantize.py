@@ -102,14 +102,16 @@ def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 class FakeQuantize(nn.Module):
     """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
 
-    scale: of each output channel; `weight_scales` of the masked weight when None.
+    scale: of each output channel; `weight_scales` of the masked weight when None. pattern: of the mask, see `Sparsify`.
     """
 
     mask: Tensor | None
 
-    def __init__(self, weight: Tensor, bits: int, mask: Tensor | None, scale: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bits: int, mask: Tensor | None, scale: Tensor | None = None, pattern: str = ""
+    ) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.pattern = bits, pattern
         self.register_buffer("mask", mask)
         self.scale: nn.Parameter | None = None
         if bits <= 8:

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from paretorch import Task
 from paretorch.configs.load import parse
 from paretorch.configs.plugins import load_task
-from paretorch.errors import TaskError
+from paretorch.errors import ConfigError, TaskError
 
 GOOD = """
 import torch
@@ -164,3 +165,36 @@ def test_reading_a_configuration_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+RULES = """
+def score(weight, norms):
+    return weight.abs()
+
+def of_one(weight):
+    return weight
+"""
+
+
+def with_criterion(tmp_path, criterion):
+    (tmp_path / "my_task.py").write_text(GOOD)
+    (tmp_path / "rules.py").write_text(RULES)
+    data = {"task": "my_task.py:task", "space": {"sparsity": [0.5], "criterion": ["magnitude", criterion]}}
+    return load_task(parse(data, tmp_path / "study.yaml"))
+
+
+def test_a_criterion_of_the_users_comes_with_the_task(tmp_path):
+    found = with_criterion(tmp_path, "rules.py:score").criteria
+    assert list(found) == ["rules.py:score"]
+    assert found["rules.py:score"](torch.tensor([-2.0]), None) == 2
+
+
+def test_a_criterion_that_cannot_be_called_is_refused(tmp_path):
+    with pytest.raises(TaskError, match=r"of_one is called with \(weight, norms\), but too many positional arguments"):
+        with_criterion(tmp_path, "rules.py:of_one")
+    with pytest.raises(TaskError, match="has no function 'scor'; did you mean 'score'"):
+        with_criterion(tmp_path, "rules.py:scor")
+    with pytest.raises(ConfigError, match=r"write FILE\.py:FUNCTION"):
+        with_criterion(tmp_path, "rules.py:")
+    with pytest.raises(ConfigError, match="did you mean 'taylor'"):
+        with_criterion(tmp_path, "tailor")

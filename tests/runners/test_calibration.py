@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from paretorch.errors import Diverged, RecipeError
+from paretorch.errors import Diverged, RecipeError, TaskError
 from paretorch.runners import calibration as module
 from paretorch.runners.calibration import Calibration
 from paretorch.runners.compress import compress, freeze
@@ -18,6 +18,7 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.hessian import gram
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.packing import unpack
+from paretorch.runners.task import check_criteria
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
 
@@ -264,3 +265,91 @@ def test_the_draw_depends_on_the_seed_and_the_layer_alone(network):
     assert torch.equal(made[0].mask, made[1].mask)
     for one, two in itertools.combinations((made[0], made[2], made[3]), 2):
         assert 0.3 < float(np.mean(one.mask.numpy() == two.mask.numpy())) < 0.7
+
+
+def keep_early(weight, norms):
+    """The later in the layer, the less important."""
+    return -torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
+
+
+@pytest.mark.parametrize(("ratio", "pattern"), [(0.3, ""), (0.5, "2:4")])
+def test_a_function_of_the_users_chooses_the_zeros(ratio, pattern, network, task_of, tmp_path):
+    model, x = network("residual")
+    task = task_of(model, x, criteria={"mine.py:early": keep_early})
+    runner = LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "library"))
+    recipe = Recipe((Sparsify("down", ratio, "mine.py:early", pattern), Recover("batchnorm")))
+    found = compress(
+        copy.deepcopy(runner.model), recipe, runner.structure, runner.example, runner.library, runner.statistics
+    )
+    mask = found.down.parametrizations["weight"][0].mask
+    if pattern:
+        assert (mask.view(len(mask), -1, 4, 3, 3) == torch.tensor([1.0, 1, 0, 0]).view(4, 1, 1)).all()
+    else:
+        count = round(ratio * mask.numel())
+        assert mask.flatten().tolist() == [1.0] * (mask.numel() - count) + [0.0] * count
+    assert runner.build(recipe) == runner.build(recipe)
+
+
+def test_it_is_given_the_norms_of_the_inputs(network, task_of, tmp_path):
+    """With the product of Wanda it is Wanda, for convolutions of each kind and linear layers."""
+    model, x = network("mobile")
+    task = task_of(model, x, criteria={"mine.py:wanda": lambda weight, norms: weight.abs() * norms})
+    runner = LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    for layer in runner.structure.layers:
+        own, ours = (
+            runner.build(Recipe((Sparsify(layer.name, 0.5, criterion), Quantize(layer.name, 4))))
+            for criterion in ("mine.py:wanda", "activation")
+        )
+        assert own == ours, layer.name
+    assert {layer.kind for layer in runner.structure.layers} == {"conv", "depthwise", "linear"}
+
+
+def test_a_function_that_was_edited_is_asked_again(network, task_of, tmp_path):
+    """Under the same name: nothing of it may come from the cache."""
+    model, x = network("residual")
+    recipe = Recipe((Sparsify("down", 0.5, "mine.py:score"),))
+    built = []
+    for function in (keep_early, lambda weight, norms: -keep_early(weight, norms)):
+        task = task_of(model, x, criteria={"mine.py:score": function})
+        built.append(
+            LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "l")).build(recipe)
+        )
+    assert built[0] != built[1]
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (lambda weight, norms: weight.sum(), r"returned the shape \(\) for a weight of shape \(32, 16, 3, 3\)"),
+        (lambda weight, norms: None, "returned NoneType"),
+        (lambda weight, norms: weight / 0, "a finite score for each weight"),
+        (lambda weight, norms: weight.nothing(), "failed for a weight of shape .* AttributeError"),
+    ],
+)
+def test_a_function_that_gives_no_scores_is_told(function, complaint, network, task_of, tmp_path):
+    model, x = network("residual")
+    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": function}), tmp_path, calibration_images=64)
+    with pytest.raises(TaskError, match=complaint):
+        runner.build(Recipe((Sparsify("down", 0.5, "a.py:f"),)))
+
+
+def test_it_cannot_change_the_weights(network, task_of, tmp_path):
+    def vandal(weight, norms):
+        return weight.zero_().abs()
+
+    model, x = network("residual")
+    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": vandal}), tmp_path, calibration_images=64)
+    recipe = Recipe((Sparsify("down", 0.5, "a.py:f"),))
+    found = compress(copy.deepcopy(model), recipe, runner.structure, runner.example, None, runner.statistics)
+    assert int(found.down.weight.count_nonzero()) == found.down.weight.numel() // 2
+
+
+def test_a_criterion_that_the_task_has_not_is_refused(network, task_of, tmp_path):
+    model, x = network("residual")
+    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": keep_early}), tmp_path, calibration_images=64)
+    with pytest.raises(RecipeError, match=r"'a.py:g': the task has no such function; .* functions of the task: a.py:f"):
+        runner.build(Recipe((Sparsify("down", 0.5, "a.py:g"),)))
+    with pytest.raises(TaskError, match="write a function of"):
+        task_of(model, x, criteria={"magnitude": keep_early})
+    with pytest.raises(TaskError, match=r"no function for the criterion a\.py:g"):
+        check_criteria(runner.task, ["obs", "a.py:f", "a.py:g"])

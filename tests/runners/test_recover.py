@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import save
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from paretorch.errors import Diverged, TrialError
-from paretorch.runners import recover
+from paretorch.runners import packing, recover
 from paretorch.runners.compress import chunks, compress, freeze
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.quantize import FakeQuantize
@@ -270,12 +271,13 @@ def test_patience_needs_samples_to_hold_out():
 
 STEPS = [
     Recover("finetune", 4, 0.05),
+    Recover("finetune", 6, 0.05, gradual=True, patience=3),
     Recover("finetune", 3.5, 0.05, train="last", temperature_schedule="anneal"),
     Recover("finetune", 6, 0.5, distill=0.2, patience=1, features=1.0),
 ]
 
 
-@pytest.mark.parametrize("step", STEPS, ids=["all", "last", "patience"])
+@pytest.mark.parametrize("step", STEPS, ids=["all", "gradual", "last", "patience"])
 def test_training_that_goes_on_from_any_epoch_ends_with_the_same_weights(step, settle, monkeypatch, tmp_path):
     monkeypatch.setattr(recover, "KEEP_EVERY", 0.0)
 
@@ -347,3 +349,98 @@ def test_a_killed_training_goes_on_and_gives_the_same_file(network, task_of, tmp
     again, heard = build(tmp_path / "killed")
     assert heard == [f"fine-tuning {n}/48" for n in (20, 30, 40)]
     assert again == whole
+
+
+def zeros_while_training(model, layer, fake):
+    """How many zeros the layer's weight has in each training step, and the weights that the mask then left."""
+    seen = []
+    model.get_submodule(layer).register_forward_hook(
+        lambda module, args, out: seen.append(int((fake.mask == 0).sum())) if module.training else None
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("ratio", "pattern"), [(0.7, ""), (0.5, "2:4"), (0.75, "2:8")])
+def test_zeros_grow_by_the_cubic_schedule_and_end_exactly(ratio, pattern, settle):
+    """Zhu & Gupta 2017, equation 1: s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3, with s_i = 0."""
+    _, teacher, task, x = damaged(settle)
+    recipe = Recipe(
+        (Quantize("0", 4), Sparsify("0", ratio, pattern=pattern), Recover("finetune", 10, 0.05, gradual=True))
+    )
+    model = compress(copy.deepcopy(teacher), recipe, trace(teacher, x), x[:2])
+    fake = model[0].parametrizations["weight"][0]
+    first, count = fake.mask.clone(), int((fake.mask == 0).sum())
+    seen = zeros_while_training(model, "0", fake)
+    finetune(model, teacher, recipe.of(Recover)[0], task, seed=0)
+    assert len(seen) == 80
+    assert sorted(seen) == seen
+    # 40 steps of the ramp, 32 updates: the n-th stands at step round(40 n / 32).
+    for update in range(33):
+        expected = count + (0 - count) * (1 - update / 32) ** 3
+        assert seen[round(40 * update / 32)] == round(expected), update
+    assert seen[40:] == [count] * 40
+    weight = model[0].weight.detach()
+    assert int((fake.mask == 0).sum()) == count == (round(ratio * weight.numel()))
+    assert not weight[fake.mask == 0].any()
+    assert not torch.equal(fake.mask, first), "the weights that training made small are others"
+    if pattern:
+        keep, of = map(int, pattern.split(":"))
+        assert (fake.mask.view(len(weight), -1, of).sum(-1) == keep).all()
+    frozen = freeze(model, recipe)
+    assert not frozen["0"].codes[fake.mask == 0].any()
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 5, 31, 64, 1000])
+def test_the_schedule_begins_dense_and_is_whole_before_training_ends(total):
+    found = recover._schedule(total)
+    assert len(found) <= 33
+    assert all(0 <= step < total for step in found)
+    assert list(found.values()) == sorted(found.values())
+    if total > 1:
+        assert found[0] == 0.0
+        assert list(found.items())[-1] == (total // 2, 1.0)
+
+
+def test_of_a_single_step_the_zeros_are_there_at_once(settle):
+    one, two = (damaged(settle)[0] for _ in range(2))
+    _, teacher, task, _ = damaged(settle)
+    finetune(one, teacher, Recover("finetune", 0.01, 0.05), task, seed=0)
+    finetune(two, teacher, Recover("finetune", 0.01, 0.05, gradual=True), task, seed=0)
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_the_best_weights_of_patience_have_all_zeros(settle):
+    """With labels that are learnt by heart the held-out loss is least early, when few weights are zero."""
+    _, teacher, task, x = damaged(settle)
+    torch.manual_seed(1)
+    data = TensorDataset(x, torch.randint(0, 4, (len(x),)))
+    task = Task("noise", lambda: teacher, train=data, validation=data, batch_size=32)
+    model, *_ = damaged(settle)
+    fake = model[0].parametrizations["weight"][0]
+    count = int((fake.mask == 0).sum())
+    seen = zeros_while_training(model, "0", fake)
+    finetune(model, teacher, Recover("finetune", 20, 0.3, distill=0, patience=1, gradual=True), task, seed=0)
+    assert len(seen) < 20 * 8, "patience did not end it"
+    assert int((fake.mask == 0).sum()) == count
+
+
+def test_without_gradual_masks_stay_as_they_are(settle):
+    model, teacher, task, _ = damaged(settle)
+    fake = model[0].parametrizations["weight"][0]
+    mask = fake.mask
+    before = mask.clone()
+    finetune(model, teacher, Recover("finetune", 2, 0.05), task, seed=0)
+    assert fake.mask is mask
+    assert torch.equal(mask, before)
+
+
+def test_a_candidate_whose_zeros_grew_ships_with_them(network, task_of, tmp_path):
+    model, x = network("residual")
+    steps = tuple(Sparsify(name, 0.8) for name in ("stem", "layer1.0.conv1"))
+    recipe = Recipe((*steps, Recover("finetune", 2, 0.05, gradual=True), Recover("finetune", 1, 0.02)))
+    runner = LocalRunner(task_of(model, x, batch_size=16), tmp_path, calibration_images=64)
+    data = runner.build(recipe)
+    assert data == runner.build(recipe)
+    arrays = [onnx.numpy_helper.to_array(entry) for entry in packing.unpack(data).graph.initializer]
+    zeros = {array.shape: int((array == 0).sum()) for array in arrays if (array == 0).any() and array.ndim == 4}
+    assert zeros == {(16, 3, 3, 3): round(0.8 * 432), (16, 16, 3, 3): round(0.8 * 2304)}

@@ -164,6 +164,8 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (Recover("statistics", 1), "statistics without epochs"),
         (Recover("statistics", patience=2), "statistics does not train"),
         (Recover("batchnorm", train="last"), "batchnorm does not train"),
+        (Recover("batchnorm", gradual=True), "batchnorm does not train"),
+        (Recover("finetune", 1, gradual=1), "gradual = 1; it must be true or false"),
         (Student(()), "leaves out no block"),
         (Student("layer3.2"), "a tuple of names"),
         ("quantize fc", "is not a step"),
@@ -317,3 +319,33 @@ def test_a_recipe_cannot_be_changed_behind_its_key():
     with pytest.raises(AttributeError):
         recipe.steps = ()
     assert replace(recipe, steps=()) == Recipe()
+
+
+GROWN = Recover("finetune", 2, gradual=True)
+
+
+def test_gradual_is_written_only_where_it_is_used_and_comes_back():
+    assert "gradual" not in Recipe((Sparsify("fc", 0.5), Recover("finetune", 2))).to_json()
+    recipe = Recipe((Sparsify("fc", 0.5), GROWN))
+    assert '"gradual":true' in recipe.to_json()
+    assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
+    assert recipe.key != Recipe((Sparsify("fc", 0.5), Recover("finetune", 2))).key
+    assert recipe.describe().endswith("2 epochs of recovery (zeros grow)")
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        ((Sparsify("fc", 0.5, "obs"), GROWN), "gradual with criterion obs, rounding nearest for layer fc"),
+        ((Sparsify("fc", 0.5), Quantize("fc", 3, rounding="gptq"), GROWN), "rounding gptq for layer fc"),
+        ((Sparsify("fc", 0.5), Recover("finetune", 1), GROWN), "gradual in a training step after the first"),
+    ],
+)
+def test_zeros_that_cannot_grow_are_refused(steps, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        Recipe(steps)
+
+
+def test_where_no_zeros_grow_other_methods_are_free():
+    Recipe((Sparsify("fc", 0.5), Quantize("conv", 3, rounding="gptq"), GROWN, Recover("finetune", 1)))
+    Recipe((Sparsify("fc", 0.5, "taylor"), Cluster("fc", 4), GROWN))  # a codebook's zeros are there from the start

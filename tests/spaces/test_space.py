@@ -1,5 +1,6 @@
 """Rules become axes, picks become one canonical recipe, and a recipe finds its picks again."""
 
+import itertools
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -481,3 +482,41 @@ def test_a_codebook_takes_the_place_of_weight_bits():
     assert "fc" not in [step.layer for step in recipe.of(Quantize)]
     assert space.recipe(structure, {"cluster_bits/fc": 1}) == recipe, "weight bits have no effect there"
     assert space.encode(structure, recipe)["cluster_bits/fc"] == 1
+
+
+def test_zeros_grow_only_where_there_are_any_and_criterion_and_rounding_then_have_no_effect():
+    structure = residual(1)
+    grown, plain_training = Recover("finetune", 2, gradual=True), Recover("finetune", 2)
+    space = Space(
+        weight_bits=(Rule((3,), share=True),), sparsity=(Rule((0.0, 0.5), share=True),), cluster_bits=(Rule((32, 4), share=True),),
+        criterion=(Rule(("obs", "taylor"), share=True),), rounding=(Rule(("gptq", "nearest"), share=True),),
+        recovery=(None, grown, plain_training),
+    )  # fmt: skip
+    found: dict[Recipe, list[dict[str, int]]] = {}
+    axes = space.axes(structure)
+    for combination in itertools.product(*(range(len(axis.choices)) for axis in axes)):
+        picks = dict(zip((axis.name for axis in axes), combination, strict=True))
+        recipe = space.recipe(structure, picks)
+        found.setdefault(recipe, []).append(picks)
+        again = space.encode(structure, recipe)
+        assert again is not None
+        assert space.recipe(structure, again) == recipe
+    growing = [recipe for recipe in found if any(step.gradual for step in recipe.of(Recover))]
+    assert len(growing) == 1
+    assert {step.criterion for step in growing[0].of(Sparsify)} == {"magnitude"}
+    assert {step.rounding for step in growing[0].of(Quantize)} == {"nearest"}
+    assert len(found[growing[0]]) == 4  # criteria times roundings
+    dense = space.recipe(structure, {"sparsity/all": 0, "recovery": 1})
+    assert dense.of(Recover) == [plain_training]
+
+
+def test_on_a_ladder_zeros_grow_in_the_first_training():
+    one, two = Recover("finetune", 1, gradual=True), Recover("finetune", 3, gradual=True)
+    structure = residual(1)
+    space = Space(sparsity=(Rule((0.5,), share=True),), recovery=(Recover("batchnorm"), one, two)).as_ladder()
+    assert space.ladder
+    recipe = space.recipe(structure, {"recovery": 2})
+    assert recipe.of(Recover) == [one, replace(two, gradual=False)]
+    assert space.encode(structure, recipe)["recovery"] == 2
+    mixed = Space(recovery=(Recover("batchnorm"), Recover("finetune", 1), two))
+    assert mixed.as_ladder() is mixed
