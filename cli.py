@@ -89,6 +89,7 @@ def _study(config: Config, listener: Any) -> Study:
         directory=config.directory,
         sampler=config.search.sampler,
         rungs=config.search.rungs,
+        ensembles=config.search.ensembles,
         seed=config.search.seed,
         threads=config.measure.threads,
         batch=config.measure.batch,
@@ -394,7 +395,7 @@ def explain_(
     from .runners.evaluate import Way
     from .runners.files import write_atomic
     from .runners.local import LocalRunner
-    from .search.explain import explain
+    from .search.explain import check_single, explain
     from .search.export import record_of
     from .search.study import digest, open_front, read_about
 
@@ -406,6 +407,7 @@ def explain_(
         raise StudyError(
             f"candidate {number} of {study} cannot be explained: {why}; paretorch front {study} lists the front"
         )
+    check_single(candidate.recipe)
     about = read_about(study.absolute() / "study.json")
     if not (task or config):
         config = Path(about["config_file"]) if about.get("config_file") else None

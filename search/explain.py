@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import TrialError
+from ..errors import RecipeError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Z95, Metric
 from ..objectives.objective import Budget
@@ -29,7 +29,7 @@ from ..runners.local import LocalRunner
 from ..runners.packing import unpack
 from ..runners.sensitivity import divergence
 from ..runners.task import batches, scores
-from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from ..spaces.recipe import Ensemble, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
 from ..spaces.structure import Structure, kept_channels
 
 Progress = Callable[[int, int, str], None]
@@ -86,6 +86,13 @@ def untrained(recipe: Recipe) -> Recipe:
     return Recipe((*kept, Recover("batchnorm")) if untold else tuple(kept))
 
 
+def check_single(recipe: Recipe) -> None:
+    """Raises `RecipeError` for an ensemble, whose decisions belong to one network each."""
+    if recipe.of(Ensemble):
+        raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks, which "
+                          "are candidates of the study too")  # fmt: skip
+
+
 def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
     """Every decision of a recipe that can be taken back alone; activations of 8 bits count as one decision.
 
@@ -133,8 +140,9 @@ def explain(
     """Take every decision of a recipe back alone, on `images` validation images.
 
     baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does not
-    fit the network.
+    fit the network, or is an ensemble.
     """
+    check_single(recipe)
     bench = _Bench(runner, images)
     training = recipe.of(Recover)
     recipe = untrained(recipe)
