@@ -86,13 +86,6 @@ def untrained(recipe: Recipe) -> Recipe:
     return Recipe((*kept, Recover("batchnorm")) if untold else tuple(kept))
 
 
-def check_single(recipe: Recipe) -> None:
-    """Raises `RecipeError` for an ensemble, whose decisions belong to one network each."""
-    if recipe.of(Ensemble):
-        raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks, which "
-                          "are candidates of the study too")  # fmt: skip
-
-
 def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
     """Every decision of a recipe that can be taken back alone; activations of 8 bits count as one decision.
 
@@ -142,7 +135,8 @@ def explain(
     baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does not
     fit the network, or is an ensemble.
     """
-    check_single(recipe)
+    if recipe.of(Ensemble):
+        raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks")
     bench = _Bench(runner, images)
     training = recipe.of(Recover)
     recipe = untrained(recipe)

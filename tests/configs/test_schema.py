@@ -163,7 +163,9 @@ def test_the_snapshot_is_plain_and_complete():
     )
     snapshot = json.loads(json.dumps(config_dict(config)))
     assert parse(snapshot) == config
-    assert snapshot["search"] == {"sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "seed": 0}
+    assert snapshot["search"] == {
+        "sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "ensembles": False, "seed": 0,
+    }  # fmt: skip
     assert "source" not in snapshot
 
 
