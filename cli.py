@@ -89,6 +89,7 @@ def _study(config: Config, listener: Any) -> Study:
         directory=config.directory,
         sampler=config.search.sampler,
         rungs=config.search.rungs,
+        ensembles=config.search.ensembles,
         seed=config.search.seed,
         threads=config.measure.threads,
         batch=config.measure.batch,
@@ -397,6 +398,7 @@ def explain_(
     from .search.explain import explain
     from .search.export import record_of
     from .search.study import digest, open_front, read_about
+    from .spaces.recipe import Ensemble
 
     found = open_front(study)
     candidate = next((c for c in found.candidates if c.number == number), None)
@@ -406,6 +408,9 @@ def explain_(
         raise StudyError(
             f"candidate {number} of {study} cannot be explained: {why}; paretorch front {study} lists the front"
         )
+    if candidate.recipe.of(Ensemble):
+        members = " and ".join(f"#{c.number}" for c in found.candidates if c.recipe in candidate.recipe.networks())
+        raise StudyError(f"candidate {number} of {study} is an ensemble, which has no decisions of its own: explain its networks {members}")  # fmt: skip
     about = read_about(study.absolute() / "study.json")
     if not (task or config):
         config = Path(about["config_file"]) if about.get("config_file") else None

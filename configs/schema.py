@@ -523,6 +523,9 @@ class Search(Strict):
     rungs: bool | None = None
     """Whether candidates begin untrained and only the best are trained, from one choice of `recovery` to the next.
     Only the sampler ehvi knows how. Default: true where training takes far longer than the rest of a trial."""
+    ensembles: bool = False
+    """Whether, after the trials, ensembles of two or three candidates are tried: one file that averages their outputs.
+    Those that are foretold to be on the front are measured, at most 8, beside the `trials`. Default: false."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
     """Seed of every random choice. Default: 0."""
 

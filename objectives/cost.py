@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
+from ..errors import RecipeError
+from ..spaces.recipe import Cluster, Ensemble, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
 
@@ -102,7 +103,9 @@ def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
 
 
 def macs(structure: Structure, recipe: Recipe) -> int:
-    """Multiply-adds for one sample in the layers that stay."""
+    """Multiply-adds for one sample in the layers that stay, of all networks of an ensemble."""
+    if recipe.of(Ensemble):
+        return sum(macs(structure, network) for network in recipe.networks())
     structure = structure.of(recipe)
     sizes = shapes(structure, recipe)
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
@@ -217,8 +220,12 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
 def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> int:
     """Bytes of the packed file that the recipe will give, within about 1%.
 
-    The overhead is one network's: for a recipe with a student from a factory it must be the student's.
+    The overhead is one network's: for a recipe with a student from a factory it must be the student's. Raises
+    `RecipeError` for an ensemble: the graphs of its networks are deflated together, tensors that are equal are stored
+    once, and how much that saves no arithmetic knows. Their files are merged in no time (`runners.ensemble`).
     """
+    if recipe.of(Ensemble):
+        raise RecipeError("the bytes of an ensemble cannot be foretold; merge the files of its networks and look")
     structure = structure.of(recipe)
     rest = float(overhead.of(contents(structure, recipe)))
     ranks = {step.layer for step in recipe.of(LowRank)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
-from ..spaces.recipe import ORDER, Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import ORDER, Cluster, Ensemble, LowRank, Prune, Quantize, Recipe, Sparsify, Student
 from ..spaces.space import refusal
 from ..spaces.structure import Layer, Structure, inside, largest_rank, shapes, sides
 from .calibration import Calibration
@@ -146,6 +146,10 @@ ACTS: tuple[tuple[tuple[type, ...], _Act], ...] = (
 
 def check_fits(recipe: Recipe, structure: Structure) -> None:
     """Raises `RecipeError` with every step that names what this network does not have, or a rank that saves nothing."""
+    if recipe.of(Ensemble):
+        for network in recipe.networks():
+            check_fits(network, structure)
+        return
     structure = structure.of(recipe)
     layers = {layer.name: layer for layer in structure.layers}
     groups = {group.name: group.channels for group in structure.groups}

@@ -25,17 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..errors import ExportFailed, TaskError
+from ..errors import ArtifactError, ExportFailed, TaskError
 from ..objectives.cost import macs
 from ..objectives.measurement import Measurement, Metric
-from ..spaces.recipe import Prune, Recipe, Recover, Student
+from ..spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
 from . import packing
 from .calibration import Calibration
 from .compress import chunks, compress, freeze
 from .distill import WORTH, answers
+from .ensemble import merge
 from .entropy import zstd_bytes
-from .evaluate import Watch, evaluate, fastest, obvious, predictions
+from .evaluate import Watch, evaluate, fastest, obvious, predictions, rebatched
 from .files import read_scores, write_atomic, write_scores
 from .library import LayerLibrary
 from .onnx_export import batch_of, quantized_graph
@@ -249,6 +250,10 @@ class LocalRunner:
         keep_trained: keep the trained weights at `trained_path(recipe)`, so that a recipe which trains on needs not
         begin anew. What is kept saves time and changes no bit.
         """
+        if recipe.of(Ensemble):
+            networks = [self._network(network, report, recovery) for network in recipe.networks()]
+            report("merging", {})
+            return packing.pack(merge(networks))
         source = self.network(recipe)
         model = copy.deepcopy(source)
         report("compressing", {})
@@ -278,6 +283,13 @@ class LocalRunner:
         factors |= fold_batchnorms(model, self.structure.of(recipe).folds)
         graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
         return packing.pack(graph)
+
+    def _network(self, recipe: Recipe, report: Report, recovery: bool) -> onnx.ModelProto:
+        """The graph of an ensemble's network: that of its packed file where it was kept, which gives the same bytes."""
+        try:
+            return packing.unpack(self.path(recipe).read_bytes())
+        except (FileNotFoundError, ArtifactError):  # never built here, or damaged
+            return packing.unpack(self.build(recipe, report, recovery=recovery))
 
     def _train(self, model: nn.Module, recipe: Recipe, report: Report) -> None:
         """Carry out the training steps of a recipe, from the last one of which anything was kept."""
@@ -351,6 +363,16 @@ class LocalRunner:
         network = self.target.load(_model(data), self.way.threads)
         images = self.validation() if split == "validation" else batches(self.task, split)  # type: ignore[arg-type]
         return evaluate(network, self.task, images, self.way, watch)
+
+    def outputs(self, data: bytes) -> Tensor:
+        """What a packed file gives for all validation samples, in the split's order."""
+        network = self.target.load(_model(data), self.way.threads)
+        found = predictions(network, rebatched(self.validation(), self.way.batch), self.way.workers)
+        return torch.cat([outputs for outputs, _ in found])
+
+    def targets(self) -> Tensor:
+        """The targets of all validation samples, in the split's order."""
+        return torch.cat([targets for _, targets in self.validation()])
 
     def _sizes(self, recipe: Recipe, data: bytes) -> dict[str, Metric]:
         model = packing.unpack(data)

@@ -236,6 +236,17 @@ def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any]]]:
             yield position, floats.view(_FLOATS[tensor.data_type])
 
 
+def tensor_bytes(data: bytes) -> dict[bytes, int]:
+    """What each tensor that a packed file stores outside its graph takes, by a hash of its type, shape and numbers."""
+    model = unpack(data)
+    found = {}
+    for position, raw in large_tensors(model):
+        tensor = model.graph.initializer[position]
+        about = f"{tensor.data_type} {list(tensor.dims)} ".encode()
+        found[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw)[1])
+    return found
+
+
 def _nibbles(model: onnx.ModelProto) -> set[str]:
     """The tensors that are weights of MatMulNBits: bytes to ONNX, but two numbers of 4 bits in each."""
     return {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}

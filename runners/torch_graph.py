@@ -266,6 +266,7 @@ _OPERATORS: dict[str, Callable[[Inputs, Attributes], Any]] = {
     "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),
     "HardSwish": lambda i, a: F.hardswish(i[0]), "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)),
     "LogSoftmax": lambda i, a: torch.log_softmax(i[0], a.get("axis", -1)),
+    "Mean": lambda i, a: sum(i[1:], i[0]) / len(i),
     "Add": lambda i, a: i[0] + i[1], "Sub": lambda i, a: i[0] - i[1], "Mul": lambda i, a: i[0] * i[1], "Div": _div,
     "Pow": lambda i, a: torch.pow(i[0], i[1]), "Sqrt": lambda i, a: torch.sqrt(i[0]), "Exp": lambda i, a: torch.exp(i[0]),
     "Log": lambda i, a: torch.log(i[0]), "Neg": lambda i, a: -i[0], "Abs": lambda i, a: torch.abs(i[0]),

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import TrialError
+from ..errors import RecipeError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Z95, Metric
 from ..objectives.objective import Budget
@@ -29,7 +29,7 @@ from ..runners.local import LocalRunner
 from ..runners.packing import unpack
 from ..runners.sensitivity import divergence
 from ..runners.task import batches, scores
-from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from ..spaces.recipe import Ensemble, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
 from ..spaces.structure import Structure, kept_channels
 
 Progress = Callable[[int, int, str], None]
@@ -138,8 +138,10 @@ def explain(
     """Take every decision of a recipe back alone, on `images` validation images.
 
     baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does not
-    fit the network.
+    fit the network, or is an ensemble.
     """
+    if recipe.of(Ensemble):
+        raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks")
     bench = _Bench(runner, images)
     training = recipe.of(Recover)
     recipe = untrained(recipe)

@@ -912,9 +912,12 @@ def _bold(text: str) -> str:
 def _steps(candidate: Candidate) -> str:
     """A recipe for people, a step a line."""
     lines = []
-    for step in candidate.recipe.to_dict()["steps"]:
-        kind, *values = step.items()
-        lines.append(f"{kind[1]:9} " + "  ".join(f"{key}={_flat(value)}" for key, value in values))
+    networks = candidate.recipe.networks()
+    for place, network in enumerate(networks, 1):
+        lines += [f"network {place} of {len(networks)}"] if len(networks) > 1 else []
+        for step in network.to_dict()["steps"]:
+            kind, *values = step.items()
+            lines.append(f"{kind[1]:9} " + "  ".join(f"{key}={_flat(value)}" for key, value in values))
     return "\n".join(lines)
 
 

@@ -122,7 +122,8 @@ def retarget(
     for position, member in enumerate(front.members, 1):
         say(f"candidate {member.number} ({position} of {len(front.members)})")
         found = Moved(member.number, member.recipe.describe(), _before(member, front.baseline))
-        refused = [reason for step in member.recipe.steps if (reason := target.supports(step))]
+        steps = [step for network in member.recipe.networks() for step in network.steps]
+        refused = [reason for step in steps if (reason := target.supports(step))]
         model = None if refused else _onnx(study / "candidates" / f"{member.recipe.key}.safetensors")
         if model is None:
             moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))

@@ -5,6 +5,7 @@ Everything a study knows lies in its folder, so that a kill at any moment loses 
     study.json        what was asked, the baseline, the environment (written once)
     trials.jsonl      one line per finished trial: the truth (`search.journal`)
     candidates/       the packed files of the front, of the nearest misses and of the baseline
+    ensembles.json    of which networks ensembles were tried, where they were asked for (`search.ensembles`)
     finalists.json    the front on the test split, and finalists/ with every sample's score (`search.finalists`)
     report/           front.html, front.png, front.csv, front.json, report.md
     mlflow.db, ...    the MLflow mirror, unless another store is named
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -35,6 +37,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
+from torch import Tensor
 
 from ..errors import ConfigError, Diverged, OverBudget, Stopped, StudyError, TaskError, TrialError
 from ..objectives import cost
@@ -45,9 +48,10 @@ from ..runners.evaluate import Way
 from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.target import DEFAULT, Target, as_target
-from ..runners.task import Task, check_criteria, dataset
-from ..spaces.recipe import Recipe, Recover, how, plain
+from ..runners.task import Task, check_criteria, dataset, scores
+from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
+from . import ensembles as together
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
@@ -111,7 +115,8 @@ class Study:
     `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None. budget: limits such as
     `["size_bytes <= 25%", "accuracy >= -1%"]`. directory: the study's folder (`studies/<task name>` when None); a study
     that is there already goes on. rungs: whether every candidate begins untrained and only the best are trained, step by
-    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. target: what
+    step (see `search.rungs`); None finds out whether training takes so long that it pays. It needs our sampler. ensembles:
+    whether ensembles of the candidates are tried after the trials (see `search.ensembles`). target: what
     runs the files that are measured (`onnxruntime`, `openvino`, `torch`, `torch-cuda`, or a `Target`). mlflow: tracking URI,
     None for a store in the folder, False for no MLflow. config, config_text, config_file: what was asked, with every default
     filled in, as it was written, and where; kept with the results.
@@ -132,6 +137,7 @@ class Study:
         directory: str | Path | None = None,
         sampler: str = "ehvi",
         rungs: bool | None = None,
+        ensembles: bool = False,
         seed: int = 0,
         threads: int = 1,
         batch: int = 1,
@@ -152,7 +158,7 @@ class Study:
         make_sampler(sampler, 0, 0, {})
         if rungs and sampler != "ehvi":
             raise ConfigError(f"search.rungs = true with search.sampler = {sampler!r}: only ehvi knows rungs; leave one of the two out")  # fmt: skip
-        self.rungs = rungs
+        self.rungs, self.ensembles = rungs, ensembles
         self.directory = Path(directory or Path("studies") / task.name).absolute()
         self.measure = {
             "threads": threads,
@@ -329,7 +335,7 @@ class Study:
         self.placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
         self.scores: dict[int, NDArray[np.floating] | None] = {}  # of rivals, by number
         self.settled: set[int] = set()  # candidates that training could not make better
-        self.candidates, self.records = [], 0
+        self.candidates, self.records, self.combined = [], 0, 0
         self.by_key: dict[str, Candidate] = {}
         self.keys: dict[int, str] = {}  # by candidate: a recipe of many steps takes a while to hash
         for record in records:
@@ -348,6 +354,7 @@ class Study:
         self.candidates.append(candidate)
         self.keys[candidate.number] = key = candidate.recipe.key
         self.by_key[key] = candidate
+        self.combined += bool(candidate.recipe.of(Ensemble))
         if candidate.picks is not None and (candidate.measurement or candidate.state == FAILED):
             self._place(candidate, candidate.picks)
 
@@ -484,6 +491,8 @@ class Study:
 
     def _predicted(self, recipe: Recipe) -> dict[str, float]:
         structure = self.runner.structure
+        if recipe.of(Ensemble):
+            return {"macs": float(cost.macs(structure, recipe))}
         return {
             "size_bytes": float(cost.size_bytes(structure, recipe, self.overhead)),
             "macs": float(cost.macs(structure, recipe)),
@@ -507,6 +516,7 @@ class Study:
                 self._open()
                 self._start_mirror()
                 self._search(trials, started, time_limit)
+                self._combine(math.inf if time_limit is None else started + time_limit)
                 if self.space.ladder:
                     self.listener.say(f"rungs     {self.ladder.describe()}")
                 self._finalists(math.inf if time_limit is None else time_limit - (time.perf_counter() - started))
@@ -560,18 +570,18 @@ class Study:
         repeats, begin, fresh = 0, time.perf_counter(), not self.candidates
 
         def time_left() -> float:
-            elapsed = time.perf_counter() - started
-            return math.inf if time_limit is None else time_limit - elapsed - min(self._reserve(), time_limit / 4)
+            elapsed, later = time.perf_counter() - started, self._reserve() + self._for_ensembles()
+            return math.inf if time_limit is None else time_limit - elapsed - min(later, time_limit / 4)
 
         def may(rung: int) -> bool:
             return self._typical(rung) <= time_left()
 
-        if trials is None or len(self.candidates) < trials:
+        if trials is None or self._trials < trials:
             self._plan(trials, time_left())
-        while trials is None or len(self.candidates) < trials:
+        while trials is None or self._trials < trials:
             if not may(0) and not (fresh and not self.candidates):  # one at least, however short the time
                 total = f" of {_count(trials)}" if trials else ""
-                self.listener.say(f"the time is used up after {len(self.candidates)}{total or ' trials'}; "
+                self.listener.say(f"the time is used up after {self._trials}{total or ' trials'}; "
                                   "the same command with more time goes on")  # fmt: skip
                 return
             trial: optuna.Trial | None = None
@@ -591,7 +601,7 @@ class Study:
                 repeats += 1
                 if repeats >= _SPENT:
                     self.listener.say(f"the sampler suggested {repeats} known recipes in a row: the space counts as searched through "
-                                      f"after {_count(len(self.candidates))}; more choices per decision make it larger")  # fmt: skip
+                                      f"after {_count(self._trials)}; more choices per decision make it larger")  # fmt: skip
                     return
                 continue
             repeats = 0
@@ -600,9 +610,68 @@ class Study:
             self.overhead_seconds.append(time.perf_counter() - begin - working)
             left = self._left(trials, time_left())
             eta = min(left * self._per_trial(), time_left())
-            done = len(self.candidates)
+            done = self._trials
             self.listener.finished(candidate, front, done, trials or done + round(left), eta)
             begin = time.perf_counter()
+
+    @property
+    def _trials(self) -> int:
+        """How many trials there were; ensembles of their candidates do not count."""
+        return len(self.candidates) - self.combined
+
+    # ------------------------------------------------------------------------------------------------- ensembles
+
+    def _combine(self, end: float) -> None:
+        """Try ensembles of the candidates, as `search.ensembles` says; `end`: when all must be done, on `perf_counter`.
+
+        What was looked through is noted, so that a study which is run again looks again only when it has new networks.
+        """
+        if not self.ensembles:
+            return
+        front = self.front
+        there = [c for c in together.eligible(front) if self.runner.path(c.recipe).exists()]
+        note, keys = self.directory / "ensembles.json", sorted(self.keys[c.number] for c in there)
+        if note.exists() and _read_json(note).get("networks") == keys:
+            return
+        files = {c.number: self.runner.path(c.recipe).read_bytes() for c in there}
+        networks = together.chosen(front, [together.Network.of(c, files[c.number]) for c in there])
+        outputs: list[Tensor] = []
+        for network in networks:
+            if sum(found.nbytes for found in outputs) > together.MEMORY or time.perf_counter() + self._reserve() > end:
+                break
+            self.listener.phase(f"ensembles: what network {len(outputs) + 1} of {len(networks)} gives")
+            outputs.append(self.runner.outputs(files[network.candidate.number]))
+        self.listener.phase("ensembles: averaging")
+        targets = self.runner.targets()
+        foretold = together.combinations(
+            front, networks[: len(outputs)], outputs, lambda given: self._score(given, targets)
+        )
+        before = len(self.candidates)
+        while self._tried() < together.TRIED and (found := together.best(front, foretold, self.by_key)) is not None:
+            if time.perf_counter() + self._reserve() > end:
+                self.listener.say("the time is used up before all ensembles were tried; the same command with more time goes on")  # fmt: skip
+                return
+            candidate, _ = self._evaluate(found.recipe, None, "")
+            front = self._remember(None, candidate)
+            self.listener.finished(candidate, front, self._trials, self._trials, 0.0)
+        write_atomic(note, json.dumps({"networks": keys}, indent=1))
+        new = {c.number for c in self.candidates[before:]}
+        kept = sum(member.number in new for member in front.members)
+        self.listener.say(f"ensembles {len(foretold)} combinations of {len(outputs)} networks looked through, {len(new)} measured, "
+                          f"{kept} on the front")  # fmt: skip
+
+    def _score(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(scores(self.task, outputs, targets).mean())
+
+    def _tried(self) -> int:
+        """How many ensembles were tried since the last trial."""
+        return sum(1 for _ in itertools.takewhile(lambda c: c.recipe.of(Ensemble), reversed(self.candidates)))
+
+    def _for_ensembles(self) -> float:
+        """Seconds to keep for ensembles: each network's outputs, and about twice a trial without training for each tried."""
+        if not self.ensembles:
+            return 0.0
+        return float(_FINALISTS * self.guessed["evaluate"] + 2 * together.TRIED * self.guessed["trial"])
 
     # ------------------------------------------------------------------------------------------------- time
 
@@ -633,7 +702,7 @@ class Study:
     def _left(self, trials: int | None, seconds: float) -> float:
         """How many trials are to come."""
         by_time = seconds / max(self._per_trial(), 1e-3)
-        return max(0.0, min(by_time, math.inf if trials is None else trials - len(self.candidates)))
+        return max(0.0, min(by_time, math.inf if trials is None else trials - self._trials))
 
     def _reserve(self, parity: float | None = None) -> float:
         """Seconds to keep for the finalists and the report; `parity`: for the comparison of one with its simulation."""
@@ -837,13 +906,15 @@ class Study:
     def _keep_files(self, front: Front, *, interrupted: bool = False) -> None:
         """Only files that can still be wanted stay.
 
-        Packed files: the front's, the nearest misses', the trivial baselines'. Scores: the front's, and of each rung's
+        Packed files: the front's, the nearest misses', the trivial baselines', those of which ensembles may be made. Scores: the front's, and of each rung's
         best, which are the rivals of those to come. Trained weights: of those that may climb. What is half trained: after
         an interruption, until the next trial is over, for that one is the one that was interrupted.
         """
         packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
         wanted |= {f"{self.keys[c.number]}.npy" for c in front.members}
+        if self.ensembles:
+            wanted |= {f"{self.keys[c.number]}.safetensors" for c in together.eligible(front)}
         for rung, standings in enumerate(self.ladder.rungs):
             wanted |= {self.runner.scores_path(self.candidates[s.number].recipe).name for s in self._best(rung)}
             if 0 < rung < len(self.ladder.rungs) - 1:  # at the foot nothing is trained, from the top nobody climbs

@@ -176,9 +176,25 @@ class Recover:
     gradual: bool = later(False)
 
 
-Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover
-# The order of surgery: a step may rely on all that stand before it.
-ORDER: tuple[type, ...] = (Student, Prune, LowRank, Sparsify, Cluster, Quantize, Recover)
+@dataclass(frozen=True)
+class Ensemble:
+    """Average the outputs of 2 to 4 compressed networks, each the JSON of its recipe; it stands alone in a recipe.
+
+    >>> Recipe((Ensemble((Recipe((Quantize("fc", 4),)).to_json(), Recipe((Quantize("fc", 8),)).to_json())),)).describe()
+    '2 networks: weights 4 bit; weights 8 bit'
+    """
+
+    members: tuple[str, ...]
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipes of the networks, in the order of their texts."""
+        return [Recipe.from_json(text) for text in self.members]
+
+
+Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover | Ensemble
+# The order of surgery: a step may rely on all that stand before it. (Beside an ensemble no other stands.)
+ORDER: tuple[type, ...] = (Student, Prune, LowRank, Sparsify, Cluster, Quantize, Recover, Ensemble)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
 _Kind = TypeVar("_Kind")
 _METHODS = ("batchnorm", "statistics", "finetune")
@@ -209,6 +225,8 @@ def _canonical(step: Step) -> Step:
         ):
             raise RecipeError(f"{type(step).__name__.lower()}: {entry.name} = {value!r}; it must be {wanted}")
         values[entry.name] = convert(value)
+    if isinstance(step, Ensemble):  # a text by hand may have spaces and steps in any order
+        values["members"] = tuple(sorted({Recipe.from_json(text).to_json() for text in values["members"]}))
     return replace(step, **values)
 
 
@@ -225,6 +243,14 @@ def _check(step: Step) -> None:
     match step:
         case Student(drop, factory) if not drop and not factory:
             raise RecipeError("student: it leaves out no block and names no factory; leave the step out instead")
+        case Ensemble(members) if not 2 <= len(members) <= 4:
+            raise RecipeError(
+                f"ensemble: {len(members)} different network{'s' * (len(members) != 1)}; it averages 2 to 4"
+            )
+        case Ensemble() if any(network.of(Ensemble) for network in step.recipes):
+            raise RecipeError(
+                "ensemble: one of its networks is an ensemble itself; name the networks of that one instead"
+            )
         case Prune(group, keep) if keep < 1:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
         case LowRank(layer, rank) if rank < 1:
@@ -327,6 +353,10 @@ class Recipe:
         steps = [_canonical(step) for step in self.steps]
         for step in steps:
             _check(step)
+        if len(steps) > 1 and any(isinstance(step, Ensemble) for step in steps):
+            raise RecipeError(
+                "ensemble: it stands alone in a recipe; write other steps into the recipes of its networks"
+            )
         trained = [step for step in steps if isinstance(step, Recover) and step.method == "finetune"]
         targets = Counter((type(step).__name__.lower(), _target(step)) for step in steps if step not in trained)
         twice = [f"{kind} {target}".rstrip() for (kind, target), count in targets.items() if count > 1]
@@ -385,8 +415,26 @@ class Recipe:
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a recipe: {error!r}") from error
 
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that `to_json` gave; raises `RecipeError` for anything else."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"not a recipe: {text[:80]!r} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"not a recipe: {text[:80]!r} holds no steps and version")
+        return cls.from_dict(data)
+
+    def networks(self) -> list[Recipe]:
+        """The recipes of the networks whose outputs are averaged; only this one where it is no ensemble."""
+        return [network for step in self.of(Ensemble) for network in step.recipes] or [self]
+
     def describe(self) -> str:
         """One line for people."""
+        if self.of(Ensemble):
+            networks = [network.describe() for network in self.networks()]
+            return f"{len(networks)} networks: {'; '.join(_short(text) for text in networks)}"
         parts = [f"student {step.factory}" for step in self.of(Student) if step.factory]
         drop = [name for step in self.of(Student) for name in step.drop]
         if drop:
@@ -437,6 +485,10 @@ def how(training: list[Recover]) -> str:
     found += ["patience"] if any(step.patience for step in training) else []
     found += ["zeros grow"] if any(step.gradual for step in training) else []
     return f" ({', '.join(found)})" if found else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _other(values: Iterable[str], default: str) -> list[str]:

@@ -48,7 +48,9 @@ def test_a_duration_survives_the_snapshot(seconds):
 def test_the_defaults():
     config = parse(TASK)
     assert (config.name, config.objectives, config.budget, config.to_space()) == ("study", None, (), None)
-    assert config.search.model_dump() == {"sampler": "ehvi", "trials": None, "time": None, "rungs": None, "seed": 0}
+    assert config.search.model_dump() == {
+        "sampler": "ehvi", "trials": None, "time": None, "rungs": None, "ensembles": False, "seed": 0,
+    }  # fmt: skip
     assert config.measure.model_dump() == {
         "threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512, "target": "onnxruntime",
     }  # fmt: skip
@@ -161,7 +163,9 @@ def test_the_snapshot_is_plain_and_complete():
     )
     snapshot = json.loads(json.dumps(config_dict(config)))
     assert parse(snapshot) == config
-    assert snapshot["search"] == {"sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "seed": 0}
+    assert snapshot["search"] == {
+        "sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "ensembles": False, "seed": 0,
+    }  # fmt: skip
     assert "source" not in snapshot
 
 

@@ -59,6 +59,7 @@ CASES = [
     ("HardSigmoid", MAPS, [], {"alpha": 0.3, "beta": 0.4}),
     ("Softmax", MAPS, [], {"axis": 1}),
     ("LogSoftmax", MAPS, [], {}),
+    ("Mean", (2, 3), [floats(1, 3), floats(3)], {}),
     *((kind, MAPS, [floats(4, 1, 1)], {}) for kind in ("Add", "Sub", "Mul", "Div", "Min", "Max")),
     ("Pow", MAPS, [one(2.0)], {}),
     ("ReduceMean", MAPS, [ints(2, 3)], {"keepdims": 0}),

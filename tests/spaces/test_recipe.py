@@ -15,6 +15,7 @@ from paretorch.spaces.recipe import (
     RANGES,
     ROUNDINGS,
     Cluster,
+    Ensemble,
     LowRank,
     Prune,
     Quantize,
@@ -349,3 +350,43 @@ def test_zeros_that_cannot_grow_are_refused(steps, complaint):
 def test_where_no_zeros_grow_other_methods_are_free():
     Recipe((Sparsify("fc", 0.5), Quantize("conv", 3, rounding="gptq"), GROWN, Recover("finetune", 1)))
     Recipe((Sparsify("fc", 0.5, "taylor"), Cluster("fc", 4), GROWN))  # a codebook's zeros are there from the start
+
+
+ensembles = st.lists(steps.map(lambda found: Recipe(tuple(found)).to_json()), min_size=2, max_size=4, unique=True)
+
+
+@settings(deadline=None, max_examples=30)
+@given(ensembles, st.randoms())
+def test_an_ensemble_is_the_same_in_any_order_and_form(members, random):
+    recipe = Recipe((Ensemble(tuple(members)),))
+    again = Recipe.from_dict(json.loads(recipe.to_json()))
+    assert again == recipe
+    assert again.key == recipe.key
+    random.shuffle(members)
+    spaced = tuple(json.dumps(json.loads(text), indent=2) for text in members)
+    assert Recipe((Ensemble((*spaced, spaced[0])),)).key == recipe.key
+    assert [network.to_json() for network in recipe.networks()] == sorted(members)
+    assert recipe.describe().startswith(f"{len(members)} networks: ")
+
+
+@pytest.mark.parametrize(
+    ("members", "more", "said"),
+    [
+        ((), (), "0 different networks; it averages 2 to 4"),
+        ((Recipe().to_json(),) * 2, (), "1 different network; it averages 2 to 4"),
+        (tuple(Recipe((Quantize("fc", bits),)).to_json() for bits in range(2, 7)), (), "5 different networks"),
+        (("{", Recipe().to_json()), (), "is not JSON"),
+        (("[]", Recipe().to_json()), (), "holds no steps and version"),
+        (('{"steps": [{"step": "melt"}], "version": 1}', Recipe().to_json()), (), "unknown step 'melt'"),
+        ((Recipe((Quantize("fc", 4),)).to_json(), Recipe().to_json()), (Recover("batchnorm"),), "stands alone"),
+        ((Recipe((Ensemble((Recipe((Quantize("fc", 4),)).to_json(), Recipe().to_json())),)).to_json(), Recipe().to_json()), (), "an ensemble itself"),
+    ],
+)  # fmt: skip
+def test_an_ensemble_of_what_cannot_be_averaged_is_refused(members, more, said):
+    with pytest.raises(RecipeError, match=said):
+        Recipe((Ensemble(members), *more))
+
+
+def test_a_network_that_is_no_ensemble_stands_for_itself():
+    recipe = Recipe((Quantize("fc", 4),))
+    assert recipe.networks() == [recipe]
