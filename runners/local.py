@@ -96,8 +96,7 @@ class LocalRunner:
 
     threads, batch, seconds: how latency is measured (CPU threads, inputs per run, time box). calibration_images: how
     many training inputs serve BatchNorm statistics and activation ranges. target: what runs the files, see
-    `target.as_target`. library: where compressed layers are kept; the
-    user's own when None. Raises `TaskError` when the task cannot be used.
+    `target.as_target`. library: where compressed layers are kept; the user's own when None. Raises `TaskError` when the task cannot be used.
     """
 
     def __init__(
