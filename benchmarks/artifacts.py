@@ -12,8 +12,8 @@ kept in `.cache`.
 network's own FP32 file, with the 95% interval, by the protocol of `paretorch measure` with one thread. `agrees`: answers equal
 to those of the simulated graph. Beside them what others make of the same float network and the same calibration
 images: ONNX Runtime's `quantize_static` with the settings that are the fastest here (uint8 activations, int8 weights per
-channel), and NNCF's default int8 in OpenVINO, where both are installed (float OpenVINO beside it), timed in turns
-with our FP32 file by the wall clock.
+channel), and NNCF's default int8 in OpenVINO, where both are installed (float OpenVINO and our int8 file there beside
+it), timed in turns with our FP32 file by the wall clock.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.runtime import session
 from paretorch.runners.simulate import agreement
+from paretorch.runners.target import as_target
 from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Recover, Step
 from paretorch.spaces.structure import Structure, kept_channels
@@ -244,6 +245,7 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
         print(f"| {title} | {size:,} | {100 * size / len(original):.1f}% | {predicted} | {onnx_size:,} | {' | '.join(speeds)} | "
               f"{100 * share:.2f}% | {agrees} |", flush=True)  # fmt: skip
 
+    int8 = b""
     for title, recipe in recipes(runner.structure):
         try:
             packed = runner.build(recipe)
@@ -254,6 +256,7 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
         onnx.checker.check_model(model)
         file = folder / "candidate.onnx"
         file.write_bytes(model.SerializeToString())
+        int8 = file.read_bytes() if title == "int8" else int8
         guess = cost.size_bytes(runner.structure, recipe, overhead) / len(packed) - 1
         speeds = [faster(file, baseline, batch, arguments.time) for batch in (1, 32)] if recipe.steps else ["1", "1"]
         same, _, _ = agreement(packed, [chosen], arguments.images)
@@ -268,7 +271,8 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
         own = on_onnxruntime(float_model)
         batches = [chosen[:1].numpy(), chosen[:32].numpy()]
-        for title, network, size in openvino_networks(float_model, calibration):
+        ours = ("int8, in OpenVINO", as_target("openvino").load(int8, 1), len(int8))
+        for title, network, size in (ours, *openvino_networks(float_model, calibration)):
             speeds = [by_the_clock(network, own, batch, arguments.time / 2) for batch in batches]
             row(title, size, size, "", speeds, accuracy(network, images), "")
 
