@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import Config
+    from .console import Watcher
     from .objectives.measurement import Metric
     from .runners import compare
-    from .runners.local import LocalRunner, Report
+    from .runners.local import LocalRunner
     from .runners.record import Comparison, Protocol, Record, Row
     from .runners.task import Task
     from .search.explain import Explanation
@@ -385,16 +386,12 @@ def explain_(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Decisions to print, the dearest first.")] = 12,
 ) -> None:
     """Take every decision of a candidate back alone, without training, and say what it cost; with one suggestion."""
-    import tempfile
-    from dataclasses import asdict
-
     import yaml
 
-    from .console import Steps, Watcher
+    from .console import Steps
     from .errors import StudyError
     from .runners.evaluate import Way
     from .runners.files import write_atomic
-    from .runners.local import LocalRunner
     from .search.explain import explain
     from .search.export import record_of
     from .search.study import digest, open_front, read_about
@@ -419,10 +416,7 @@ def explain_(
                              "CONFIG.yaml, or the task with --task FILE.py:FUNCTION")  # fmt: skip
     loaded, protocol = _task(task, config, record_of(found, candidate))
     console = _console()
-    watcher = Watcher(console)
-    with tempfile.TemporaryDirectory() as temporary, watcher.watching():
-        watcher.phase("loading the network and the data, tracing")
-        runner = LocalRunner(loaded, Path(temporary), **asdict(protocol))
+    with _runner(console, loaded, protocol) as (runner, watcher):
         if digest(runner) != about["snapshot"]["weights"]:
             raise StudyError(f"the network of task {loaded.name!r} has not the weights that the study in {study} was made with; "
                              "name its task, with the same checkpoint")  # fmt: skip
@@ -574,8 +568,8 @@ def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig =
     now: tuple[Row, ...] = (Row("size_bytes", "", Metric.exact(len(sound.packed)), None, ""),)
     if task or config:
         loaded, protocol = _task(task, config, sound.record)
-        with _runner(console, loaded, protocol) as (runner, report):
-            now = measure_again(runner, sound.packed, sound.record, protocol, report)
+        with _runner(console, loaded, protocol) as (runner, watcher):
+            now = measure_again(runner, sound.packed, sound.record, protocol, watcher.report)
     outputs = compare_outputs(sound.record.check, sound.outputs)
     found = [*compare(sound.record.rows, now), *([outputs] if outputs else [])]
     console.print(f"{directory} is sound: every SHA-256 fits, weights.safetensors gives model.onnx bit for bit, "
@@ -633,8 +627,8 @@ def apply_(
     check_free(to)
     loaded, protocol = _task(task, config, recorded)
     console.print(f"recipe    {wanted.describe()}", markup=False)
-    with _runner(console, loaded, protocol) as (runner, report):
-        made = apply_recipe(runner, wanted, protocol, to, f"{to.resolve().name}: {loaded.name}", report)
+    with _runner(console, loaded, protocol) as (runner, watcher):
+        made = apply_recipe(runner, wanted, protocol, to, f"{to.resolve().name}: {loaded.name}", watcher.report)
     _show_changes(console, made.rows)
     if recorded:
         console.print(f"\nBeside what {where} records ({recorded.name}):", markup=False)
@@ -664,7 +658,7 @@ def _task(task: str | None, config: Path | None, recorded: Record | None) -> tup
 
 
 @contextmanager
-def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[LocalRunner, Report]]:
+def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[LocalRunner, Watcher]]:
     """A runner whose files go when the block ends, and what shows its progress."""
     import tempfile
     from dataclasses import asdict
@@ -675,7 +669,7 @@ def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[
     watcher = Watcher(console)
     with tempfile.TemporaryDirectory() as folder, watcher.watching():
         watcher.phase("loading the network and the data, tracing")
-        yield LocalRunner(task, Path(folder), **asdict(protocol)), lambda phase, metrics: watcher.phase(phase)
+        yield LocalRunner(task, Path(folder), **asdict(protocol)), watcher
 
 
 def _show_changes(console: Console, rows: Sequence[Row]) -> None:

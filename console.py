@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from .objectives.objective import duration
 
 if TYPE_CHECKING:
-    from .objectives.measurement import Measurement
+    from .objectives.measurement import Measurement, Metric
     from .search.candidate import Candidate
     from .search.front import Front
     from .search.preflight import Preflight
@@ -56,6 +56,10 @@ class Watcher:
 
     def phase(self, text: str) -> None:
         self.current = text
+
+    def report(self, phase: str, metrics: Mapping[str, Metric]) -> None:
+        """What a runner is doing; its numbers are shown when it is done."""
+        self.phase(phase)
 
     def checked(self, found: Preflight, study: Study) -> None:
         from .objectives.objective import show

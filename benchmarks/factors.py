@@ -18,17 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from torch.utils.data import TensorDataset
+from latency import random_resnet18
 
-from paretorch import Cluster, LowRank, Quantize, Recipe, Recover, Sparsify, Task
+from paretorch import Cluster, LowRank, Quantize, Recipe, Recover, Sparsify
 from paretorch.objectives import cost
 from paretorch.runners import packing
 from paretorch.runners.evaluate import evaluate
 from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.measure import latency
-from paretorch.runners.onnx_export import session
 from paretorch.runners.task import batches
 from paretorch.spaces.structure import Structure, kept_rank, sides
 
@@ -65,9 +62,9 @@ def accuracy(folder: Path, images: int, epochs: float) -> None:
         trained = epochs and any(isinstance(step, LowRank) for step in steps)
         recovery = Recover("finetune", epochs, 0.02) if trained else Recover("batchnorm")
         data = runner.build(Recipe((*steps, recovery)) if steps else Recipe())
-        runtime = session(packing.unpack(data), runner.way.threads)
+        network = runner.target.load(packing.unpack(data).SerializeToString(), runner.way.threads)
         some = islice(batches(runner.task, "test"), -(-images // runner.task.batch_size))
-        scores = evaluate(runtime, runner.task, some, runner.way)
+        scores = evaluate(network, runner.task, some, runner.way)
         baseline = scores if baseline is None else baseline
         apart = scores - baseline
         half = 1.96 * apart.std(ddof=1) / np.sqrt(len(apart))
@@ -75,12 +72,7 @@ def accuracy(folder: Path, images: int, epochs: float) -> None:
 
 
 def speed(folder: Path, seconds: float) -> None:
-    torch.manual_seed(0)
-    network = torchvision.models.resnet18(weights=None).eval()
-    images = {name: TensorDataset(torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.long))
-              for name in ("train", "validation", "test")}  # fmt: skip
-    runner = LocalRunner(Task("resnet18", lambda: network, **images), folder, calibration_images=32,
-                         library=LayerLibrary(folder / "cache"))  # fmt: skip
+    runner = random_resnet18(folder)
     structure = runner.structure
     names = [layer.name for layer in structure.layers]
     int8 = [Quantize(name, 8, 8) for name in names]
@@ -89,13 +81,13 @@ def speed(folder: Path, seconds: float) -> None:
     recipes["int8"] = int8
     recipes |= {f"int8, rank {share}": [*thin(structure, share, names), *int8] for share in (0.5, 0.25)}
     untouched = runner.build(Recipe())
-    baseline = session(packing.unpack(untouched), 1)
+    baseline = runner.target.load(packing.unpack(untouched).SerializeToString(), 1)
     whole, one = cost.macs(structure, Recipe()), torch.randn(1, 3, 64, 64).numpy()
     print(f"\n{'resnet18':<28}{'file':>10}{'MACs':>10}   times as fast, 95% interval")
     for name, steps in recipes.items():
         recipe = Recipe(tuple(steps))
         data = runner.build(recipe, recovery=False)
-        _, ratio = latency(session(packing.unpack(data), 1), baseline, one, None, seconds, 1)
+        _, ratio = runner.target.latency(packing.unpack(data).SerializeToString(), baseline, one, None, seconds, 1)
         print(f"{name:<28}{100 * len(data) / len(untouched):>9.1f}%{100 * cost.macs(structure, recipe) / whole:>9.1f}%   "
               f"{1 / ratio.value:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]", flush=True)  # fmt: skip
 

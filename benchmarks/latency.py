@@ -27,14 +27,19 @@ from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 
 
-def export(folder: Path) -> tuple[Path, Path]:
-    """The float and the int8 file."""
+def random_resnet18(folder: Path) -> LocalRunner:
+    """torchvision's resnet18 with random weights, on random images of 64 pixels."""
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None).eval()
     images = {name: TensorDataset(torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.long))
               for name in ("train", "validation", "test")}  # fmt: skip
-    runner = LocalRunner(Task("resnet18", lambda: network, **images), folder, calibration_images=32,
-                         library=LayerLibrary(folder / "cache"))  # fmt: skip
+    return LocalRunner(Task("resnet18", lambda: network, **images), folder, calibration_images=32,
+                       library=LayerLibrary(folder / "cache"))  # fmt: skip
+
+
+def export(folder: Path) -> tuple[Path, Path]:
+    """The float and the int8 file."""
+    runner = random_resnet18(folder)
     int8 = Recipe(tuple(Quantize(layer.name, 8, 8) for layer in runner.structure.layers))
     files = folder / "float.onnx", folder / "int8.onnx"
     for file, recipe in zip(files, (Recipe(), int8), strict=True):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Diverged
+from .hooks import attached
 from .library import Evidence, LayerLibrary, digest
 from .operators.fold import reestimate_batchnorms
 from .operators.hessian import gram, groups_of
@@ -150,12 +151,9 @@ class Statistics:
             totals[name] = totals[name] + found if name in totals else found
 
         hooks = [self._layers[name].register_forward_pre_hook(partial(watch, name)) for name in names]
-        try:
+        with attached(hooks):
             for part in self.calibration.parts:
                 self.model(part)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, total in totals.items():
             if not bool(total.isfinite().all()):
                 raise Diverged(f"layer {name!r} is given NaN or infinity on the calibration images")

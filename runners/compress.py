@@ -41,8 +41,16 @@ class FrozenWeight:
     codebook: Tensor | None = None
 
 
-# What every act is given: the network, the recipe, its structure, an example input, the library and the calibration if there are.
-_Act = Callable[[nn.Module, Recipe, Structure, Tensor, LayerLibrary | None, Calibration | None], None]
+@dataclass(frozen=True)
+class _Patient:
+    """What every act is given: the network, the recipe, and what is known of the network before any step."""
+
+    model: nn.Module
+    recipe: Recipe
+    structure: Structure
+    example: Tensor
+    library: LayerLibrary | None
+    calibration: Calibration | None
 
 
 class Skip(nn.Module):
@@ -52,61 +60,36 @@ class Skip(nn.Module):
         return x
 
 
-def drop_blocks(
-    model: nn.Module,
-    recipe: Recipe,
-    structure: Structure,
-    example: Tensor,
-    library: LayerLibrary | None,
-    calibration: Calibration | None,
-) -> None:
-    for step in recipe.of(Student):
+def drop_blocks(patient: _Patient) -> None:
+    for step in patient.recipe.of(Student):
         for name in step.drop:
-            model.set_submodule(name, Skip())
+            patient.model.set_submodule(name, Skip())
 
 
-def remove_channels(
-    model: nn.Module,
-    recipe: Recipe,
-    structure: Structure,
-    example: Tensor,
-    library: LayerLibrary | None,
-    calibration: Calibration | None,
-) -> None:
-    group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
-    prune_channels(model, {step.group: step.keep for step in recipe.of(Prune)}, group_of, example)
+def remove_channels(patient: _Patient) -> None:
+    group_of = {layer.name: layer.output for layer in patient.structure.layers if layer.output}
+    keep = {step.group: step.keep for step in patient.recipe.of(Prune)}
+    prune_channels(patient.model, keep, group_of, patient.example)
 
 
-def factor_layers(
-    model: nn.Module,
-    recipe: Recipe,
-    structure: Structure,
-    example: Tensor,
-    library: LayerLibrary | None,
-    calibration: Calibration | None,
-) -> None:
+def factor_layers(patient: _Patient) -> None:
+    model, recipe, library = patient.model, patient.recipe, patient.library
     for step in recipe.of(LowRank):
         layer = model.get_submodule(step.layer)
         vectors = library.basis(layer.weight) if library else None  # type: ignore[arg-type]
         model.set_submodule(step.layer, factored(layer, step.rank, vectors))
     try:
         with torch.no_grad():
-            model(example)
+            model(patient.example)
     except Exception as error:  # whatever a network raises that reads its layers' attributes itself
         names = ", ".join(step.layer for step in recipe.of(LowRank))
         raise RecipeError(f"the network does not run with layers of low rank in the place of {names}: "
                           f"{type(error).__name__}: {error}; leave out the step of the layer that it names") from error  # fmt: skip
 
 
-def shape_weights(
-    model: nn.Module,
-    recipe: Recipe,
-    structure: Structure,
-    example: Tensor,
-    library: LayerLibrary | None,
-    calibration: Calibration | None,
-) -> None:
+def shape_weights(patient: _Patient) -> None:
     """Zeros first: one parametrization per layer, because neither scales nor codebooks must see what is zeroed."""
+    model, recipe, library, calibration = patient.model, patient.recipe, patient.library, patient.calibration
     sparse = {part: step for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
     quantized = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     clustered = {part: step.bits for step in recipe.of(Cluster) for part in parts(model, step.layer)}
@@ -136,7 +119,7 @@ def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, fl
 
 
 # Sparsify, Cluster and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
-ACTS: tuple[tuple[tuple[type, ...], _Act], ...] = (
+ACTS: tuple[tuple[tuple[type, ...], Callable[[_Patient], None]], ...] = (
     ((Student,), drop_blocks),
     ((Prune,), remove_channels),
     ((LowRank,), factor_layers),
@@ -218,11 +201,10 @@ def compress(
     network before any step; raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
-    structure = structure.of(recipe)
-    model.eval()
+    patient = _Patient(model.eval(), recipe, structure.of(recipe), example, library, calibration)
     for kinds, act in ACTS:
         if any(recipe.of(kind) for kind in kinds):
-            act(model, recipe, structure, example, library, calibration)
+            act(patient)
     return model
 
 

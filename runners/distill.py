@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..spaces.recipe import Recover
+from .hooks import attached, run_once
 from .task import Task, batches, dataset
 
 ANSWERS = 256 << 20  # bytes of the teacher's answers that are kept in memory
@@ -108,11 +109,8 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with attached(handles):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -145,13 +143,7 @@ def _shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
         for name, module in model.named_modules()
         if name and "parametrizations" not in name.split(".") and any(True for _ in module.parameters())
     ]
-    training = model.training
-    try:
-        model.eval()(x)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    run_once(model, x, handles)
     counts = Counter(name for name, _ in calls)
     return {name: shape for name, shape in calls if counts[name] == 1}
 

@@ -119,9 +119,9 @@ class LocalRunner:
         self.model = _made(task, task.model, "its model function")
         self.example = example_input(task)
         self.calibration = inputs(task, "train", calibration_images, seed)
-        self.structure: Structure = trace(self.model, torch.cat([self.example, self.calibration[:64]]))
-        self.students = {name: self._student(name) for name in task.students}
         traced = torch.cat([self.example, self.calibration[:64]])
+        self.structure: Structure = trace(self.model, traced)
+        self.students = {name: self._student(name) for name in task.students}
         others = (replace(trace(model, traced), student=name) for name, model in self.students.items())
         self.structure = replace(self.structure, students=tuple(others))
         weights = sum(layer.params for layer in self.structure.layers)

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from ..errors import Diverged, TrialError
 from ..spaces.recipe import Recover
 from .distill import fast_layout, feature_loss, mixed_precision, pairs, recorded, soft_loss, temperature
+from .hooks import run_once
 from .operators.quantize import FakeQuantize
 from .operators.sparsify import cubic, growing_mask
 from .task import Task, batches, dataset, loss
@@ -246,13 +247,7 @@ def _last_third(model: nn.Module, parameters: list[str], x: Tensor) -> set[str]:
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
         for name in owners
     ]
-    training = model.training
-    try:
-        model.eval()(x)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    run_once(model, x, handles)
     order = list(called)
     return set(order[-math.ceil(len(order) / 3) :])
 

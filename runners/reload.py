@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import Pipe
@@ -175,11 +175,8 @@ class ThisProcess:
         return evaluate(self.target.load(_model(path), way.threads), task, batches, way)
 
     def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Metric:
-        """As `CleanProcess.ratio`, but for the order and the end, which are those of a trial's latency."""
-        base = _model(against)
-        yardstick = None if self.target.milliseconds is None else self.target.milliseconds(base, len(batch))
-        network = self.target.load(base, threads)
-        return self.target.latency(_model(path), network, batch, yardstick, seconds, threads)[1]
+        """As `CleanProcess.ratio`."""
+        return _ratio(self.target, [path, against], batch, threads, seconds)
 
 
 def process_for(target: Target) -> CleanProcess | ThisProcess:
@@ -238,13 +235,16 @@ class _Server:
                 match request["do"]:
                     case "load":
                         self.network = None  # two at a time may be more than the memory holds
-                        self.network = _loaded(request["path"], as_target(request["target"]), request["threads"])
+                        self.network = as_target(request["target"]).load(_model(request["path"]), request["threads"])
                     case "run":
                         assert self.network is not None
                         assert array is not None
                         outputs = self.network(array)
                     case "time":
-                        answer = {"ratio": asdict(_ratio(request, array))}
+                        assert array is not None
+                        target, paths = as_target(request["target"]), [Path(path) for path in request["paths"]]
+                        found = _ratio(target, paths, array, request["threads"], request["seconds"])
+                        answer = {"ratio": asdict(found)}
             except ParetorchError as error:
                 answer = {"error": str(error)}
             except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
@@ -264,27 +264,22 @@ def _model(path: str | Path) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _loaded(path: str, target: Target, threads: int) -> Network:
-    return target.load(_model(path), threads)
-
-
-def _ratio(request: dict[str, Any], batch: NDArray[Any] | None) -> Metric:
-    assert batch is not None
-    target, threads = as_target(request["target"]), request["threads"]
+def _ratio(target: Target, paths: Sequence[Path], batch: NDArray[Any], threads: int, seconds: float) -> Metric:
+    """The latency of the first file as a share of the second's."""
     if target.milliseconds is not None:
-        own, other = (target.milliseconds(_model(path), len(batch)) for path in request["paths"])
+        own, other = (target.milliseconds(_model(path), len(batch)) for path in paths)
         return Metric.exact(own / other)
     cores = os.sched_getaffinity(0)
     pin(threads)  # this thread, and those that the sessions start from here
     try:
-        networks = [_loaded(path, target, threads) for path in request["paths"]]
+        networks = [target.load(_model(path), threads) for path in paths]
         clock = time.thread_time_ns if threads == 1 and target.calling_thread else time.perf_counter_ns
         timers = [
-            timer_of(path, partial(network, batch), str(list(batch.shape)), clock)
-            for path, network in zip(request["paths"], networks, strict=True)
+            timer_of(str(path), partial(network, batch), str(list(batch.shape)), clock)
+            for path, network in zip(paths, networks, strict=True)
         ]
-        warm_up(timers, request["seconds"] / 10)
-        return estimate(sample(timers, _PRECISION, request["seconds"]))
+        warm_up(timers, seconds / 10)
+        return estimate(sample(timers, _PRECISION, seconds))
     finally:
         os.sched_setaffinity(0, cores)
 

@@ -2,7 +2,7 @@
 
 Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
 floats), every layer computes on floats, nothing is fused. ONNX's own reference implementation does this node by node; the
-few operators that it takes minutes for are torch's here. ONNX Runtime fuses the same graph into integer kernels, and
+few operators that it takes minutes for are those of the torch target. ONNX Runtime fuses the same graph into integer kernels, and
 `agreement` says how often both come to the same answer.
 
 Bit for bit they never will: sums are added in another order, and a number at the border of two steps falls to the other
@@ -11,7 +11,8 @@ side. So answers are compared, and the size of the differences is told beside th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,75 +24,48 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops._op_list import MaxPool as ReferenceMaxPool
 from torch import Tensor
-from torch.nn import functional
 
 from . import packing
 from .runtime import session
+from .torch_graph import OPERATORS, NotHere
 
 AGREE = 0.995  # the share of equal answers that a file must reach
 CLOSE = 0.05  # of the largest output, which the outputs may differ by on average where there are no answers
 INPUTS = 1000  # on which it is measured, where there are as many
 _BATCH = 16  # the reference keeps every tensor of the network until the end
-_CONV = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
-_POOL = {3: functional.max_pool1d, 4: functional.max_pool2d, 5: functional.max_pool3d}
 
 
-class Conv(OpRun):  # type: ignore[misc]
-    """Convolution by torch."""
+class _ByTorch(OpRun):  # type: ignore[misc]
+    """An operator as the torch target computes it."""
 
     op_domain = ""
 
-    def _run(  # type: ignore[no-untyped-def]
-        self, x, w, b=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None
-    ):
-        if auto_pad not in (None, b"NOTSET", "NOTSET"):
-            raise NotImplementedError(f"auto_pad = {auto_pad!r}; torch's exporters write pads instead")
-        dims = x.ndim - 2
-        padded = functional.pad(_tensor(x), _torch_pads(pads, dims))
-        bias = None if b is None else _tensor(b)
-        return (_CONV[x.ndim](padded, _tensor(w), bias, strides or 1, 0, dilations or 1, group or 1).numpy(),)
+    def _run(self, *inputs, **attributes):  # type: ignore[no-untyped-def]
+        return _by_torch(type(self).__name__, inputs, attributes)
+
+
+class Conv(_ByTorch):
+    """Convolution."""
+
+
+class Gemm(_ByTorch):
+    """Matrix product with a bias."""
+
+
+class MatMul(_ByTorch):
+    """Matrix product."""
 
 
 class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
-    """Max pooling by torch, where torch means the same."""
+    """Max pooling: by torch where it can, which the reference of ONNX 1.23 cannot where sizes are rounded up."""
 
     op_domain = ""
 
     def _run(self, x, **attributes):  # type: ignore[no-untyped-def]
-        given = {name: value for name, value in attributes.items() if value is not None}
-        dims, up = x.ndim - 2, bool(given.get("ceil_mode"))
-        pads, kernel = list(given.get("pads") or [0] * 2 * dims), tuple(given["kernel_shape"])
-        # Rounded up, torch and ONNX leave out windows that begin in the padding behind, which only torch's own padding
-        # tells from the rest; the reference of ONNX 1.23 does not leave them out.
-        even = pads[:dims] == pads[dims:] and all(2 * p <= k for p, k in zip(pads, kernel, strict=False))
-        plain = given.get("auto_pad") in (None, b"NOTSET", "NOTSET") and (even or not up)
-        if not plain or x.dtype != np.float32 or len(self.output) > 1:
-            return super()._run(x, **attributes)
-        strides, dilations = (tuple(given.get(name) or [1] * dims) for name in ("strides", "dilations"))
-        if up:
-            return (_POOL[x.ndim](_tensor(x), kernel, strides, tuple(pads[:dims]), dilations, ceil_mode=True).numpy(),)
-        padded = functional.pad(_tensor(x), _torch_pads(pads, dims), value=-torch.inf)
-        return (_POOL[x.ndim](padded, kernel, strides, 0, dilations).numpy(),)
-
-
-class Gemm(OpRun):  # type: ignore[misc]
-    """Matrix product by torch: all threads, in float32 as it is written."""
-
-    op_domain = ""
-
-    def _run(self, a, b, c=None, alpha=None, beta=None, transA=None, transB=None):  # type: ignore[no-untyped-def] # noqa: N803
-        left, right = (_tensor(m).T if turned else _tensor(m) for m, turned in ((a, transA), (b, transB)))
-        product = (1.0 if alpha is None else alpha) * (left @ right)
-        return ((product if c is None else product + (1.0 if beta is None else beta) * _tensor(c)).numpy(),)
-
-
-class MatMul(OpRun):  # type: ignore[misc]
-    """Matrix product by torch."""
-
-    op_domain = ""
-
-    def _run(self, a, b):  # type: ignore[no-untyped-def]
-        return (torch.matmul(_tensor(a), _tensor(b)).numpy(),)
+        if x.dtype == np.float32 and len(self.output) == 1:
+            with contextlib.suppress(NotHere):
+                return _by_torch("MaxPool", [x], attributes)
+        return super()._run(x, **attributes)
 
 
 class MatMulNBits(OpRun):  # type: ignore[misc]
@@ -109,14 +83,19 @@ class MatMulNBits(OpRun):  # type: ignore[misc]
         return ((product + _tensor(rest[2]) if len(rest) > 2 else product).numpy(),)
 
 
+def _by_torch(name: str, inputs: Sequence[NDArray[Any] | None], attributes: Mapping[str, Any]) -> tuple[NDArray[Any]]:
+    """What the torch target makes of an operator, with the attributes as the file holds them."""
+    given = {
+        key: value.encode() if isinstance(value, str) else value
+        for key, value in attributes.items()
+        if value is not None
+    }
+    found: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], given)
+    return (found.numpy(),)
+
+
 def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of arrays that must not be written
-
-
-def _torch_pads(pads: Sequence[int] | None, dims: int) -> list[int]:
-    """ONNX lists all begins, then all ends; torch lists begin and end of the last axis, then of the one before."""
-    listed = list(pads or [0] * (2 * dims))
-    return [listed[axis + end * dims] for axis in reversed(range(dims)) for end in (0, 1)]
 
 
 class Simulation:

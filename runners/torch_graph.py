@@ -102,18 +102,24 @@ def _constants(graph: onnx.GraphProto, model: bytes) -> tuple[dict[str, Tensor],
 
 def _compiled(node: onnx.NodeProto) -> Callable[[Inputs], Any]:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    function = _OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    function = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if function is None:
-        raise ExportFailed(f"the torch target has no operator {node.domain and node.domain + '.'}{node.op_type}; it has {', '.join(_OPERATORS)}")  # fmt: skip
+        raise ExportFailed(f"the torch target has no operator {node.domain and node.domain + '.'}{node.op_type}; it has {', '.join(OPERATORS)}")  # fmt: skip
     return lambda x: function(x, attributes)
 
 
-def _symmetric(x: Tensor, a: Attributes, count: int, fill: float) -> tuple[Tensor, list[int]]:
-    """The input, and what is padded on both sides alike; anything else is padded here."""
+class NotHere(ValueError):
+    """An operator with attributes for which torch has nothing that means the same."""
+
+
+def _symmetric(
+    x: Tensor, a: Attributes, count: int, fill: float, most: Sequence[float] = ()
+) -> tuple[Tensor, list[int]]:
+    """The input, and what is padded on both sides alike, by `most` at most; anything else is padded here."""
     if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise ValueError(f"auto_pad {a['auto_pad']!r}")
+        raise NotHere(f"auto_pad {a['auto_pad']!r}")
     pads = list(a.get("pads", [0] * 2 * count))
-    if pads[:count] == pads[count:]:
+    if pads[:count] == pads[count:] and all(pad <= limit for pad, limit in zip(pads, most, strict=False)):
         return x, pads[:count]
     flat = [pads[axis + side * count] for axis in reversed(range(count)) for side in (0, 1)]
     return F.pad(x, flat, value=fill), [0] * count
@@ -130,14 +136,17 @@ def _conv_transpose(i: Inputs, a: Attributes) -> Tensor:
     count = i[1].ndim - 2
     pads, ones = list(a.get("pads", [0] * 2 * count)), [1] * count
     if pads[:count] != pads[count:] or "output_shape" in a:
-        raise ValueError("ConvTranspose with uneven padding")
+        raise NotHere("ConvTranspose with uneven padding")
     return _TRANSPOSED[count](i[0], i[1], _at(i, 2), a.get("strides", ones), pads[:count],  # type: ignore[no-any-return]
                               a.get("output_padding", [0] * count), a.get("group", 1), a.get("dilations", ones))  # fmt: skip
 
 
 def _max_pool(i: Inputs, a: Attributes) -> Tensor:
     count = len(a["kernel_shape"])
-    x, padding = _symmetric(i[0], a, count, -math.inf)
+    x, padding = _symmetric(i[0], a, count, -math.inf, [size / 2 for size in a["kernel_shape"]])
+    if x is not i[0] and a.get("ceil_mode"):
+        # Windows that begin in the padding behind are left out, and torch knows only its own padding from the rest.
+        raise NotHere("MaxPool that rounds up over uneven padding")
     ones = [1] * count
     return _MAX_POOL[count](x, a["kernel_shape"], a.get("strides", ones), padding, a.get("dilations", ones), bool(a.get("ceil_mode", 0)))  # fmt: skip
 
@@ -146,7 +155,7 @@ def _average_pool(i: Inputs, a: Attributes) -> Tensor:
     count = len(a["kernel_shape"])
     pads = list(a.get("pads", [0] * 2 * count))
     if pads[:count] != pads[count:]:
-        raise ValueError("AveragePool with uneven padding")
+        raise NotHere("AveragePool with uneven padding")
     return _AVERAGE_POOL[count](i[0], a["kernel_shape"], a.get("strides", [1] * count), pads[:count],  # type: ignore[no-any-return]
                                 bool(a.get("ceil_mode", 0)), bool(a.get("count_include_pad", 0)))  # fmt: skip
 
@@ -189,7 +198,7 @@ def _pad(i: Inputs, a: Attributes) -> Tensor:
         return F.pad(x, flat, value=float(i[2]) if _at(i, 2) is not None else 0.0)
     inner = 2 * (x.ndim - 2)  # torch reflects and repeats over all but the batch and the channels
     if any(flat[inner:]):
-        raise ValueError(f"Pad with mode {mode} over the batch or the channels")
+        raise NotHere(f"Pad with mode {mode} over the batch or the channels")
     return F.pad(x, flat[:inner], mode={"reflect": "reflect", "edge": "replicate"}[mode])
 
 
@@ -251,7 +260,7 @@ def _at(i: Inputs, n: int) -> Any:
     return i[n] if n < len(i) else None
 
 
-_OPERATORS: dict[str, Callable[[Inputs, Attributes], Any]] = {
+OPERATORS: dict[str, Callable[[Inputs, Attributes], Any]] = {
     "Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": lambda i, a: i[0] @ i[1],
     "MaxPool": _max_pool, "AveragePool": _average_pool,
     "GlobalAveragePool": lambda i, a: i[0].mean(_spatial(i[0]), keepdim=True),

@@ -21,6 +21,7 @@ from ..errors import ExportFailed, TaskError, TrialError
 from ..spaces.recipe import Prune, Recipe, Student
 from ..spaces.structure import Group, Layer, Structure, inside, kept_channels, shapes
 from .compress import Skip, compress
+from .hooks import attached
 from .operators.fold import fold_batchnorms
 from .operators.prune import channel_groups
 
@@ -92,14 +93,11 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tenso
 
     hooks = [module.register_forward_hook(record) for module in model.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attached(hooks):
             output = model(example)
     except Exception as error:  # whatever the user's network raises on the user's own inputs
         raise TaskError(f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
                         f"{type(error).__name__}: {error}") from error  # fmt: skip
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != len(example):
         kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise TaskError(
@@ -113,10 +111,8 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tenso
 def _counts(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     counts: Counter[nn.Module] = Counter()
     hooks = [m.register_forward_hook(lambda m, a, r: counts.update([m])) for m in model.modules()]
-    with torch.no_grad():
+    with torch.no_grad(), attached(hooks):
         model(example[:2])
-    for hook in hooks:
-        hook.remove()
     return counts
 
 
@@ -173,10 +169,8 @@ def _folds(
             hooks.append(module.register_forward_hook(after))
         elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # or it has nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
-    with torch.no_grad():
+    with torch.no_grad(), attached(hooks):
         model(example[:2])
-    for hook in hooks:
-        hook.remove()
 
     def same(candidates: list[tuple[str, str]]) -> bool:
         other = copy.deepcopy(model)

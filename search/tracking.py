@@ -740,21 +740,20 @@ def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
     `uri` is the store that the configuration names. Nothing else in the store is touched. Raises `StudyError` when the
     store cannot be used or the run is no longer there.
     """
-    found = study_run(directory, uri)
-    if found is None:
-        return False
-    store, run = found
-    store._put_sensitivity(run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
-    return True
+    return _add(directory, uri, Store._put_sensitivity)
 
 
 def add_targets(directory: Path, uri: str | None = None) -> bool:
     """Put what `retarget` wrote into a study's folder into its MLflow run; False when it has none. As `add_sensitivity`."""
+    return _add(directory, uri, Store._put_targets)
+
+
+def _add(directory: Path, uri: str | None, put: Callable[[Store, str, str, Path], None]) -> bool:
     found = study_run(directory, uri)
     if found is None:
         return False
     store, run = found
-    store._put_targets(run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
+    put(store, run.info.run_id, run.info.artifact_uri, Path(directory).resolve())
     return True
 
 

@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..hooks import attached
+
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # A channel that hardly varies any more has lost its input; blown up it would be noise.
 _MOST = 2.0
@@ -45,13 +47,10 @@ def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collect
         found[-1][name] = _moments(layer, output)
 
     handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
-    try:
+    with attached(handles):
         for batch in batches:
             found.append({})
             model.eval()(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [{name: value for name, value in moments.items() if name not in again} for moments in found]
 
 
@@ -82,13 +81,10 @@ def match_moments(model: nn.Module, batches: Sequence[Tensor], expected: Sequenc
         return output * factor.view(shape) + shift.view(shape)
 
     handles = [layer.register_forward_hook(partial(put_right, name)) for name, layer in layers.items()]
-    try:
+    with attached(handles):
         for batch, moments in zip(batches, expected, strict=True):
             wanted = moments
             model.eval()(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     factors = {}
     for name, layer in layers.items():
         factor, shift = _affine(found[name], [moments[name] for moments in expected])
