@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .search.study import Study
     from .spaces.recipe import Recipe
     from .spaces.space import Axis
+    from .spaces.structure import Structure
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
                   help="Search bits x sparsity x architecture of a trained network under a real budget.")  # fmt: skip
@@ -231,6 +232,20 @@ def _choices(axis: Axis) -> str:
 
 
 def _show_layers(console: Console, found: Preflight) -> None:
+    """What may be done to each of the networks that the space begins with."""
+    from rich.text import Text
+
+    from .spaces.recipe import Recipe, Student
+
+    names = dict.fromkeys(axis.student for axis in found.axes if axis.student is not None)
+    for name in names:
+        structure = found.structure.of(Recipe((Student(factory=name),))) if name else found.structure
+        if len(names) > 1 or name:
+            console.print(Text(f"\nstudent {name}" if name else "\nthe network itself", style="bold"))
+        _show_network(console, structure, [axis for axis in found.axes if axis.student == name])
+
+
+def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -238,15 +253,15 @@ def _show_layers(console: Console, found: Preflight) -> None:
 
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
     kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", *METHODS)}
-    shared = [axis for axis in found.axes if axis.kind in METHODS and len(axis.targets) > 1]
+    shared = [axis for axis in axes if axis.kind in METHODS and len(axis.targets) > 1]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)
     table.add_column("kind")
     table.add_column("weights", justify="right")
     table.add_column("what may be done", overflow="fold", ratio=3)
-    for layer in found.structure.layers:
+    for layer in structure.layers:
         may = []
-        for axis in found.axes:
+        for axis in axes:
             target = layer.output if axis.kind == "channels" else layer.name
             if axis.kind in kinds and target in axis.targets and axis not in shared:
                 may.append(
@@ -256,19 +271,19 @@ def _show_layers(console: Console, found: Preflight) -> None:
         table.add_row(Text(layer.name), layer.kind, f"{layer.params:,}", Text("; ".join(may) or "nothing"))
     console.print()
     console.print(table)
-    for axis in found.axes:
+    for axis in axes:
         if axis.kind in ("width", "depth"):
             names = (
-                f" ({', '.join(found.structure.blocks[: max(axis.choices)])} first)"
+                f" ({', '.join(structure.blocks[: max(axis.choices)])} first)"
                 if axis.kind == "depth" and max(axis.choices)
                 else ""
             )
             console.print(Text(f"{axis.kind}: {_choices(axis)}{names}"))
     for axis in shared:
         console.print(Text(f"{axis.kind}: {_choices(axis)} (one for {len(axis.targets)} layers)"))
-    if found.structure.refused:
+    if structure.refused:
         console.print("\nLeft as it is:")
-        for name, reason in found.structure.refused:
+        for name, reason in structure.refused:
             console.print(Text(f"  {name}: {reason}"))
 
 
@@ -417,10 +432,11 @@ def explain_(
     loaded, protocol = _task(task, config, record_of(found, candidate))
     console = _console()
     with _runner(console, loaded, protocol) as (runner, watcher):
-        if digest(runner) != about["snapshot"]["weights"]:
+        if digest(runner.model) != about["snapshot"]["weights"]:
             raise StudyError(f"the network of task {loaded.name!r} has not the weights that the study in {study} was made with; "
                              "name its task, with the same checkpoint")  # fmt: skip
         runner.way = Way(**about["way"])
+        runner.take_student(candidate.recipe, study / "candidates")
         baseline = {name: metric.value for name, metric in found.baseline.metrics.items()}
         told = explain(runner, candidate.recipe, found.budget, baseline, images, Steps(watcher))
     _show_explanation(console, number, candidate.recipe, loaded.metric_name, told, rows)

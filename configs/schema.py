@@ -36,7 +36,7 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError, RecipeError
 from ..objectives.objective import Budget, Limit, Objective
-from ..spaces.recipe import Recover, pattern_of
+from ..spaces.recipe import STUDENT, Recover, Student, pattern_of
 from ..spaces.space import Rule, Space
 
 T = TypeVar("T")
@@ -151,6 +151,12 @@ def _checked_function(text: str) -> str:
 def _criterion_function(text: str) -> str:
     if not _FUNCTION.fullmatch(text):
         raise _fail(f"criterion {text!r}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, such as rules.py:score")
+    return text
+
+
+def _checked_student(text: str) -> str:
+    if not STUDENT.fullmatch(text):
+        raise _fail(f"student {text!r}: use letters, digits and -_. only, as in Task(students={{...}})")
     return text
 
 
@@ -387,6 +393,27 @@ RecoveryChoice = Annotated[
 ]
 
 
+class StudentConfig(Strict):
+    """A student that is trained before the trials."""
+
+    name: Annotated[str, AfterValidator(_checked_student)]
+    """Its name in `Task(students={...})`. Required."""
+    epochs: Annotated[float, Field(ge=0), _NUMBER] = 0.0
+    """Passes over the training data, once, before all trials, taught by the original network. Default: 0, it comes trained."""
+    learning_rate: Positive = 0.05
+    """Highest learning rate of this training. Default: 0.05."""
+
+
+StudentChoice = Annotated[
+    Annotated[str, AfterValidator(_checked_student), Tag("<text>")] | Annotated[StudentConfig, Tag("<mapping>")],
+    Discriminator(
+        _form,
+        custom_error_type="form",
+        custom_error_message="must be teacher, the name of a student, or {name: small, epochs: 8}",
+    ),
+]
+
+
 class SpaceConfig(Strict):
     """What may be done to the network. A technique that is not named is left out."""
 
@@ -420,6 +447,10 @@ class SpaceConfig(Strict):
     """Shares of all channels that stay, 0 < x <= 1. Default: [1.0], all."""
     depth: Choices[Natural] = (0,)
     """How many residual blocks may be left out, the least important first. Default: [0], none."""
+    students: Choices[StudentChoice] | None = None
+    """Networks to begin with: `teacher`, the network itself; names of networks that the task makes (`Task(students={...})`), or
+    {name: small, epochs: 8} for one that is first trained. All other keys apply to each of them; a pattern has to select
+    something in one of them. Default: the network itself alone."""
     recovery: Choices[RecoveryChoice] = ("none",)
     """How accuracy is won back: `none`, `batchnorm` (re-estimate its statistics, seconds), `statistics` (also those of
     layers that no BatchNorm follows, in their biases and scales) or `{finetune: {epochs: 1}}` (train). Default: [none]."""
@@ -672,6 +703,7 @@ def to_space(space: SpaceConfig) -> Space:
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,
+        students=tuple(_student(choice) for choice in space.students or ()),
         recovery=tuple(_recover(choice) for choice in space.recovery),
     )
 
@@ -682,6 +714,12 @@ def _rules(entries: tuple[Any, ...] | None, share: bool = False) -> tuple[Rule, 
     if isinstance(entries[0], LayerRule):
         return tuple(Rule(entry.choices, entry.layers, entry.share) for entry in entries)
     return (Rule(entries, share=share),)
+
+
+def _student(choice: str | StudentConfig) -> Student | None:
+    if isinstance(choice, StudentConfig):
+        return Student((), choice.name, choice.epochs, choice.learning_rate)
+    return None if choice == "teacher" else Student(factory=choice)
 
 
 def _recover(choice: str | Recovery) -> Recover | None:

@@ -238,14 +238,46 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     return round(layer_bytes(structure, recipe, overhead) + rest)
 
 
+# Of many recipes at once, as a function of picks `[recipes, axes]`.
+Costs = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float64]]]
+
+
 def many(
-    structure: Structure, axes: Sequence[Axis], overhead: FileOverhead
-) -> Callable[[NDArray[np.int64]], dict[str, NDArray[np.float64]]]:
+    structure: Structure,
+    axes: Sequence[Axis],
+    overhead: FileOverhead,
+    overheads: Mapping[str, FileOverhead] | None = None,
+) -> Costs:
     """`macs` and `size_bytes` of many recipes at once, as a function of picks `[recipes, axes]`.
 
     A search asks for hundreds of them between two trials; this is `Space.recipe` and the functions above in columns, and
-    a test holds it to them exactly.
+    a test holds it to them exactly. overheads: those of the students' files by name, where the axes choose between networks.
     """
+    chooser = next((number for number, axis in enumerate(axes) if axis.kind == "student"), None)
+    if chooser is None:
+        return _of_one(structure, axes, overhead)
+    parts: list[tuple[list[int], Costs]] = []
+    for student in axes[chooser].choices:
+        name = student.factory if student else ""
+        own = [number for number, axis in enumerate(axes) if axis.student == name]
+        network = structure.of(Recipe((student,))) if student else structure
+        costs = _of_one(network, [axes[number] for number in own], (overheads or {})[name] if name else overhead)
+        parts.append((own, costs))
+
+    def of_each(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        found = {metric: np.zeros(len(picks)) for metric in ("size_bytes", "macs")}
+        for choice, (own, costs) in enumerate(parts):
+            rows = np.flatnonzero(picks[:, chooser] == choice)
+            if len(rows):
+                for metric, values in costs(picks[rows][:, own]).items():
+                    found[metric][rows] = values
+        return found
+
+    return of_each
+
+
+def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) -> Costs:
+    """`many` for the axes of one network."""
     column = {axis.name: number for number, axis in enumerate(axes)}
     owner = {
         (axis.kind, target): axis for axis in axes for target in axis.targets if axis.kind not in ("width", "depth")
@@ -304,8 +336,8 @@ def many(
         return np.where((share < 1) & (rank * (rows + columns) < rows * columns), rank, 0)
 
     def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        depth = picks[:, column["depth"]]
-        width = picks[:, column["width"]] if widths else np.zeros(len(picks), dtype=np.int64)
+        depth = picks[:, column[depths.name]]
+        width = picks[:, column[widths.name]] if widths else np.zeros(len(picks), dtype=np.int64)
         keep = {}
         narrowed = np.zeros(len(picks))
         for group in structure.groups:

@@ -122,6 +122,7 @@ class LocalRunner:
         traced = torch.cat([self.example, self.calibration[:64]])
         self.structure: Structure = trace(self.model, traced)
         self.students = {name: self._student(name) for name in task.students}
+        self._taught: dict[Student, nn.Module] = {}
         others = (replace(trace(model, traced), student=name) for name, model in self.students.items())
         self.structure = replace(self.structure, students=tuple(others))
         weights = sum(layer.params for layer in self.structure.layers)
@@ -150,10 +151,38 @@ class LocalRunner:
             )
         return model
 
-    def network(self, recipe: Recipe) -> nn.Module:
-        """What a recipe begins with: the network, or the student that it names; raises `RecipeError` for an unknown one."""
+    def network(self, recipe: Recipe, report: Report = _ignore) -> nn.Module:
+        """What a recipe begins with: the network, or the student that it names, trained as it says, once.
+
+        The weights of a trained student are kept at `trained_path` of the recipe of this step alone. Raises `RecipeError`
+        for an unknown student, `TrialError` when its training fails.
+        """
         self.structure.of(recipe)
-        return next((self.students[step.factory] for step in recipe.of(Student) if step.factory), self.model)
+        student = _student_of(recipe)
+        if student is None or not student.epochs:
+            return self.students[student.factory] if student else self.model
+        if student not in self._taught:
+            model = copy.deepcopy(self.students[student.factory])
+            alone = Recipe((student,))
+            path, step = self.trained_path(alone), student.training
+            assert step is not None
+            if not _restored(model, path):
+                told = f"student {student.factory}"
+                state = State.read(self.partial_path(alone), model)
+                self._finetune(model, alone, step, lambda phase, known: report(f"{told}: {phase}", known), state)
+                model.to(memory_format=_layout(self.calibration))  # type: ignore[call-overload]
+                reestimate_batchnorms(model, self.calibration_parts, None)
+                model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+                write_atomic(path, save({k: v.clone() for k, v in model.state_dict().items()}))
+            self._taught[student] = model.eval()
+        return self._taught[student]
+
+    def take_student(self, recipe: Recipe, directory: Path) -> None:
+        """Take the weights of a recipe's trained student from another runner's folder, if they are there, to spare its training."""
+        if (student := _student_of(recipe)) is not None and student.epochs:
+            kept = self.trained_path(Recipe((student,)))
+            if (directory / kept.name).exists():
+                write_atomic(kept, (directory / kept.name).read_bytes())
 
     def validation(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The validation batches, kept in memory when they fit."""
@@ -253,7 +282,9 @@ class LocalRunner:
             networks = [self._network(network, report, recovery) for network in recipe.networks()]
             report("merging", {})
             return packing.pack(merge(networks))
-        source = self.network(recipe)
+        if not recovery and _student_of(recipe) not in self._taught:
+            recipe = Recipe(tuple(replace(s, epochs=0.0) if isinstance(s, Student) else s for s in recipe.steps))
+        source = self.network(recipe, report)
         model = copy.deepcopy(source)
         report("compressing", {})
         compress(model, recipe, self.structure, self.example, self.library, self.statistics)
@@ -297,27 +328,24 @@ class LocalRunner:
         prefixes = [Recipe((*others, *training[: count + 1])) for count in range(len(training))]
         begin = 0
         for position, prefix in enumerate(prefixes[:-1], 1):
-            path = self.trained_path(prefix)
-            if path.exists():
-                try:
-                    model.load_state_dict(load(path.read_bytes()))
-                    begin = position
-                except (SafetensorError, RuntimeError):  # damaged, or of something else: trained anew
-                    continue
+            if _restored(model, self.trained_path(prefix)):
+                begin = position
         for position, prefix in reversed([*enumerate(prefixes)][begin:]):
             if (state := State.read(self.partial_path(prefix), model)) is not None:
                 begin = position
                 break
         for prefix in prefixes[begin:]:
-            step, path = prefix.of(Recover)[-1], self.partial_path(prefix)
-            seed = (int(prefix.key[:8], 16) ^ self.seed) % 2**31
-            reused = step.epochs >= WORTH and step.distill and not step.features
-            finetune(
-                model, self.model, step, self.task, seed, lambda text: report(text, {}),
-                answers=self.answers if reused else None,
-                state=state, keep=lambda state, path=path: write_atomic(path, state.to_bytes()),  # type: ignore[misc]
-            )  # fmt: skip
+            self._finetune(model, prefix, prefix.of(Recover)[-1], report, state)
             state = None
+
+    def _finetune(self, model: nn.Module, recipe: Recipe, step: Recover, report: Report, state: State | None) -> None:
+        """One training step, the last of a recipe, from the state between two of its epochs, if there is one."""
+        reused = step.epochs >= WORTH and step.distill and not step.features
+        finetune(
+            model, self.model, step, self.task, (int(recipe.key[:8], 16) ^ self.seed) % 2**31, lambda text: report(text, {}),
+            answers=self.answers if reused else None,
+            state=state, keep=lambda state: write_atomic(self.partial_path(recipe), state.to_bytes()),
+        )  # fmt: skip
 
     def baseline(self) -> tuple[Measurement, bytes]:
         """The untouched network, exported, packed, reloaded and measured; raises `TaskError` when it does not survive."""
@@ -443,6 +471,20 @@ class LocalRunner:
         found = Metric.of(self.scores(data, split))
         timed = self._latency(data, 4 * self.seconds)
         return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}
+
+
+def _student_of(recipe: Recipe) -> Student | None:
+    """The network that a recipe begins with, whole, or None for the task's own."""
+    return next((replace(step, drop=()) for step in recipe.of(Student) if step.factory), None)
+
+
+def _restored(model: nn.Module, path: Path) -> bool:
+    """Load weights that were kept; False where there are none, or what is there is damaged or of something else."""
+    try:
+        model.load_state_dict(load(path.read_bytes()))
+    except (FileNotFoundError, SafetensorError, RuntimeError):
+        return False
+    return True
 
 
 def _made(task: Task, function: Callable[[], Any], what: str) -> nn.Module:

@@ -94,6 +94,8 @@ class Sensitivity:
         """
         found = {}
         for axis in space.axes(structure):
+            if axis.student != "":
+                continue
             if axis.kind == "weight_bits":
                 levels: list[Level] = [(bits, 0.0) for bits in axis.choices]
             elif axis.kind == "sparsity":
@@ -153,7 +155,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
 
     Raises `ConfigError` when the space leaves nothing to measure.
     """
-    axes = space.axes(structure)
+    axes = [axis for axis in space.axes(structure) if axis.student == ""]
     found: dict[str, list[Level]] = {}
     for layer in structure.layers:
         bits, ratios = (
@@ -212,7 +214,7 @@ def measure_sensitivity(
     """
     structure = runner.structure
     wanted = levels(space, structure)
-    axes = space.axes(structure)
+    axes = [axis for axis in space.axes(structure) if axis.student == ""]
     total, done = sum(map(len, wanted.values())), 0
     bench = _Bench(runner, memory if reuse else 0)
     rows = []

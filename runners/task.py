@@ -24,7 +24,7 @@ from torch.utils.data import (
 from ..errors import Diverged, TaskError
 from ..objectives.measurement import Metric
 from ..objectives.objective import COSTS
-from ..spaces.recipe import CRITERIA, known_criterion
+from ..spaces.recipe import CRITERIA, STUDENT, known_criterion
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
@@ -87,9 +87,14 @@ class Task:
         if self.batch_size < 1:
             raise TaskError(f"task {self.name!r}: batch_size = {self.batch_size}; it must be at least 1")
         for name, factory in self.students.items():
-            if not name or not callable(factory) or isinstance(factory, nn.Module):
-                raise TaskError(f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name and a function "
-                                "that returns the network")  # fmt: skip
+            if (
+                not STUDENT.fullmatch(name)
+                or name == "teacher"
+                or not callable(factory)
+                or isinstance(factory, nn.Module)
+            ):
+                raise TaskError(f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name (letters, digits and "
+                                "-_. only, not 'teacher', which is the network itself) and a function that returns the network")  # fmt: skip
         for name, function in self.criteria.items():
             if name in CRITERIA or not known_criterion(name) or not callable(function):
                 raise TaskError(f"task {self.name!r}: criteria = {{{name!r}: {function!r}}}; write a function of (weight, norms), and its "

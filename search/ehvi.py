@@ -81,7 +81,8 @@ class EHVISampler(BaseSampler):
     number per choice, its predicted loss in any unit (sensitivities); other axes have none. noisy: positions of objectives
     that come out otherwise the next time (times), so that a lucky one is nothing to hope for. ladder: the name of an axis
     of effort, such as training, that others than the sampler climb: recipes are judged by what is expected of them at
-    its last choice, and suggested at its first.
+    its last choice, and suggested at its first. conditions: by axis another axis and the position of the choice of that one at
+    which it has an effect; where it has none it is suggested at its first choice.
 
     Axes are `IntDistribution`, `CategoricalDistribution` (in their order) and `FloatDistribution` with a step; anything
     else is drawn at random. Infeasible trials (Optuna's constraints) teach the model and stay out of the front, failed
@@ -107,10 +108,11 @@ class EHVISampler(BaseSampler):
         prior: Mapping[str, Sequence[float]] | None = None,
         noisy: Collection[int] = (),
         ladder: str | None = None,
+        conditions: Mapping[str, tuple[str, int]] | None = None,
     ) -> None:
         self.seed, self.known, self.reference, self.prior = seed, known, reference, dict(prior or {})
         self.noisy = frozenset(f"objective {position}" for position in noisy)
-        self.ladder = ladder
+        self.ladder, self.conditions = ladder, dict(conditions or {})
         self._random = RandomSampler(seed=seed)
         self._space = IntersectionSearchSpace()
         self._fits: dict[tuple[str, int], Floats] = {}
@@ -193,13 +195,14 @@ class _Suggestion:
         self.sampler, self.seen, self.names, self.counts = sampler, seen, names, counts
         self.random = np.random.default_rng([sampler.seed, int((~seen.running).sum()), int(seen.running.sum())])
         self.ladder = names.index(sampler.ladder) if sampler.ladder in names else None
+        self.effect = Effect.of(names, sampler.conditions)
         self.taken = set(_keys(self._raised(seen.picks)))
 
     def make(self) -> Ints:
         seen, counts = self.seen, self.counts
         if (~seen.running).sum() < START or not _spread(seen):
             return self._fresh(_diagonal(counts, self._rising(), np.random.default_rng(self.sampler.seed)))
-        curves = Curves.make(counts, [self.sampler.prior.get(name) for name in self.names])
+        curves = Curves.make(counts, [self.sampler.prior.get(name) for name in self.names], self.effect)
         models = self._models(curves)
         pool = self._pool(models)
         best: Ints | None = None
@@ -212,7 +215,7 @@ class _Suggestion:
             order = np.argsort(-self._worth(pool, models), kind="stable")
             best = pool[order[0]]
             if attempt < 2:
-                pool = _neighbours(pool[order[:8]], counts, self.random, 400)
+                pool = _neighbours(self._anywhere(pool[order[:8]]), counts, self.random, 400)
         return best if best is not None else self._fresh(_scattered(counts, self.random, 300))
 
     def _known(self, picks: Ints) -> tuple[Mapping[int, Floats], Mapping[str, Floats]]:
@@ -230,12 +233,17 @@ class _Suggestion:
         return np.asarray(_scattered(self.counts, self.random, 1)[0])
 
     def _raised(self, rows: Ints) -> Ints:
-        """The rows at the last choice of the ladder, where recipes are compared."""
-        if self.ladder is None:
+        """The rows at the last choice of the ladder, where recipes are compared, axes without an effect at their first."""
+        if self.ladder is not None:
+            rows = rows.copy()
+            rows[:, self.ladder] = self.counts[self.ladder] - 1
+        return rows if self.effect is None else np.where(self.effect.at(rows), rows, 0)
+
+    def _anywhere(self, rows: Ints) -> Ints:
+        """The rows with axes that have no effect drawn at random, so that from a change of network any other recipe may come."""
+        if self.effect is None:
             return rows
-        rows = rows.copy()
-        rows[:, self.ladder] = self.counts[self.ladder] - 1
-        return rows
+        return np.where(self.effect.at(rows), rows, self.random.integers(0, self.counts, rows.shape))
 
     def _rising(self) -> Ints:
         """By axis 1 when its last choice costs more than its first, -1 when less, 0 when arithmetic sees no difference."""
@@ -243,6 +251,8 @@ class _Suggestion:
             return np.ones(len(self.counts), dtype=np.int64)
         rows = np.repeat((self.counts // 2)[None], 2 * len(self.counts), axis=0)
         for axis, count in enumerate(self.counts):
+            if self.effect is not None and self.effect.outer[axis] >= 0:
+                rows[2 * axis : 2 * axis + 2, self.effect.outer[axis]] = self.effect.choice[axis]
             rows[2 * axis, axis], rows[2 * axis + 1, axis] = 0, count - 1
         objectives, excesses = self._known(rows)
         total = np.zeros(len(self.counts))
@@ -283,7 +293,11 @@ class _Suggestion:
         good = seen.picks[seen.front]
         if not len(good):
             good = seen.picks[np.argsort(seen.violation(), kind="stable")[:5]]
-        parts = [_mutated(good, counts, random, 300), _crossed(good, random, 100), _scattered(counts, random, 50)]
+        parts = [
+            _mutated(self._anywhere(good), counts, random, 300),
+            _crossed(good, random, 100),
+            _scattered(counts, random, 50),
+        ]
         model = next((models[name] for name in sorted(models) if name.startswith("objective")), None)
         if model is not None:
             base = good[random.integers(len(good))]
@@ -292,18 +306,23 @@ class _Suggestion:
 
     def _decoded(self, table: list[Floats], base: Ints) -> Ints:
         """The additive front of a table of losses, with what every choice costs when the others are as in `base`."""
-        counts = self.counts
+        # Of the network that `base` is of: what another costs is not the sum of these.
+        free = np.arange(len(base)) if self.effect is None else self.effect.free(base)
+        counts = self.counts[free]
         rows = np.repeat(base[None], int(counts.sum()), axis=0)
         starts = np.cumsum(counts) - counts
-        for axis, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        for axis, start, count in zip(free, starts, counts, strict=True):
             rows[start : start + count, axis] = np.arange(count)
         objectives, _ = self._known(rows)
-        if not objectives:
-            return np.zeros((0, len(counts)), dtype=np.int64)
+        if not objectives or not len(free):
+            return np.zeros((0, len(base)), dtype=np.int64)
         cost = next(iter(objectives.values()))
         costs = [cost[s : s + c] - cost[s : s + c].min() for s, c in zip(starts, counts, strict=True)]
-        found = hull(table, costs, 128) if counts.sum() >= _MANY else knapsack_front(table, costs, resolution=64)
-        return np.array([choice.levels for choice in found], dtype=np.int64).reshape(-1, len(counts))
+        losses = [table[axis] for axis in free]
+        found = hull(losses, costs, 128) if counts.sum() >= _MANY else knapsack_front(losses, costs, resolution=64)
+        decoded = np.repeat(base[None], len(found), axis=0)
+        decoded[:, free] = np.array([choice.levels for choice in found], dtype=np.int64)
+        return decoded
 
     def _worth(self, pool: Ints, models: Mapping[str, Model]) -> Floats:
         """The expected hypervolume improvement of each row, times its chances to keep the limits and not to fail."""
@@ -436,19 +455,46 @@ def _near(column: Floats, most: int) -> Ints:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """Where axes have an effect: by axis the column of the axis that decides on it, -1 for none, and the choice of that one."""
+
+    outer: Ints
+    choice: Ints
+
+    @classmethod
+    def of(cls, names: Sequence[str], conditions: Mapping[str, tuple[str, int]]) -> Effect | None:
+        """None when every axis always has an effect."""
+        found = [conditions.get(name, ("", 0)) for name in names]
+        outer = np.array([names.index(decides) if decides in names else -1 for decides, _ in found], dtype=np.int64)
+        return cls(outer, np.array([choice for _, choice in found], dtype=np.int64)) if (outer >= 0).any() else None
+
+    def at(self, rows: Ints) -> NDArray[np.bool_]:
+        """`[rows, axes]`: whether an axis has an effect in a row."""
+        return np.asarray((self.outer < 0) | (rows[:, self.outer] == self.choice))
+
+    def free(self, row: Ints) -> Ints:
+        """The axes that have an effect in a row and decide on no other."""
+        found = self.at(row[None])[0]
+        found[self.outer[self.outer >= 0]] = False
+        return np.flatnonzero(found)
+
+
+@dataclass(frozen=True)
 class Curves:
     """Functions of one axis each, tabulated for the choices of all axes one after another.
 
     table: `[functions, choices]`, the first function rises evenly. starts: where the choices of each axis begin.
-    few: the axes of so few choices that pairs of choices are told apart.
+    few: the axes of so few choices that pairs of choices are told apart. effect: where axes have one; elsewhere their functions
+    are zero and they take part in no pair.
     """
 
     table: Floats
     starts: Ints
     few: Ints
+    effect: Effect | None = None
 
     @classmethod
-    def make(cls, counts: Ints, priors: Sequence[Sequence[float] | None]) -> Curves:
+    def make(cls, counts: Ints, priors: Sequence[Sequence[float] | None], effect: Effect | None = None) -> Curves:
         starts = np.cumsum(counts) - counts
         place = (np.arange(counts.sum()) - starts.repeat(counts)) / np.maximum(counts - 1, 1).repeat(counts)
         down = 1 - place
@@ -459,11 +505,12 @@ class Curves:
                 if prior is not None:
                     told[start : start + count] = prior
             rows.append(3 * told / (float(np.abs(told).max()) or 1.0))
-        return cls(np.stack(rows) / math.sqrt(len(counts)), starts, np.flatnonzero(counts <= _APART))
+        return cls(np.stack(rows) / math.sqrt(len(counts)), starts, np.flatnonzero(counts <= _APART), effect)
 
     def features(self, picks: Ints) -> Floats:
         """`[functions, rows, axes]`."""
-        return self.table.take(picks + self.starts, axis=1)
+        found = self.table.take(picks + self.starts, axis=1)
+        return found if self.effect is None else found * self.effect.at(picks)
 
     def marks(self, picks: Ints) -> NDArray[np.float32] | None:
         """`[rows, choices]` of the few-choice axes, so that two rows' product is the share of these that are equal."""
@@ -473,7 +520,11 @@ class Curves:
         width = int(counts.sum())
         places = picks[:, self.few] + np.cumsum(counts) - counts + width * np.arange(len(picks))[:, None]
         found = np.zeros(len(picks) * width, dtype=np.float32)
-        found[places.ravel()] = 1 / math.sqrt(len(self.few))  # one flat index is the quicker one
+        share: Floats | float = 1 / math.sqrt(len(self.few))
+        if self.effect is not None:
+            at = self.effect.at(picks)[:, self.few]
+            share = (at / np.sqrt(np.maximum(at.sum(1, keepdims=True), 1))).ravel()
+        found[places.ravel()] = share  # one flat index is the quicker one
         return found.reshape(len(picks), width)
 
     @cached_property

@@ -145,7 +145,7 @@ def explain(
     bench = _Bench(runner, images)
     training = recipe.of(Recover)
     recipe = untrained(recipe)
-    listed = decisions(recipe, runner.structure)
+    listed = decisions(recipe, runner.structure.of(recipe))
     total = len(listed) + 1 + min(_TRIED, sum(d.milder is not None for d in listed))
     progress(0, total, "the recipe as it is")
     outputs, points, size = bench.measure(recipe)

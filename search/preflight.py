@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import nn
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.library import Method
+from ..runners.library import LayerLibrary, Method
 from ..runners.local import LocalRunner
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
@@ -31,7 +32,10 @@ _SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least, of a layer whose 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the preflight found: the network, its numbers, and the cheapest recipe of the space with its numbers."""
+    """What the preflight found: the network, its numbers, and the cheapest recipe of the space with its numbers.
+
+    overheads: those of the students' files, by name.
+    """
 
     structure: Structure
     axes: tuple[Axis, ...]
@@ -40,6 +44,7 @@ class Preflight:
     smallest: Recipe
     smallest_measured: Measurement
     warnings: tuple[str, ...] = ()
+    overheads: Mapping[str, cost.FileOverhead] = field(default_factory=dict)
 
 
 def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str) -> None:
@@ -76,12 +81,17 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
     """Every step that a recipe of the space may hold: each choice, and all pairs of widths of weights and activations."""
     axes = space.axes(structure)
     whole = {axis.name: axis.choices.index(min(axis.choices)) for axis in axes if axis.kind == "depth"}
-    picks = [{**whole, axis.name: i} for axis in axes for i in range(len(axis.choices))]
-    weights, activations = ([axis for axis in axes if axis.kind == kind] for kind in ("weight_bits", "activation_bits"))
-    for i in range(max((len(axis.choices) for axis in weights), default=0)):
-        for j in range(max((len(axis.choices) for axis in activations), default=0)):
-            pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
-            picks.append(whole | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+    picks = []
+    for number, (name, _) in enumerate(space.networks(structure)):
+        begin, own = whole | {"student": number}, [axis for axis in axes if axis.student in (name, None)]
+        picks += [begin | {axis.name: i} for axis in own if axis.kind != "student" for i in range(len(axis.choices))]
+        weights, activations = (
+            [axis for axis in own if axis.kind == kind] for kind in ("weight_bits", "activation_bits")
+        )
+        for i in range(max((len(axis.choices) for axis in weights), default=0)):
+            for j in range(max((len(axis.choices) for axis in activations), default=0)):
+                pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
+                picks.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
     return {step for pick in picks for step in space.recipe(structure, pick).steps}
 
 
@@ -115,13 +125,17 @@ def _only(rules: Sequence[Rule], choices: Collection[int]) -> tuple[Rule, ...]:
     return tuple(rule for rule in kept if rule.choices)
 
 
-def measure_overhead(runner: LocalRunner, baseline_size: int, axes: Sequence[Axis] = ()) -> cost.FileOverhead:
+def measure_overhead(
+    runner: LocalRunner, baseline_size: int | None = None, axes: Sequence[Axis] = (), student: str = ""
+) -> cost.FileOverhead:
     """The bytes around the layers' tensors, fitted to a few files, and what few bits round to zero at the axes' levels.
 
-    The files are the baseline and those of 8-bit weights with float, with 8-bit and with mixed activations, without the
-    blocks that can be left out, and with half of the channels.
+    The files are the baseline (of `baseline_size` bytes, where they are known) and those of 8-bit weights with float, with 8-bit
+    and with mixed activations, without the blocks that can be left out, and with half of the channels. student: the name of the
+    network whose files they are, as it was before any training; that of the task when "".
     """
-    structure = runner.structure
+    begin = [Student(factory=student)] if student else []
+    structure = runner.structure.of(Recipe(tuple(begin)))
 
     def mixed(*modes: int, without: tuple[str, ...] = ()) -> list[Quantize]:
         """Activation bits in turn for the layers that are there, 0 for none; weights of 8 and 4 bits in turn."""
@@ -131,31 +145,32 @@ def measure_overhead(runner: LocalRunner, baseline_size: int, axes: Sequence[Axi
 
     middle = structure.layers[len(structure.layers) // 2].name
     recipes = [
-        Recipe(tuple(mixed(32))),
-        Recipe(tuple(mixed(8))),
-        Recipe(tuple(mixed(8, 32))),
-        Recipe((Quantize(middle, 8, 8),)),
+        Recipe(tuple(begin)),
+        Recipe((*begin, *mixed(32))),
+        Recipe((*begin, *mixed(8))),
+        Recipe((*begin, *mixed(8, 32))),
+        Recipe((*begin, Quantize(middle, 8, 8))),
     ]
     if structure.blocks:
-        recipes.append(Recipe((Student(structure.blocks), *mixed(8, without=structure.blocks))))
+        recipes.append(Recipe((Student(structure.blocks, student), *mixed(8, without=structure.blocks))))
     if structure.groups:
         halves = [Prune(g.name, kept_channels(g.channels, 0.5, g.round_to)) for g in structure.groups]
         narrower = [step for step in halves if step.keep < structure.group(step.group).channels]
-        recipes.append(Recipe((*narrower, *mixed(8, 32, 0, 0))))
-    sizes = [baseline_size, *(len(runner.build(recipe, recovery=False)) for recipe in recipes)]
-    shares = cost.FileOverhead(nonzero=nonzero_shares(runner, axes))
-    rest = [
-        size - cost.layer_bytes(structure, recipe, shares)
-        for size, recipe in zip(sizes, [Recipe(), *recipes], strict=True)
-    ]
-    made_of = [vars(cost.contents(structure, recipe)) for recipe in [Recipe(), *recipes]]
+        recipes.append(Recipe((*begin, *narrower, *mixed(8, 32, 0, 0))))
+    known = [] if baseline_size is None else [baseline_size]
+    sizes = [*known, *(len(runner.build(recipe, recovery=False)) for recipe in recipes[len(known) :])]
+    shares = cost.FileOverhead(nonzero=nonzero_shares(runner.network(recipes[0]), runner.library, structure, axes))
+    rest = [size - cost.layer_bytes(structure, recipe, shares) for size, recipe in zip(sizes, recipes, strict=True)]
+    made_of = [vars(cost.contents(structure, recipe)) for recipe in recipes]
     # Least squares of the least norm: where nothing tells two coefficients apart, they share.
     fitted, *_ = np.linalg.lstsq(np.array([list(row.values()) for row in made_of], float), np.array(rest), rcond=None)
     coefficients = dict(zip(made_of[0], map(float, fitted), strict=True))
     return cost.FileOverhead(**coefficients, nonzero=shares.nonzero)
 
 
-def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[str, float]]:
+def nonzero_shares(
+    model: nn.Module, library: LayerLibrary, structure: Structure, axes: Sequence[Axis]
+) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
     Of a large layer some output channels stand for all: each has a scale of its own. Nearest rounding stands for the other
@@ -163,20 +178,20 @@ def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[
     """
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
     found: dict[str, dict[str, float]] = {}
-    for layer in runner.structure.layers:
+    for layer in structure.layers:
         levels = {(4, 0.0), (8, 0.0)}  # those of the files that the overhead is fitted to
         levels |= set(
             itertools.product(
                 choices.get(("weight_bits", layer.name), ()), choices.get(("sparsity", layer.name), (0.0,))
             )
         )
-        weight = runner.model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
+        weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
         count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
         weight = weight[:: max(1, len(weight) // count)]
         for bits, zeros in sorted(levels, key=str):
             if bits <= 8:
                 method = Method(pattern=zeros if isinstance(zeros, str) else "")
-                made = runner.library.shaped(weight, bits, zeros_of(zeros), method)
+                made = library.shaped(weight, bits, zeros_of(zeros), method)
                 assert made.scale is not None
                 whole = codes(weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12), bits)
                 share = float(whole.count_nonzero()) / whole.numel()
@@ -185,27 +200,39 @@ def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[
 
 
 def smallest_recipe(
-    space: Space, structure: Structure, overhead: cost.FileOverhead, metric: str = "size_bytes"
+    space: Space,
+    structure: Structure,
+    overhead: cost.FileOverhead,
+    metric: str = "size_bytes",
+    overheads: Mapping[str, cost.FileOverhead] | None = None,
 ) -> Recipe:
-    """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest.
+    """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest, of every network.
 
-    The axes do not work against each other (fewer channels never make fewer bits dearer), so they are decided in turn.
+    The axes of a network do not work against each other (fewer channels never make fewer bits dearer), so they are decided
+    in turn. overheads: those of the students' files by name.
     """
 
-    def predicted(recipe: Recipe) -> float:
+    def predicted(recipe: Recipe, name: str) -> float:
         if metric == "macs":
             return cost.macs(structure, recipe)
-        return cost.size_bytes(structure, recipe, overhead)
+        return cost.size_bytes(structure, recipe, (overheads or {})[name] if name else overhead)
 
-    picks: dict[str, int] = {}
-    for axis in space.axes(structure):
-        if axis.kind == "recovery":
-            continue
-        costs = [predicted(space.recipe(structure, picks | {axis.name: i})) for i in range(len(axis.choices))]
-        picks[axis.name] = costs.index(min(costs))
-    recipe = space.recipe(structure, picks)
-    # Costs do not depend on recovery, and the preflight must not train.
-    return Recipe(tuple(s for s in recipe.steps if not isinstance(s, Recover)))
+    found: list[tuple[float, Recipe]] = []
+    for number, (name, _) in enumerate(space.networks(structure)):
+        picks = {"student": number}
+        for axis in space.axes(structure):
+            if axis.student == name:
+                each = [
+                    predicted(space.recipe(structure, picks | {axis.name: i}), name) for i in range(len(axis.choices))
+                ]
+                picks[axis.name] = each.index(min(each))
+        recipe = space.recipe(structure, picks)
+        # Costs do not depend on training, and the preflight must not train.
+        steps = [
+            replace(s, epochs=0.0) if isinstance(s, Student) else s for s in recipe.steps if not isinstance(s, Recover)
+        ]
+        found.append((predicted(recipe, name), Recipe(tuple(steps))))
+    return min(found, key=lambda entry: entry[0])[1]
 
 
 def preflight(
@@ -219,8 +246,10 @@ def preflight(
     structure = runner.structure
     axes = space.axes(structure)
     say("compressing every kind of layer once")
-    overhead = measure_overhead(runner, int(baseline.value("size_bytes")), axes)
-    smallest = smallest_recipe(space, structure, overhead)
+    own = {name: [axis for axis in axes if axis.student == name] for name, _ in space.networks(structure)}
+    overhead = measure_overhead(runner, int(baseline.value("size_bytes")), own.get("", ()))
+    overheads = {name: measure_overhead(runner, None, own[name], name) for name in own if name}
+    smallest = smallest_recipe(space, structure, overhead, overheads=overheads)
     problems, warnings = [], []
     try:
         measured = runner.run(smallest) if smallest.steps else baseline
@@ -233,7 +262,7 @@ def preflight(
         if limit.metric == "size_bytes" and limit.upper:
             reachable = min(measured.value("size_bytes"), baseline.value("size_bytes"))
         elif limit.metric == "macs" and limit.upper:
-            reachable = cost.macs(structure, smallest_recipe(space, structure, overhead, "macs"))
+            reachable = cost.macs(structure, smallest_recipe(space, structure, overhead, "macs", overheads))
         if reachable is not None and limit.excess(reachable, baseline.value(limit.metric)) > (
             TOLERANCE if limit.metric == "size_bytes" else 0
         ):
@@ -246,7 +275,7 @@ def preflight(
                             f"{show('latency_ms', limit.resolve(baseline.value('latency_ms')))}; another recipe may be faster, few are")  # fmt: skip
     if problems:
         raise ConfigError(problems, "budget")
-    return Preflight(structure, axes, baseline, overhead, smallest, measured, tuple(warnings))
+    return Preflight(structure, axes, baseline, overhead, smallest, measured, tuple(warnings), overheads)
 
 
 def _impossible(limit: Limit, reachable: float, baseline: Measurement) -> str:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, Diverged, OverBudget, Stopped, StudyError, TaskError, TrialError
 from ..objectives import cost
@@ -49,7 +49,7 @@ from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.target import DEFAULT, Target, as_target
 from ..runners.task import Task, check_criteria, dataset, scores
-from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
+from ..spaces.recipe import Ensemble, Recipe, Recover, Student, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from . import ensembles as together
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
@@ -57,7 +57,15 @@ from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
 from .front import Front
 from .journal import Journal, locked, undisturbed
-from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, preflight, within
+from .preflight import (
+    TOLERANCE,
+    Preflight,
+    check_metrics,
+    check_supported,
+    nonzero_shares,
+    preflight,
+    within,
+)
 from .racing import Rival, race
 from .rungs import PILOT, Ladder, Standing, ranked
 from .sampler import GENERATION, in_space, make_sampler
@@ -228,7 +236,7 @@ class Study:
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
-            "weights": digest(self.runner),
+            "weights": digest(self.runner.model),
             "data": {split: len(dataset(self.task, split)) for split in ("train", "validation")},  # type: ignore[arg-type]
             "space": plain(self.space),
             "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
@@ -236,10 +244,16 @@ class Study:
             "sampler": self.sampler_name,
             "rungs": self.rungs,
             "seed": self.seed,
+            **({"students": self._students()} if any(self.space.students) else {}),
             # Studies of ONNX Runtime say nothing of it, as before there were others.
             "measure": ({} if self.target.name == DEFAULT else {"target": self.target.spec}) | self.measure,
         }
         return json.loads(json.dumps(recipe))  # type: ignore[no-any-return]
+
+    def _students(self) -> dict[str, str]:
+        """By name the weights that the students of the space begin with."""
+        names = [student.factory for student in self.space.students if student]
+        return {name: digest(self.runner.students[name]) for name in names}
 
     def _open(self) -> None:
         """Load the task, measure or restore the baseline, read the journal, run the preflight of a new study."""
@@ -262,6 +276,7 @@ class Study:
                 raise StudyError(_changed(self.directory, changed, stored["snapshot"], snapshot))
             self.baseline = Measurement.from_dict(stored["baseline"])
             self.overhead = cost.FileOverhead(**stored["overhead"])
+            self.overheads = {name: cost.FileOverhead(**of) for name, of in stored.get("overheads", {}).items()}
             self.runner.use_baseline(self._packed_baseline(), self.baseline.value("latency_ms"))
             self.runner.way = Way(**stored["way"])
             self.guessed = stored["seconds"]
@@ -269,7 +284,7 @@ class Study:
         else:
             self.baseline, packed = self._measure_baseline()
             found = preflight(self.runner, self.space, self.budget, self.baseline, self.listener.phase)
-            self.overhead = found.overhead
+            self.overhead, self.overheads = found.overhead, dict(found.overheads)
             self.listener.checked(found, self)
             self._prepare(found, packed)
             write_atomic(self.directory / "baseline.safetensors", packed)
@@ -278,6 +293,7 @@ class Study:
                 "snapshot": snapshot,
                 "baseline": self.baseline.to_dict(),
                 "overhead": asdict(found.overhead),
+                "overheads": {name: asdict(overhead) for name, overhead in found.overheads.items()},
                 "way": asdict(self.runner.way),
                 "seconds": self.guessed,
                 "rungs": self.space.ladder,
@@ -287,6 +303,7 @@ class Study:
                 "config_file": str(self.config_file) if self.config_file else None,
             }
             write_atomic(about, json.dumps(record, indent=1))
+        self._teach()
         self._rebuild(self.journal.read(mend=True))
         self._apply_finalists()
         self._keep_files(self.front, interrupted=True)
@@ -313,6 +330,18 @@ class Study:
         pays = longest * self.guessed["epoch"] > _PAYS * self.guessed["trial"]
         if self.rungs or (self.rungs is None and self.sampler_name == "ehvi" and pays):
             self._use(self.space.as_ladder())
+
+    def _teach(self) -> None:
+        """Train the students that come untrained; what few bits round to zero is that of the trained ones.
+
+        They are trained once, before all trials, or those of a student would look many times as long as they are.
+        """
+        for student in filter(None, self.space.students):
+            name = student.factory
+            model = self.runner.network(Recipe((student,)), lambda phase, known: self.listener.phase(phase))
+            own = [axis for axis in self.axes if axis.student == name]
+            shares = nonzero_shares(model, self.runner.library, self.runner.structure.of(Recipe((student,))), own)
+            self.overheads[name] = replace(self.overheads[name], nonzero=shares)
 
     def _packed_baseline(self) -> bytes:
         path = self.directory / "baseline.safetensors"
@@ -493,8 +522,9 @@ class Study:
         structure = self.runner.structure
         if recipe.of(Ensemble):
             return {"macs": float(cost.macs(structure, recipe))}
+        student = next((step.factory for step in recipe.of(Student)), "")
         return {
-            "size_bytes": float(cost.size_bytes(structure, recipe, self.overhead)),
+            "size_bytes": float(cost.size_bytes(structure, recipe, self.overheads.get(student, self.overhead))),
             "macs": float(cost.macs(structure, recipe)),
         }
 
@@ -741,7 +771,7 @@ class Study:
 
     def _own_sampler(self) -> EHVISampler:
         """The default sampler, which is told what arithmetic knows."""
-        costs = cost.many(self.runner.structure, self.axes, self.overhead)
+        costs = cost.many(self.runner.structure, self.axes, self.overhead, self.overheads)
         exact = {position: o.metric for position, o in enumerate(self.objectives) if o.metric in KNOWN}
         limits = [limit for limit in self.budget.limits if limit.metric in KNOWN]
         base = self._baseline_values()
@@ -759,7 +789,12 @@ class Study:
         computed = self.target.milliseconds is not None
         noisy = [position for position, o in enumerate(self.objectives) if o.metric == "latency_ms" and not computed]
         ladder = "recovery" if self.space.ladder else None
-        sampler = EHVISampler(self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder)
+        # By axis of one network alone, at which choice of the network it has an effect.
+        places = {student.factory if student else "": n for n, student in enumerate(self.space.students)}
+        conditions = {axis.name: ("student", places[axis.student]) for axis in self.axes if axis.student in places}
+        sampler = EHVISampler(
+            self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder, conditions=conditions
+        )
         in_space(sampler, self.distributions)
         return sampler
 
@@ -913,6 +948,7 @@ class Study:
         packed = (*front.members, *front.least_violating(3), *(c for c in front.candidates if c.label))
         wanted = {f"{self.keys[c.number]}.safetensors" for c in packed} | {self.runner.scores_path(Recipe()).name}
         wanted |= {f"{self.keys[c.number]}.npy" for c in front.members}
+        wanted |= {self.runner.trained_path(Recipe((s,))).name for s in self.space.students if s and s.epochs}
         if self.ensembles:
             wanted |= {f"{self.keys[c.number]}.safetensors" for c in together.eligible(front)}
         for rung, standings in enumerate(self.ladder.rungs):
@@ -933,9 +969,14 @@ class Study:
             return {}
         choices: dict[str, Axis] = {axis.name: axis for axis in self.axes}
         found: dict[str, object] = {}
+        network = next((step.factory for step in candidate.recipe.of(Student)), "")
         for name, index in candidate.picks.items():
+            if choices[name].student not in (network, None):
+                continue
             value = choices[name].choices[index]
-            if choices[name].kind == "recovery":
+            if choices[name].kind == "student":
+                value = value.factory if value else "teacher"
+            elif choices[name].kind == "recovery":
                 value = (
                     "none"
                     if value is None
@@ -1056,10 +1097,10 @@ def _take_away(directory: Path) -> None:
             folder.rmdir()
 
 
-def digest(runner: LocalRunner) -> str:
-    """A hash of the network's weights: a resumed study must not mix two checkpoints."""
+def digest(model: nn.Module) -> str:
+    """A hash of a network's weights: a resumed study must not mix two checkpoints."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(runner.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -63,6 +63,7 @@ def zeros_of(choice: float | str) -> float:
 
 
 CRITERIA = ("magnitude", "taylor", "activation", "obs", "random")
+STUDENT = re.compile(r"[\w.-]+", re.ASCII)  # what a student may be called; "teacher" is the network itself
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
 
 
@@ -84,11 +85,20 @@ class Student:
     """A network in place of the teacher: without whole residual blocks, or another architecture.
 
     drop: the blocks that are left out, by module name; the others keep their weights. factory: the name of a network that the
-    task makes (`Task.students`); all other steps of the recipe, blocks to drop included, then refer to its layers.
+    task makes (`Task.students`); all other steps of the recipe, blocks to drop included, then refer to its layers. epochs: how
+    long it is trained before all other steps, taught by the original network as `Recover` does, 0 for one that comes trained;
+    learning_rate: the highest of this training.
     """
 
     drop: tuple[str, ...] = ()
     factory: str = later("")
+    epochs: float = later(0.0)
+    learning_rate: float = later(0.05)
+
+    @property
+    def training(self) -> Recover | None:
+        """The training before all other steps."""
+        return Recover("finetune", self.epochs, self.learning_rate) if self.epochs else None
 
 
 @dataclass(frozen=True)
@@ -243,6 +253,11 @@ def _check(step: Step) -> None:
     match step:
         case Student(drop, factory) if not drop and not factory:
             raise RecipeError("student: it leaves out no block and names no factory; leave the step out instead")
+        case Student(_, factory, epochs, rate) if epochs < 0 or rate <= 0 or (epochs and not factory):
+            raise RecipeError(
+                f"student {factory or '(the network itself)'}: epochs {epochs}, learning_rate {rate}; epochs >= 0, and only of a factory's "
+                "network, learning_rate > 0"
+            )
         case Ensemble(members) if not 2 <= len(members) <= 4:
             raise RecipeError(
                 f"ensemble: {len(members)} different network{'s' * (len(members) != 1)}; it averages 2 to 4"
@@ -435,7 +450,11 @@ class Recipe:
         if self.of(Ensemble):
             networks = [network.describe() for network in self.networks()]
             return f"{len(networks)} networks: {'; '.join(_short(text) for text in networks)}"
-        parts = [f"student {step.factory}" for step in self.of(Student) if step.factory]
+        parts = [
+            f"student {step.factory}" + (f" ({step.epochs:g} epochs)" if step.epochs else "")
+            for step in self.of(Student)
+            if step.factory
+        ]
         drop = [name for step in self.of(Student) for name in step.drop]
         if drop:
             parts.append(f"without {' '.join(drop)}")

@@ -6,6 +6,9 @@ them choices; the last rule that selects a layer wins; `share` makes one choice 
 integers. `Space.recipe` turns picks into the canonical `Recipe`: two picks that mean the same network give equal recipes.
 
 Width is not a step of its own: it narrows every dependency group, so it is written into the recipe as `Prune` steps.
+
+Where there are students to choose from, the choice of the network comes first, and every network has axes of its own, by
+the same rules; the axes of the others have no effect then. So the list of axes stays flat and static.
 """
 
 from __future__ import annotations
@@ -76,12 +79,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Axis:
-    """One decision: `choices[i]` for all `targets`."""
+    """One decision: `choices[i]` for all `targets`.
+
+    student: the network that it decides about, or has an effect with: "" for the original one, None for all.
+    """
 
     name: str
     kind: str
     targets: tuple[str, ...]
     choices: tuple[Any, ...]
+    student: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ class Space:
     how they are rounded, how their range is found (see `Sparsify` and `Quantize`). channels: shares of a dependency
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
-    `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate.
+    `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate. students: the
+    networks to begin with, `Student` with a factory, or None for the original one, which is the only one when empty.
     """
 
     weight_bits: tuple[Rule, ...] = ()
@@ -111,28 +119,55 @@ class Space:
     criterion: tuple[Rule, ...] = later(())
     rounding: tuple[Rule, ...] = later(())
     ranges: tuple[Rule, ...] = later(())
+    students: tuple[Student | None, ...] = later(())
+
+    def networks(self, structure: Structure) -> list[tuple[str, Structure]]:
+        """The networks that recipes may begin with, by name ("" is the original one), and their structures.
+
+        Raises `RecipeError` for a student that the task does not make.
+        """
+        names = [student.factory if student else "" for student in self.students or (None,)]
+        return [(name, structure.of(Recipe((Student(factory=name),))) if name else structure) for name in names]
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
         """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
         problems = self._problems()
+        axes = [Axis("student", "student", (), self.students, None)] if self.students else []
+        idle: list[dict[str, str]] = []
+        try:
+            networks = self.networks(structure)
+        except RecipeError as error:
+            raise ConfigError([*problems, f"students: {error}"], "space") from error
+        for name, network in networks:
+            idle.append({})
+            axes += [
+                replace(axis, name=f"{name}:{axis.name}" if name else axis.name, student=name)
+                for axis in self._axes(network, problems, idle[-1])
+            ]
+        # A pattern that fits one of the networks has its use.
+        problems += [problem for pattern, problem in idle[0].items() if all(pattern in found for found in idle[1:])]
+        axes.append(Axis("recovery", "recovery", (), self.recovery, None))
+        if problems:
+            raise ConfigError(problems, "space")
+        return tuple(axes)
+
+    def _axes(self, structure: Structure, problems: list[str], idle: dict[str, str]) -> list[Axis]:
+        """The decisions about one network. idle: is given what to say of patterns that select nothing."""
         layers = [layer.name for layer in structure.layers]
         groups = [group.name for group in structure.groups]
         axes = [Axis("width", "width", tuple(groups), self.width)] if groups else []
         depth = tuple(d for d in self.depth if d <= len(structure.blocks)) or (0,)
         axes.append(Axis("depth", "depth", structure.blocks, depth))
-        axes += _rule_axes("channels", self.channels, groups, structure, problems)
-        axes += _rule_axes("sparsity", self.sparsity, layers, structure, problems)
-        axes += _rule_axes("weight_bits", self.weight_bits, layers, structure, problems)
-        axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, problems)
-        axes += _rule_axes("cluster_bits", self.cluster_bits, layers, structure, problems)
-        axes += _rank_axes(_rule_axes("rank", self.rank, layers, structure, problems), structure)
+        axes += _rule_axes("channels", self.channels, groups, structure, idle)
+        axes += _rule_axes("sparsity", self.sparsity, layers, structure, idle)
+        axes += _rule_axes("weight_bits", self.weight_bits, layers, structure, idle)
+        axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, idle)
+        axes += _rule_axes("cluster_bits", self.cluster_bits, layers, structure, idle)
+        axes += _rank_axes(_rule_axes("rank", self.rank, layers, structure, idle), structure)
         for kind in METHODS:
-            axes += _rule_axes(kind, getattr(self, kind), layers, structure, problems)
+            axes += _rule_axes(kind, getattr(self, kind), layers, structure, idle)
         problems += _refusals(axes, structure)
-        axes.append(Axis("recovery", "recovery", (), self.recovery))
-        if problems:
-            raise ConfigError(problems, "space")
-        return tuple(axes)
+        return axes
 
     def _problems(self) -> list[str]:
         """What is wrong with the choices themselves, whatever the network."""
@@ -157,6 +192,10 @@ class Space:
                     f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}{own}"
                     for problem in problems
                 ]
+        if any(student is not None and (not student.factory or student.drop) for student in self.students):
+            found.append("students: a student is Student(factory=NAME); which blocks are left out is `depth`")
+        names = [student.factory if student else "the network itself" for student in self.students]
+        found += [f"students: {name} twice" for name in sorted({name for name in names if names.count(name) > 1})]
         if not self.recovery:
             found.append("recovery: no choice; choose from Recover(...) and None")
         for choice in self.recovery:
@@ -168,11 +207,17 @@ class Space:
 
     def recipe(self, structure: Structure, picks: Mapping[str, int]) -> Recipe:
         """The canonical recipe of the picked choices (by axis name; an axis that is not picked takes its first)."""
+        axes = self.axes(structure)
+        student = self.students[picks.get("student", 0)] if self.students else None
+        network = student.factory if student else ""
+        structure = structure.of(Recipe((student,))) if student else structure
         value: dict[tuple[str, str], Any] = {}
         single: dict[str, Any] = {}
-        for axis in self.axes(structure):
+        for axis in axes:
+            if axis.student not in (network, None):
+                continue
             chosen = axis.choices[picks.get(axis.name, 0)]
-            if axis.kind in ("width", "depth", "recovery"):
+            if axis.kind in ("student", "width", "depth", "recovery"):
                 single[axis.kind] = chosen
             else:
                 value.update({(axis.kind, target): chosen for target in axis.targets})
@@ -180,8 +225,8 @@ class Space:
         gradual = any(step.gradual for step in self.recoveries(single["recovery"]))
         growing = False  # whether gradual zeros have a layer to grow in
         drop = structure.blocks[: single["depth"]]
-        if drop:
-            steps.append(Student(tuple(sorted(drop))))
+        if drop or student:
+            steps.append(replace(student or Student(), drop=tuple(sorted(drop))))
         alive = [layer for layer in structure.layers if not inside(layer.name, drop)]
         made = {layer.output for layer in alive}
         for group in structure.groups:
@@ -237,7 +282,15 @@ class Space:
         return tuple(replace(step, gradual=step.gradual and growing and not n) for n, step in enumerate(found))
 
     def encode(self, structure: Structure, recipe: Recipe) -> dict[str, int] | None:
-        """Picks that give this recipe, or None when the space does not hold it."""
+        """Picks that give this recipe, or None when the space does not hold it.
+
+        Axes of another network than the recipe's are at their first choice.
+        """
+        student = next((replace(step, drop=()) for step in recipe.of(Student) if step.factory), None)
+        if student not in (self.students or (None,)):
+            return None
+        whole, name = structure, student.factory if student else ""
+        structure = whole.of(Recipe((student,))) if student else whole
         quantized = {step.layer: step for step in recipe.of(Quantize)}
         clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
         ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
@@ -248,7 +301,7 @@ class Space:
         recovery = next((choice for choice in self.recovery if self.recoveries(choice, growing) == steps), "another")
         # With zeros that grow neither criterion nor rounding has an effect there.
         grown = set(sparse) - set(clustered) if any(step.gradual for step in steps) else set()
-        axes = self.axes(structure)
+        axes = self.axes(whole)
         keep = {step.group: step.keep for step in recipe.of(Prune)}
         narrowed = shapes(structure, Recipe(tuple(recipe.of(Prune))))
         for width in self.width if structure.groups else (1.0,):
@@ -257,7 +310,11 @@ class Space:
                 drop = structure.blocks[:dropped]
                 targets = [t for t in axis.targets if not inside(t, drop)]
                 wanted: set[Any]
-                if axis.kind == "width":
+                if axis.student not in (name, None):
+                    wanted = set()
+                elif axis.kind == "student":
+                    wanted = {student}
+                elif axis.kind == "width":
                     wanted = {width}
                 elif axis.kind == "depth":
                     wanted = {dropped}
@@ -292,7 +349,7 @@ class Space:
                     break
                 picks[axis.name] = axis.choices.index(wanted.pop())
             else:
-                if self.recipe(structure, picks) == recipe:
+                if self.recipe(whole, picks) == recipe:
                     return picks
         return None
 
@@ -395,7 +452,7 @@ def _rank_axes(axes: Iterable[Axis], structure: Structure) -> list[Axis]:
 
 
 def _rule_axes(
-    kind: str, rules: Sequence[Rule], names: Sequence[str], structure: Structure, problems: list[str]
+    kind: str, rules: Sequence[Rule], names: Sequence[str], structure: Structure, idle: dict[str, str]
 ) -> list[Axis]:
     if not names:
         return []
@@ -405,9 +462,10 @@ def _rule_axes(
             selected = [name for name in names if matches(pattern, name, structure)]
             if not selected:
                 close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:5])
-                problems.append(f"{kind}.{number}.layers: pattern {pattern!r} selects no {'group' if kind == 'channels' else 'layer'}; "
-                                f"write a name, a glob such as 'layer1.*', first, last, or a kind ({', '.join(KINDS)}); "
-                                f"names here: {', '.join(close)}{', ...' if len(names) > len(close) else ''}")  # fmt: skip
+                where = f"{kind}.{number}.layers: pattern {pattern!r}"
+                idle[where] = (f"{where} selects no {'group' if kind == 'channels' else 'layer'}; "
+                               f"write a name, a glob such as 'layer1.*', first, last, or a kind ({', '.join(KINDS)}); "
+                               f"names here: {', '.join(close)}{', ...' if len(names) > len(close) else ''}")  # fmt: skip
             owner.update(dict.fromkeys(selected, number))
     axes: list[Axis] = []
     for number, rule in enumerate(rules):
@@ -461,7 +519,6 @@ def _untrained(structure: Structure) -> Recover:
 
 def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     """The trivial baselines that everybody would try first, so that the front shows what the search adds."""
-    layers = [layer.name for layer in structure.layers]
     int8 = any(8 in rule.choices for rule in space.activation_bits)
     untrained = _untrained(structure)
     # A narrowed network is worth nothing before training, and nobody would compare with it.
@@ -471,16 +528,24 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
         growing = any(isinstance(step, Sparsify) for step in steps)
         return Recipe((*steps, *space.recoveries(recovery, growing)) if steps else steps)
 
+    def uniform(network: Structure, bits: int) -> list[Step]:
+        return [Quantize(layer.name, bits, 8 if int8 and bits <= 8 else 32) for layer in network.layers]
+
     def narrow(share: float) -> list[Step]:
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)
         return [Prune(name, keep) for name, keep, channels in kept if keep < channels]
 
-    found = [("untouched", Recipe()), ("fp16", Recipe(tuple(Quantize(name, 16) for name in layers)))]
+    found = [("untouched", Recipe()), ("fp16", recipe(*uniform(structure, 16), recovery=None))]
     for bits in (8, 6, 4):
-        found.append((f"uniform {bits}-bit", recipe(*(Quantize(name, bits, 8 if int8 else 32) for name in layers))))
-    found.append(("uniform 50% sparse", recipe(*(Sparsify(name, 0.5) for name in layers))))
+        found.append((f"uniform {bits}-bit", recipe(*uniform(structure, bits))))
+    found.append(("uniform 50% sparse", recipe(*(Sparsify(layer.name, 0.5) for layer in structure.layers))))
     found.append(("uniform 25% pruning", recipe(*narrow(0.75), recovery=trained)))
     found.append(("width 0.5", recipe(*narrow(0.5), recovery=trained)))
+    for student in filter(None, space.students):
+        first = untrained if student.epochs else trained  # one that the task gives untrained is worth nothing before
+        network = structure.of(Recipe((student,)))
+        found.append((f"student {student.factory}", recipe(student, recovery=first)))
+        found.append((f"student {student.factory}, 8-bit", recipe(student, *uniform(network, 8), recovery=first)))
     unique: dict[Recipe, str] = {}
     for name, made in found:
         unique.setdefault(made, name)

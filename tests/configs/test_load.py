@@ -128,6 +128,7 @@ space:
   channels: 0.5
   width: [0]
   depth: [yes, -1]
+  students: [5, {name: s, epochs: -1}, a b]
   recovery: [bn, {finetune: {epochs: 0, lr: 1}}, 3]
 search: {sampler: tpee, trials: 0, time: 1:30, seed: 1.5}
 measure: {threads: many, batch: null, seconds: .nan, calibration_images: 8}
@@ -162,6 +163,9 @@ output: 3
         "space.width.0 = 0: must be greater than 0",
         "space.depth.0 = True: must be a number; YAML reads yes, no, on and off as true and false",
         "space.depth.1 = -1: must be greater than or equal to 0",
+        "space.students.0 = 5: must be teacher, the name of a student, or {name: small, epochs: 8}",
+        "space.students.1.epochs = -1: must be greater than or equal to 0",
+        "space.students.2: student 'a b': use letters, digits and -_. only, as in Task(students={...})",
         "space.recovery.0 = 'bn': choose from none, batchnorm, statistics, finetune",
         "space.recovery.1.finetune.epochs = 0: must be greater than 0",
         "space.recovery.1.finetune.lr = 1: unknown key; keys here: epochs, learning_rate, distill, temperature, "
@@ -179,7 +183,7 @@ output: 3
         "output = 3: must be a text; put it in quotes",
     ]:
         assert any(expected in entry for entry in found), f"{expected!r} is not among\n" + "\n".join(found)
-    assert len(found) == 39, "one problem each, and none twice"
+    assert len(found) == 42, "one problem each, and none twice"
 
 
 @pytest.mark.parametrize(

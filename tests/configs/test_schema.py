@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paretorch import ConfigError, Recover, Rule, Space
+from paretorch import ConfigError, Recover, Rule, Space, Student
 from paretorch.configs.load import config_dict, json_schema, parse
 from paretorch.configs.schema import Config, Data, parse_duration
 
@@ -71,6 +71,7 @@ def test_a_space_becomes_rules():
                 "channels": [{"layers": ["layer1.*", "last"], "choices": [0.25]}],
                 "width": [1, 0.5],
                 "depth": [0, 2],
+                "students": ["teacher", "small", {"name": "tiny", "epochs": 4}],
                 "recovery": [
                     None,
                     "batchnorm",
@@ -90,6 +91,7 @@ def test_a_space_becomes_rules():
         channels=(Rule((0.25,), ("layer1.*", "last")),),
         width=(1.0, 0.5),
         depth=(0, 2),
+        students=(None, Student(factory="small"), Student(factory="tiny", epochs=4)),
         recovery=(
             None,
             Recover("batchnorm"),

@@ -119,7 +119,7 @@ def test_a_student_that_the_task_does_not_make_is_refused(runner):
         (lambda: nn.Linear(7, 10), "does not run on the task's inputs"),
         (lambda: 3, "the function of its student 'bad' returned int"),
         (lambda: nowhere, "the function of its student 'bad' failed: NameError"),  # noqa: F821
-        (small(), "write a name and a function"),
+        (small(), r"write a name \(letters, .*\) and a function"),
     ],
 )
 def test_a_student_of_no_use_is_refused(factory, complaint, network, task_of, tmp_path):

@@ -306,3 +306,48 @@ def test_a_prior_is_worth_what_it_turns_out_to_be():
         model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
         errors.append(np.abs(model.predict(fresh)[0] - loss(fresh)).mean())
     assert errors[1] < 0.5 * errors[0]
+
+
+def two_networks(picks):
+    """`truth` for the first network; the second has three layers, costs a fifth and loses more."""
+    picks = np.asarray(picks)
+    error, cost = truth(picks[..., 1:6])
+    share = 1 - picks[..., 6:] / (LEVELS - 1)
+    small = 0.3 + 0.6 / (1 + np.exp(4 - 5 * (share**2).mean(-1)))
+    other = 0.02 + 0.04 * (picks[..., 6:] + 1).mean(-1)
+    second = picks[..., 0] == 1
+    return np.where(second, small, error), np.where(second, other, cost)
+
+
+def test_a_choice_of_networks_with_axes_of_their_own():
+    """Axes of the other network never make two recipes of one, and the front of both networks is found."""
+    space = {"network": IntDistribution(0, 1)} | SPACE | {f"other{i}": IntDistribution(0, LEVELS - 1) for i in range(3)}
+    conditions = {name: ("network", int(name.startswith("other"))) for name in space if name != "network"}
+    everything = [(0, *row, 0, 0, 0) for row in itertools.product(range(LEVELS), repeat=LAYERS)]
+    everything += [(1, 0, 0, 0, 0, 0, *row) for row in itertools.product(range(LEVELS), repeat=3)]
+    reference = (0.9, 1.0)
+    total = hypervolume(np.stack(two_networks(np.array(everything)), axis=1), reference)
+    means = []
+    for conditional in (True, False):
+        reached = []
+        for seed in range(3):
+            sampler = EHVISampler(
+                seed,
+                known=lambda p: ({1: two_networks(np.stack([p[name] for name in space], axis=1))[1]}, {}),
+                reference=reference,
+                conditions=conditions if conditional else None,
+            )
+            study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+            points, seen = [], set()
+            for _ in range(40):
+                trial = study.ask(space)
+                picks = tuple(trial.params[name] for name in space)
+                seen.add(tuple(p if conditions.get(n, ("", picks[0]))[1] == picks[0] else 0 for n, p in zip(space, picks, strict=True)))  # fmt: skip
+                points.append(tuple(map(float, two_networks(picks))))
+                study.tell(trial, points[-1])
+            if conditional:
+                assert len(seen) == 40, "two suggestions meant the same network"
+            reached.append(hypervolume(points, reference) / total)
+        means.append(np.mean(reached))
+    assert means[0] > 0.99
+    assert means[0] > means[1], "knowing which axes count should help"
