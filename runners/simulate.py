@@ -1,12 +1,13 @@
 """What an exported graph means, computed without the runtime that ships it: the other side of the parity check.
 
 Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
-floats), every layer computes on floats, nothing is fused. ONNX's own reference implementation does this node by node; the
-few operators that it takes minutes for are those of the torch target. ONNX Runtime fuses the same graph into integer kernels, and
-`agreement` says how often both come to the same answer.
+floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are (`integer`). What is
+left computes on floats, node by node, by ONNX's own reference implementation; the few operators that it takes minutes for are
+those of the torch target. ONNX Runtime optimizes the same graph in its own way, and `agreement` says how often both come to the
+same answer.
 
-Bit for bit they never will: sums are added in another order, and a number at the border of two steps falls to the other
-side. So answers are compared, and the size of the differences is told beside them.
+Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a number at the
+border of two steps falls to the other side. So answers are compared, and the size of the differences is told beside them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from onnx.reference.ops._op_list import MaxPool as ReferenceMaxPool
 from torch import Tensor
 
 from . import packing
+from .integer import OPS, fuse
 from .runtime import session
 from .torch_graph import OPERATORS, NotHere
 
@@ -109,7 +111,7 @@ class Simulation:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._evaluator = ReferenceEvaluator(model, new_ops=[Conv, MaxPool, Gemm, MatMul, MatMulNBits])
+        self._evaluator = ReferenceEvaluator(fuse(model), new_ops=[Conv, MaxPool, Gemm, MatMul, MatMulNBits, *OPS])
         self._input = model.graph.input[0].name
 
     @torch.no_grad()
