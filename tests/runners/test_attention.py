@@ -1,6 +1,7 @@
 """Attention with its projections as layers computes what torch's does, and is compressed like everything else."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils.data import TensorDataset
 
 from paretorch.runners import packing
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import session
+from paretorch.runners.onnx_export import operators, session
 from paretorch.runners.operators.attention import open_attention
+from paretorch.runners.simulate import agreement
+from paretorch.runners.target import as_target
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Quantize, Recipe
 
@@ -114,3 +117,24 @@ def test_the_file_of_an_encoder_is_smaller_and_the_same_network(tmp_path):
     assert len(small) < 0.36 * len(whole)
     quantized = session(packing.unpack(small)).run(None, {"input": x.numpy()})[0]
     assert (torch.from_numpy(quantized).argmax(1) == expected.argmax(1)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(("left_float", "products"), [("", 4), ("q_proj", 2), ("v_proj", 3), ("out_proj", 4)])
+def test_its_products_run_in_int8_where_the_target_is_faster_so(left_float, products, tmp_path):
+    """Two attentions of two products each; what is left float is in the first. Both products hang on queries and keys."""
+    torch.manual_seed(0)
+    model, x = Classifier().eval(), torch.randn(256, 6, 12)
+    data = TensorDataset(x, model(x).argmax(1))
+    task = Task("encoder", lambda: model, data, data)
+    there = replace(as_target("onnxruntime"), name="there", int8_products=True)
+    runner, here = LocalRunner(task, tmp_path, target=there), LocalRunner(task, tmp_path)
+    names = [layer.name for layer in runner.structure.layers if layer.name != f"body.layers.0.self_attn.{left_float}"]
+    recipe = Recipe(tuple(Quantize(name, 8, 8) for name in names))
+    packed = runner.build(recipe)
+    counts = [operators(packing.unpack(file)) for file in (packed, here.build(recipe))]
+    kinds = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+    assert [sum(count.get(kind, 0) for kind in kinds) for count in counts] == [len(names) + products, len(names)]
+    same, _, outputs = agreement(packed, [x])
+    assert same.agree >= 0.995
+    assert same.mean_difference < 1e-4
+    assert (outputs.argmax(1) == model(x).argmax(1)).float().mean() > 0.95
