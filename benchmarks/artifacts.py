@@ -2,8 +2,8 @@
 
     python benchmarks/artifacts.py [--networks resnet20 resnet18 ...] [--time 20] [--images 1000]
 
-Four networks, each as FP32, int8, mixed (4 and 8 bits in turns), 4-bit, and with half of the channels of every group (float, and
-int8), all exported and packed as a study does it, without training afterwards (BatchNorm statistics are re-estimated):
+Four networks, each as FP32, int8, mixed (4 and 8 bits in turns), 4-bit, and with half of the channels of every group (attention heads
+among them, which come alone, too), float and int8, all exported and packed as a study does it, without training afterwards (BatchNorm statistics are re-estimated):
 ResNet-20 on CIFAR-10 (the images are needed, see cifar10/task.py), torchvision's resnet18 and mobilenet_v2 at 224 pixels and a
 transformer encoder (4 layers of 256, 64 tokens), which are trained on scikit-learn's handwritten digits, enlarged, and
 kept in `.cache`.
@@ -144,6 +144,10 @@ def recipes(structure: Structure) -> Iterator[tuple[str, Recipe]]:
     yield "int8", made(*int8)
     yield "mixed 4/8", made(*(Quantize(n, 8 if n in ends or i % 2 else 4, 8) for i, n in enumerate(layers)))
     yield "4-bit", made(*(Quantize(name, 4, 8) for name in layers))
+    heads = [step for step in halved if structure.group(step.group).unit > 1]
+    if heads:
+        yield "50% heads", made(*heads)
+        yield "50% heads, int8", made(*heads, *int8)
     if halved:
         yield "50% channels", made(*halved)
         yield "50% channels, int8", made(*halved, *int8)
