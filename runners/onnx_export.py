@@ -412,7 +412,7 @@ class _Graph:
                     waiting += [] if number in layers else self.nodes[number].input
             return found & layers
 
-        products = (node for n, node in enumerate(self.nodes) if node.op_type == "MatMul" and n not in layers)
+        products = (n for n in self.nodes if n.op_type == "MatMul" and all(name in maker for name in n.input))
         return [node for node in products if (before := behind(node)) and before <= set(self.int8)]
 
     def _finish_layer(self, node: onnx.NodeProto, layer: _Int8Layer) -> None:
