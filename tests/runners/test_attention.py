@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.models import VisionTransformer
 
 from paretorch.errors import RecipeError
 from paretorch.objectives.cost import macs, size_bytes
 from paretorch.runners import packing
 from paretorch.runners.compress import compress
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import operators, session
+from paretorch.runners.onnx_export import export_float, operators, session
 from paretorch.runners.operators.attention import open_attention
 from paretorch.runners.simulate import agreement
 from paretorch.runners.target import as_target
@@ -202,6 +203,22 @@ def test_heads_are_gone_from_the_file_and_its_bytes_are_foretold(tmp_path):
         network = compress(copy.deepcopy(runner.model), Recipe(heads), runner.structure, x[:2])
         found = torch.from_numpy(session(packing.unpack(packed)).run(None, {"input": x[:7].numpy()})[0])
         torch.testing.assert_close(found, network(x[:7]), rtol=1e-3, atol=0.05 if len(recipe.steps) > 2 else 1e-4)
+
+
+def test_torchvisions_vit_loses_heads_and_hidden_channels():
+    torch.manual_seed(0)
+    vit = VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10).eval()
+    nn.init.normal_(vit.heads.head.weight)
+    model, x = open_attention(vit), torch.randn(8, 3, 32, 32)
+    structure = trace(model, x)
+    layers = [f"encoder.layers.encoder_layer_{n}" for n in range(2)]
+    assert [g.name for g in structure.groups] == [f"{name}.{part}" for name in layers for part in ("self_attention.q_proj", "mlp.0")]  # fmt: skip
+    recipe = Recipe(tuple(Prune(g.name, g.channels // 2) for g in structure.groups))
+    pruned = compress(copy.deepcopy(model), recipe, structure, x[:2])
+    assert [pruned.get_submodule(f"{name}.self_attention").num_heads for name in layers] == [2, 2]
+    assert sum(layer.macs for layer in trace(pruned, x).layers) == macs(structure, recipe)
+    found = session(export_float(pruned, x[:2])).run(None, {"input": x[:3].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), pruned(x[:3]), rtol=1e-3, atol=1e-4)
 
 
 def test_parts_of_heads_are_refused():
