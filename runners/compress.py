@@ -135,14 +135,21 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
         return
     structure = structure.of(recipe)
     layers = {layer.name: layer for layer in structure.layers}
-    groups = {group.name: group.channels for group in structure.groups}
+    groups = {group.name: group for group in structure.groups}
     dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
     problems = [f"block {name!r} cannot be left out here" for name in dropped if name not in structure.blocks]
     for step in recipe.of(Prune):
         if step.group not in groups:
             problems.append(f"no dependency group {step.group!r}")
-        elif step.keep > groups[step.group]:
-            problems.append(f"group {step.group!r} has {groups[step.group]} channels, {step.keep} cannot be kept")
+            continue
+        channels, unit = groups[step.group].channels, groups[step.group].unit
+        if step.keep > channels:
+            problems.append(f"group {step.group!r} has {channels} channels, {step.keep} cannot be kept")
+        elif step.keep % unit:
+            problems.append(
+                f"group {step.group!r} is {channels // unit} attention heads of {unit} channels, which go whole: "
+                f"keep a multiple of {unit}, not {step.keep}"
+            )
     for one in recipe.steps:
         if not isinstance(one, LowRank | Sparsify | Cluster | Quantize):
             continue

@@ -311,7 +311,8 @@ class LocalRunner:
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         report("exporting", {})
         factors |= fold_batchnorms(model, self.structure.of(recipe).folds)
-        graph = quantized_graph(model, self.example, frozen, factors, chunks(self.calibration[:256], 32))
+        ranges = chunks(self.calibration[:256], 32)
+        graph = quantized_graph(model, self.example, frozen, factors, ranges, self.target.int8_products)
         return packing.pack(graph)
 
     def _network(self, recipe: Recipe, report: Report, recovery: bool) -> onnx.ModelProto:

@@ -239,13 +239,16 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
             continue
         name = min(makers, key=order.__getitem__)
         channels = structure.layer(name).weight_shape[0]
-        round_to = 8 if channels >= 32 else 4 if channels >= 16 else 1
+        round_to = members.unit if members.attention else 8 if channels >= 32 else 4 if channels >= 16 else 1
         stranger = next((reader for reader, _ in members.readers if reader not in order), None)
         problem = members.problem or (stranger and f"{stranger} reads them and cannot be compressed")
         if problem:
             refused.append((f"channels of {name}", problem))
             continue
-        candidates.append(Group(name, channels, round_to))
+        if members.unit == channels > 1:
+            refused.append((f"channels of {name}", "they are the only head of their attention"))
+            continue
+        candidates.append(Group(name, channels, round_to, members.unit))
         made.update(dict.fromkeys(makers, name))
         for reader, count in members.readers:
             read.setdefault(reader, []).append((name, count))

@@ -43,11 +43,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be removed together, named by the first layer that makes them."""
+    """Channels that can only be removed together, named by the first layer that makes them.
+
+    round_to: what shares of them are rounded to. unit: how many go at once, the size of a head where they are an
+    attention's queries, keys and values.
+    """
 
     name: str
     channels: int
     round_to: int
+    unit: int = later(1)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """What `nn.MultiheadAttention` computes (Vaswani et al. 2017), with a linear layer for each projection.
 
-    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with: the channels of
-    queries, keys and values cannot be narrowed, because those of a query and of a key belong together head by head.
+    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with. Of queries, keys
+    and values whole heads can be removed (`prune.prune_channels`), and `num_heads` says how many there are.
     """
 
     # torch's encoder layers look here to find out whether their fused path, which reads weights, may be taken.

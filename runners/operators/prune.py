@@ -1,10 +1,13 @@
-"""Channels that can only go together, found and really removed by Torch-Pruning (Fang et al., CVPR 2023)."""
+"""Channels that can only go together, found and really removed by Torch-Pruning (Fang et al., CVPR 2023).
+
+The queries, keys and values of an attention are one group, and in it the channels of a head can only go together.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from ...errors import ExportFailed, RecipeError
+from .attention import Attention
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
@@ -19,12 +23,18 @@ _MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """A dependency group of a live network: who makes its channels, who reads how many of them."""
+    """A dependency group of a live network: who makes its channels, who reads how many of them, whose heads they are."""
 
     group: Any
     makers: tuple[str, ...]
     readers: tuple[tuple[str, int], ...]
     problem: str = ""
+    attention: Attention | None = None
+
+    @property
+    def unit(self) -> int:
+        """How many neighbouring channels go at once."""
+        return self.attention.head_dim if self.attention else 1
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
@@ -45,7 +55,21 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
     names = {module: name for name, module in model.named_modules()}
-    return [_members(group, names) for group in groups]
+    attentions = [module for module in names if isinstance(module, Attention)]
+    return [_with_heads(_members(group, names), names, attentions) for group in groups]
+
+
+def _with_heads(members: GroupMembers, names: Mapping[nn.Module, str], attentions: list[Attention]) -> GroupMembers:
+    """The same group; where it makes queries, keys or values it must be those of one attention, all three."""
+    for attention in attentions:
+        whole = {f"{names[attention]}.{part}".lstrip(".") for part in ("q_proj", "k_proj", "v_proj")}
+        if whole.isdisjoint(members.makers):
+            continue
+        if others := sorted(whole ^ set(members.makers)):
+            problem = f"the heads of {names[attention]} and the channels of {', '.join(others)} do not go together"
+            return replace(members, problem=members.problem or problem)
+        return replace(members, attention=attention)
+    return members
 
 
 def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
@@ -77,7 +101,7 @@ def importance(group: Any) -> Tensor:
 
 
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:
-    """Remove all but the `keep` most important channels of each named group, in place.
+    """Remove all but the `keep` most important channels of each named group, in place; of an attention whole heads.
 
     `group_of` says by layer which group makes its output, so that a group has one name whatever blocks were left out.
     Importance is taken from the weights before any channel is removed; of equal channels the later ones stay. Raises
@@ -85,16 +109,19 @@ def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[
     """
     if not keep:
         return
-    plans: dict[str, tuple[Any, list[int]]] = {}
+    plans: dict[str, tuple[GroupMembers, list[int]]] = {}
     for members in channel_groups(model, example):
         name = next((group_of[maker] for maker in members.makers if maker in group_of), None)
         if name is not None and name in keep and not members.problem:
-            scores = importance(members.group)
-            drop = len(scores) - keep[name]
-            plans[name] = (members.group, torch.argsort(scores, stable=True)[:drop].sort().values.tolist())
+            units = torch.arange(len(scores := importance(members.group))).view(-1, members.unit)
+            drop = (len(scores) - keep[name]) // members.unit
+            gone = torch.argsort(scores.view(-1, members.unit).sum(1), stable=True)[:drop].sort().values
+            plans[name] = (members, units[gone].flatten().tolist())
     if missing := sorted(set(keep) - set(plans)):
         raise RecipeError(f"the recipe does not fit this network: nothing makes the channels of {', '.join(missing)}")
-    for group, indices in plans.values():
+    for members, indices in plans.values():
         if indices:
             # The indices of a group that another one has shifted (a concatenation) are kept up to date by the library.
-            group.prune(indices)
+            members.group.prune(indices)
+            if members.attention:
+                members.attention.num_heads -= len(indices) // members.unit

@@ -1,18 +1,28 @@
 """Attention with its projections as layers computes what torch's does, and is compressed like everything else."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.models import VisionTransformer
 
+from paretorch.errors import RecipeError
+from paretorch.objectives.cost import macs, size_bytes
 from paretorch.runners import packing
+from paretorch.runners.compress import compress
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import session
+from paretorch.runners.onnx_export import export_float, operators, session
 from paretorch.runners.operators.attention import open_attention
+from paretorch.runners.simulate import agreement
+from paretorch.runners.target import as_target
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.runners.trace import trace
+from paretorch.search.preflight import measure_overhead
+from paretorch.spaces.recipe import Prune, Quantize, Recipe
+from paretorch.spaces.structure import shapes
 
 
 class Holder(nn.Module):
@@ -88,11 +98,11 @@ def test_what_it_cannot_replace_stays():
 
 
 class Classifier(nn.Module):
-    def __init__(self):
+    def __init__(self, width=48):
         super().__init__()
-        self.embed = nn.Linear(12, 48)
-        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 4, 96, 0.0, batch_first=True), 2)
-        self.head = nn.Linear(48, 5)
+        self.embed = nn.Linear(12, width)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True), 2)
+        self.head = nn.Linear(width, 5)
 
     def forward(self, x):
         return self.head(self.body(self.embed(x)).mean(1))
@@ -114,3 +124,127 @@ def test_the_file_of_an_encoder_is_smaller_and_the_same_network(tmp_path):
     assert len(small) < 0.36 * len(whole)
     quantized = session(packing.unpack(small)).run(None, {"input": x.numpy()})[0]
     assert (torch.from_numpy(quantized).argmax(1) == expected.argmax(1)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(("left_float", "products"), [("", 4), ("q_proj", 2), ("v_proj", 3), ("out_proj", 4)])
+def test_its_products_run_in_int8_where_the_target_is_faster_so(left_float, products, tmp_path):
+    """Two attentions of two products each; what is left float is in the first. Both products hang on queries and keys."""
+    torch.manual_seed(0)
+    model, x = Classifier().eval(), torch.randn(256, 6, 12)
+    data = TensorDataset(x, model(x).argmax(1))
+    task = Task("encoder", lambda: model, data, data)
+    there = replace(as_target("onnxruntime"), name="there", int8_products=True)
+    runner, here = LocalRunner(task, tmp_path, target=there), LocalRunner(task, tmp_path)
+    names = [layer.name for layer in runner.structure.layers if layer.name != f"body.layers.0.self_attn.{left_float}"]
+    recipe = Recipe(tuple(Quantize(name, 8, 8) for name in names))
+    packed = runner.build(recipe)
+    counts = [operators(packing.unpack(file)) for file in (packed, here.build(recipe))]
+    kinds = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+    assert [sum(count.get(kind, 0) for kind in kinds) for count in counts] == [len(names) + products, len(names)]
+    same, _, outputs = agreement(packed, [x])
+    assert same.agree >= 0.995
+    assert same.mean_difference < 1e-4
+    assert (outputs.argmax(1) == model(x).argmax(1)).float().mean() > 0.95
+
+
+class Pair(nn.Module):
+    """Attention of a sequence to itself, then to a part of it, whose keys and values are narrower; skips around both."""
+
+    def __init__(self, batch_first=True, bias=True):
+        super().__init__()
+        options = {"batch_first": batch_first, "bias": bias}
+        self.embed, self.norm, self.turned = nn.Linear(12, 24), nn.LayerNorm(24), not batch_first
+        self.alone = nn.MultiheadAttention(24, 4, **options)
+        self.beside = nn.MultiheadAttention(24, 3, kdim=12, vdim=12, **options)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turned else x
+        y = self.embed(x)
+        y = self.norm(y + self.alone(y, y, y, need_weights=False)[0])
+        y = y + self.beside(y, x, x, need_weights=False)[0]
+        return self.head(y.mean(0 if self.turned else 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"bias": False}], ids=str)
+def test_without_heads_it_is_what_it_was_with_nothing_in_their_place(options):
+    torch.manual_seed(0)
+    model, x = open_attention(Pair(**options).eval()), torch.randn(32, 7, 12)
+    structure = trace(model, x)
+    groups = {g.name: (g.channels, g.round_to, g.unit) for g in structure.groups if g.unit > 1}
+    assert groups == {"alone.q_proj": (24, 6, 6), "beside.q_proj": (24, 8, 8)}
+    recipe = Recipe((Prune("alone.q_proj", 12), Prune("beside.q_proj", 16)))
+    pruned = compress(copy.deepcopy(model), recipe, structure, x[:2])
+    assert (pruned.alone.num_heads, pruned.beside.num_heads) == (2, 2)
+    for attention, lost in ((model.alone, 2), (model.beside, 1)):
+        heads = attention.num_heads
+        rows = [p.weight.detach().square().sum(1) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        norms = sum([*rows, attention.out_proj.weight.detach().square().sum(0)]).view(heads, -1).sum(1)
+        gone = norms.argsort()[:lost]
+        attention.out_proj.weight.data.view(-1, heads, attention.head_dim)[:, gone] = 0
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-4, atol=1e-5)
+    again = trace(pruned, x)
+    assert {layer.name: layer.weight_shape for layer in again.layers} == shapes(structure, recipe)
+    assert sum(layer.macs for layer in again.layers) == macs(structure, recipe)
+
+
+def test_heads_are_gone_from_the_file_and_its_bytes_are_foretold(tmp_path):
+    torch.manual_seed(0)
+    model, x = Classifier(128).eval(), torch.randn(256, 6, 12)
+    data = TensorDataset(x, model(x).argmax(1))
+    runner = LocalRunner(Task("encoder", lambda: model, data, data), tmp_path)
+    overhead = measure_overhead(runner, len(runner.build(Recipe())))
+    heads = tuple(Prune(g.name, 2 * g.unit) for g in runner.structure.groups if g.unit > 1)
+    assert len(heads) == 2
+    quantized = tuple(Quantize(layer.name, 8, 8) for layer in runner.structure.layers)
+    for recipe in (Recipe(heads), Recipe((*heads, *quantized))):
+        packed = runner.build(recipe)
+        assert len(packed) == pytest.approx(size_bytes(runner.structure, recipe, overhead), rel=0.01)
+        network = compress(copy.deepcopy(runner.model), Recipe(heads), runner.structure, x[:2])
+        found = torch.from_numpy(session(packing.unpack(packed)).run(None, {"input": x[:7].numpy()})[0])
+        torch.testing.assert_close(found, network(x[:7]), rtol=1e-3, atol=0.05 if len(recipe.steps) > 2 else 1e-4)
+
+
+def test_torchvisions_vit_loses_heads_and_hidden_channels():
+    torch.manual_seed(0)
+    vit = VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10).eval()
+    nn.init.normal_(vit.heads.head.weight)
+    model, x = open_attention(vit), torch.randn(8, 3, 32, 32)
+    structure = trace(model, x)
+    layers = [f"encoder.layers.encoder_layer_{n}" for n in range(2)]
+    assert [g.name for g in structure.groups] == [f"{name}.{part}" for name in layers for part in ("self_attention.q_proj", "mlp.0")]  # fmt: skip
+    recipe = Recipe(tuple(Prune(g.name, g.channels // 2) for g in structure.groups))
+    pruned = compress(copy.deepcopy(model), recipe, structure, x[:2])
+    assert [pruned.get_submodule(f"{name}.self_attention").num_heads for name in layers] == [2, 2]
+    assert sum(layer.macs for layer in trace(pruned, x).layers) == macs(structure, recipe)
+    found = session(export_float(pruned, x[:2])).run(None, {"input": x[:3].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), pruned(x[:3]), rtol=1e-3, atol=1e-4)
+
+
+def test_parts_of_heads_are_refused():
+    model, x = open_attention(Pair().eval()), torch.randn(8, 7, 12)
+    with pytest.raises(RecipeError, match=r"'alone.q_proj' is 4 attention heads of 6 channels.*multiple of 6, not 9"):
+        compress(model, Recipe((Prune("alone.q_proj", 9),)), trace(model, x), x)
+
+
+class PerHead(nn.Module):
+    """A mask for each head, and beside it an attention of one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, 24), nn.Linear(24, 5)
+        self.many, self.one = (nn.MultiheadAttention(24, heads, batch_first=True) for heads in (4, 1))
+
+    def forward(self, x):
+        y = self.embed(x)
+        mask = torch.zeros(4 * len(x), x.shape[1], x.shape[1])
+        y = y + self.many(y, y, y, attn_mask=mask, need_weights=False)[0]
+        return self.head((y + self.one(y, y, y, need_weights=False)[0]).mean(1))
+
+
+def test_heads_that_cannot_go_are_refused_by_name():
+    structure = trace(open_attention(PerHead().eval()), torch.randn(8, 7, 12))
+    refused = dict(structure.refused)
+    assert not any("proj" in group.name for group in structure.groups)
+    assert "no longer runs without them" in refused["channels of many.q_proj"]
+    assert refused["channels of one.q_proj"] == "they are the only head of their attention"

@@ -123,7 +123,7 @@ def test_a_composition_works_or_is_refused(name, data, traced, task_of):
 
     # What it runs as: two nodes for a layer of low rank, and nothing that unpacks weights.
     kinds = operators(graph)
-    integer = {"QLinearConv", "QGemm", "QLinearMatMul"}
+    integer = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
     pairs = {step.layer for step in recipe.of(LowRank)}
     int8 = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8}
     assert sum(kinds.get(kind, 0) for kind in integer) == len(int8) + len(int8 & pairs)
