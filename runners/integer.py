@@ -39,6 +39,9 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with `DOMAIN` operators in the place of quantized ones; `OPS` carries them out."""
     graph = model.graph
     constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    for node in graph.node:  # weights of 4 and 2 bits, which ONNX Runtime widens when it loads them
+        if node.op_type == "Cast" and node.input[0] in constants and node.attribute[0].i == onnx.TensorProto.INT8:
+            constants[node.output[0]] = constants[node.input[0]].astype(np.int8)
     maker = {name: node for node in graph.node for name in node.output}
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:

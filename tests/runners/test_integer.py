@@ -168,12 +168,13 @@ def test_what_is_no_quantized_layer_stays_as_it_is(change):
     assert fuse(model).graph.node == model.graph.node
 
 
+@pytest.mark.parametrize("bits", [7, 4, 2])
 @pytest.mark.parametrize("name", ["residual", "mobile"])
-def test_a_quantized_network_is_simulated_to_the_last_bit(name, network, task_of, tmp_path):
+def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, network, task_of, tmp_path):
     """All but the last layer, which writes floats: sums of 64 of them may come out in another order."""
     model, x = network(name)
     runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
-    steps = [Quantize(layer.name, 7, 8) for layer in runner.structure.layers]
+    steps = [Quantize(layer.name, bits, 8) for layer in runner.structure.layers]
     groups = [Prune(g.name, g.channels // 2) for g in runner.structure.groups[:1]]
     graph = packing.unpack(runner.build(Recipe((*steps, *groups, Recover("batchnorm")))))
     assert {"Conv", "Add"} & {node.op_type.removeprefix("Integer") for node in fuse(graph).graph.node if node.domain == DOMAIN}  # fmt: skip
