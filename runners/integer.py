@@ -191,9 +191,8 @@ class IntegerAdd(OpRun):  # type: ignore[misc]
 
     def _run(self, a, sa, za, b, sb, zb, ys, yz, low=None, high=None):  # type: ignore[no-untyped-def]
         first, second = np.float32(sa) / np.float32(ys), np.float32(sb) / np.float32(ys)
-        rest = np.float32(float(yz)) - (first * np.float32(float(za)) + second * np.float32(float(zb)))
-        inner = (b.astype(np.float64) * float(second) + float(rest)).astype(np.float32)
-        whole = (a.astype(np.float64) * float(first) + inner).astype(np.float32)
+        zeros = _fused(np.float64(za), first, second * np.float32(float(zb)))
+        whole = _fused(a, first, _fused(b, second, np.float32(float(yz)) - zeros))
         return (_back(torch.from_numpy(whole), np.zeros_like(yz), low, high),)
 
 
@@ -207,6 +206,11 @@ class IntegerGlobalAveragePool(OpRun):  # type: ignore[misc]
         total = torch.from_numpy((x.astype(np.int64) - int(xz)).sum(axes, keepdims=True))
         count = x[0, 0].size
         return (_back(total.float() * float(np.float32(xs) / (np.float32(ys) * np.float32(count))), yz, low, high),)
+
+
+def _fused(x: Any, factor: np.float32, rest: Any) -> Any:
+    """`x * factor + rest`, rounded once, to float32."""
+    return (np.asarray(x, np.float64) * np.float64(factor) + rest).astype(np.float32)
 
 
 OPS = [IntegerConv, IntegerGemm, IntegerMatMul, IntegerAdd, IntegerGlobalAveragePool]
