@@ -105,8 +105,8 @@ def main() -> None:
     ways = {way: settings for way, settings in WAYS.items() if way == PLAIN or way in options.ways}
     # By candidate and way: accuracy and seconds of each seed.
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    with TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        with TemporaryDirectory() as folder:  # one for each: a training that is kept goes on, whatever the seed
             runner = LocalRunner(task, Path(folder), seed=seed, library=LayerLibrary())
             untouched = _accuracy(runner, runner.build(Recipe()))
             chosen = {k: v for k, v in candidates(runner.structure).items() if options.candidate in (None, k)}
