@@ -2,7 +2,7 @@
 
     python benchmarks/conformance.py [NETWORK ...] [--pairs]       # some minutes a network with --pairs
 
-Torchvision's classification networks, with random weights and small images. For every operator, and with `--pairs` for
+Torchvision's classification networks, with random weights and small images (of the largest a smaller one of the same blocks). For every operator, and with `--pairs` for
 every two of them together, a recipe that uses it on as many layers, groups or blocks as the trace of the network offers
 is carried out: compressed, exported, packed, unpacked, checked by ONNX's checker, and run in ONNX Runtime with batches of 1 and 3.
 
@@ -30,6 +30,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torchvision.models.convnext import CNBlockConfig
 
 from paretorch import Quantize, Recipe, Task
 from paretorch.errors import ParetorchError, RecipeError
@@ -46,7 +47,7 @@ NETWORKS = {
     "squeezenet1_1": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 48,
     "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mnasnet0_5": 32, "shufflenet_v2_x0_5": 32, "efficientnet_b0": 32,
     "regnet_y_400mf": 32, "convnext_tiny": 32, "vit_b_16": 32, "swin_t": 32, "alexnet": 224,
-    "vgg11_bn": 224,
+    "vgg11": 224, "vgg11_bn": 224,
 }  # fmt: skip
 Operator = Callable[[Structure], Sequence[Step]]
 
@@ -82,18 +83,47 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+def _vit(size: int) -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=size, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=10
+    )
+
+
+def _convnext() -> nn.Module:
+    widths = (32, 64, 128)
+    stages = [CNBlockConfig(width, after, 2) for width, after in zip(widths, (*widths[1:], None), strict=True)]
+    return torchvision.models.ConvNeXt(stages, num_classes=10)
+
+
+def _swin() -> nn.Module:
+    return torchvision.models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10)
+
+
+def _narrow_classifier(name: str) -> nn.Module:
+    """Nine tenths of the weights are in one layer of 4,096 outputs, which takes minutes and shows nothing."""
+    model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    linear = [i for i, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
+    for i, outputs in zip(linear, (128, 128, 10), strict=True):
+        model.classifier[i] = nn.Linear(model.classifier[i].in_features if i == linear[0] else 128, outputs)
+    return model
+
+
 def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
-    """Random weights, BatchNorm statistics of its own, and 24 random images."""
+    """Random weights, BatchNorm statistics of its own, and 24 random images (8 large ones)."""
     torch.manual_seed(0)
-    more = {"image_size": size, "patch_size": 8} if name == "vit_b_16" else {}
-    more |= {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    if name == "vit_b_16":
-        model: nn.Module = torchvision.models.VisionTransformer(
-            num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=10, **more
-        )
-    else:
-        model = torchvision.models.get_model(name, weights=None, num_classes=10, **more)
-    x = torch.randn(24, 3, size, size)
+    more = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    match name:
+        case "vit_b_16":
+            model = _vit(size)
+        case "convnext_tiny":
+            model = _convnext()
+        case "swin_t":
+            model = _swin()
+        case "alexnet" | "vgg11" | "vgg11_bn":
+            model = _narrow_classifier(name)
+        case _:
+            model = torchvision.models.get_model(name, weights=None, num_classes=10, **more)
+    x = torch.randn(24 if size < 200 else 8, 3, size, size)
     model.train()
     with torch.no_grad():
         for _ in range(3):

@@ -2,6 +2,7 @@
 
     python benchmarks/distillation.py [--seeds 10] [--epochs 3]       # digits, some minutes
     python benchmarks/distillation.py --cifar --seeds 3 --epochs 1    # ResNet-20 on CIFAR-10, hours
+    python benchmarks/distillation.py --cifar --seeds 3 --epochs 1 --candidate "2 bit" --ways "answers, T 2" features
     python benchmarks/distillation.py --speed                          # processor time of a step, half a minute
 
 Two compressed networks are trained in every way of `WAYS`, with the same seeds. Accuracy is that of the exported file in
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
     parser.add_argument("--cifar", action="store_true", help="ResNet-20 on CIFAR-10 instead of digits")
+    parser.add_argument("--candidate", help="one of them alone, such as '2 bit'")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}; plain is always one")  # fmt: skip
     parser.add_argument("--speed", action="store_true", help="the processor time of a step instead")
     options = parser.parse_args()
     if options.speed:
@@ -99,24 +102,35 @@ def main() -> None:
         task: Task = cifar()
     else:
         task = digits.task()
+    ways = {way: settings for way, settings in WAYS.items() if way == PLAIN or way in options.ways}
     # By candidate and way: accuracy and seconds of each seed.
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    with TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        with TemporaryDirectory() as folder:  # one for each: a training that is kept goes on, whatever the seed
             runner = LocalRunner(task, Path(folder), seed=seed, library=LayerLibrary())
             untouched = _accuracy(runner, runner.build(Recipe()))
-            for name, steps in candidates(runner.structure).items():
-                for way, settings in WAYS.items():
+            chosen = {k: v for k, v in candidates(runner.structure).items() if options.candidate in (None, k)}
+            if not chosen:
+                parser.error(
+                    f"--candidate {options.candidate!r}: choose from {', '.join(candidates(runner.structure))}"
+                )
+            for name, steps in chosen.items():
+                for way, settings in ways.items():
                     recipe = Recipe((*steps, Recover("finetune", options.epochs, options.rate, **settings)))
                     begin = time.perf_counter()
                     data = runner.build(recipe)
                     seconds = time.perf_counter() - begin
                     found.setdefault((name, way), []).append((_accuracy(runner, data), seconds))
+                    if options.cifar:
+                        print(
+                            f"  seed {seed}  {name}, {way}: {100 * found[name, way][-1][0]:.2f}%, {seconds:.0f} s",
+                            flush=True,
+                        )
     print(f"{task.name}: {options.epochs:g} epochs, {options.seeds} seeds; untouched {100 * untouched:.2f}%")
-    for name in candidates(runner.structure):
+    for name in chosen:
         print(f"\n{name:<24} accuracy   gain (points)    seconds")
         plain = np.array(found[name, PLAIN])[:, 0]
-        for way in WAYS:
+        for way in ways:
             accuracy, seconds = np.array(found[name, way]).T
             gains = 100 * (accuracy - plain)
             half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))

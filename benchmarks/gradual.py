@@ -32,8 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     task = digits.task()
     found: dict[tuple[float, bool], list[float]] = {}
-    with TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        with TemporaryDirectory() as folder:  # one for each: a training that is kept goes on, whatever the seed
             runner = LocalRunner(task, Path(folder), seed=seed)
             untouched = _accuracy(runner, runner.build(Recipe()))
             for share in SHARES:

@@ -1,11 +1,13 @@
-"""What is lost by compression without training, and how much of it is won back: ResNet-20 on CIFAR-10.
+"""What is lost by compression, and how much of it is won back: ResNet-20 on CIFAR-10.
 
-    python benchmarks/recovery.py                     # all of it, 3 seeds
+    python benchmarks/recovery.py                     # rounding and sparsity, without training, 3 seeds
     python benchmarks/recovery.py rounding --seeds 1 --only W3A8
+    python benchmarks/recovery.py channels            # fewer channels, fine-tuned: minutes a seed
 
 Every number is that of the exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the same
 images. A seed draws the calibration images (512 training crops), and with them Hessians, gradients, activation ranges and
-BatchNorm statistics; intervals are 95% over images, of the mean over seeds. Images: see `benchmarks/cifar10/task.py`.
+BatchNorm statistics, and in training the order and the crops of the images; intervals are 95% over images, of the mean over
+seeds. Images: see `benchmarks/cifar10/task.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cifar10"))
 from task import task as cifar10
 
+from paretorch.objectives.cost import macs
+from paretorch.runners.apply import read_recipe
 from paretorch.runners.local import LocalRunner
-from paretorch.spaces.recipe import CRITERIA, Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import CRITERIA, Prune, Quantize, Recipe, Recover, Sparsify
 from paretorch.spaces.structure import Structure
 
 ROUNDINGS = (("nearest", "minmax"), ("nearest", "mse"), ("nearest", "percentile"), ("nearest", "entropy"), ("gptq", "mse"), ("adaround", "mse"))  # fmt: skip
 BATCHNORM = Recover("batchnorm")
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
 
 def rounding(structure: Structure) -> Iterator[tuple[str, str, Recipe]]:
@@ -54,9 +59,22 @@ def sparsity(structure: Structure) -> Iterator[tuple[str, str, Recipe]]:
             yield criterion, pattern, Recipe((*steps, BATCHNORM))
 
 
+def channels(structure: Structure) -> Iterator[tuple[str, str, Recipe]]:
+    """The recipe that is kept for `paretorch apply`, and what its channels cost before it trains."""
+    recipe, _ = read_recipe(RECIPES / "cifar10_channels.yaml")
+    narrow = tuple(recipe.of(Prune))
+    fewer = f"{macs(structure, Recipe()) / macs(structure, recipe):.2f}x fewer MACs"
+    yield "BatchNorm", fewer, Recipe((*narrow, BATCHNORM))
+    (trained,) = recipe.of(Recover)
+    yield f"{trained.epochs:g} epochs", fewer, recipe
+
+
+PARTS = {"rounding": rounding, "sparsity": sparsity, "channels": channels}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["rounding", "sparsity"], help="rounding, sparsity")
+    parser.add_argument("parts", nargs="*", default=["rounding", "sparsity"], help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of the name of a row or a column")
     arguments = parser.parse_args()
@@ -74,7 +92,7 @@ def main() -> None:
             if not seed:
                 print(f"untouched: {100 * base.mean():.2f}%, {len(base_file)} bytes", flush=True)
             for part in arguments.parts:
-                for row, column, recipe in {"rounding": rounding, "sparsity": sparsity}[part](runner.structure):
+                for row, column, recipe in PARTS[part](runner.structure):
                     if arguments.only not in f"{row} {column}":
                         continue
                     begin = time.perf_counter()

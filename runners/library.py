@@ -22,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -38,12 +39,12 @@ from ..spaces.space import LARGEST_HESSIAN
 from .operators.adaround import adaround
 from .operators.gptq import gptq
 from .operators.lowrank import basis
-from .operators.obs import obs
+from .operators.obs import obs, order, sweepable
 from .operators.quantize import weight_scales
 from .operators.sparsify import activation_scores, input_norms, mask_of, random_scores
 from .task import Criterion
 
-VERSION = 1  # of what `shaped` computes; raised when a scale or a mask comes out otherwise
+VERSION = 2  # of what `shaped` computes; raised when a scale or a mask comes out otherwise
 _BLOCK = 4096  # bytes: what a disk takes for a file at least
 _STALE = 3600  # seconds after which a file that was never moved into its place belongs to nobody
 _Entry = dict[str, Tensor]
@@ -103,10 +104,17 @@ class Shaped(NamedTuple):
     weight: Tensor | None
 
 
-def shaped(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None) -> Shaped:
+def shaped(
+    weight: Tensor,
+    bits: int,
+    ratio: float,
+    method: Method = PLAIN,
+    evidence: Evidence | None = None,
+    sweep: Callable[[Tensor, Tensor, str], Tensor] = order,
+) -> Shaped:
     """A layer at a level: zeros first, because the scale must not see what is zeroed, then the rounding.
 
-    evidence: what `method.needs` asks for; raises `ValueError` without it.
+    evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order` gives.
 
         >>> mask, scale, _ = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
         >>> mask.tolist(), scale.shape
@@ -119,7 +127,9 @@ def shaped(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evid
         )
     mask, scale, adjusted = None, None, None
     if ratio and method.criterion == "obs":
-        mask, adjusted = obs(weight, evidence.hessian(), ratio, method.pattern)  # type: ignore[union-attr]
+        hessian = evidence.hessian()  # type: ignore[union-attr]
+        places = sweep(weight, hessian, method.pattern) if sweepable(weight) else None
+        mask, adjusted = obs(weight, hessian, ratio, method.pattern, places)
     elif ratio:
         mask = mask_of(_scores(weight, method, evidence), ratio, method.pattern)
     current = weight if adjusted is None else adjusted
@@ -230,7 +240,7 @@ class LayerLibrary:
                 wanted["weight"] = (plain.dtype, tuple(plain.shape))
             entry = self.find(key, wanted)
             if entry is None:
-                entry = _entry(shaped(plain, bits, ratio, method, evidence))
+                entry = _entry(shaped(plain, bits, ratio, method, evidence, partial(self._order, evidence)))
                 self.put(key, entry)
             self._remember(key, entry)
         mask = scale = adjusted = None
@@ -242,6 +252,16 @@ class LayerLibrary:
         if method.adjusts:
             adjusted = entry["weight"].to(weight.device, copy=True)
         return Shaped(mask, scale, adjusted)
+
+    def _order(self, evidence: Evidence | None, weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+        """What `operators.obs.order` gives: one sweep for all levels of a layer."""
+        key = f"{_key(weight, 32, 0.0, Method('obs', pattern), evidence)}-order"
+        entry = self._recall(key) or self.find(key, {"order": (torch.float32, tuple(weight.shape))})
+        if entry is None:
+            entry = {"order": order(weight, hessian, pattern)}
+            self.put(key, entry)
+        self._remember(key, entry)
+        return entry["order"]
 
     def basis(self, weight: Tensor) -> Tensor:
         """What `operators.lowrank.basis` gives, kept in memory only: it is as large as the weight."""

@@ -13,17 +13,22 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from ...errors import ExportFailed, RecipeError
 from .attention import Attention
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_MOST = 1 << 18  # indices of a group; VGG's 512 channels are 25,088 inputs of its first linear layer
 _MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
 
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """A dependency group of a live network: who makes its channels, who reads how many of them, whose heads they are."""
+    """A dependency group of a live network: who makes its channels, who reads how many of them, whose heads they are.
+
+    Without `group` it has a problem.
+    """
 
     group: Any
     makers: tuple[str, ...]
@@ -46,7 +51,9 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # parameters outside layers: `_members` refuses what depends on them
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-            groups = list(graph.get_all_groups(root_module_types=list(_LAYERS)))
+            index_mapping.update_index_mapping(graph)
+            lost = [m for m in graph.module2node if isinstance(m, _LAYERS) and _outgrows(graph, m)]
+            groups = list(graph.get_all_groups(lost, root_module_types=list(_LAYERS)))
     except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
         raise ExportFailed(
             f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}"
@@ -55,8 +62,34 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
     names = {module: name for name, module in model.named_modules()}
+    unread = [GroupMembers(None, (names[m],), (), "they cannot be followed through the reshapes behind it") for m in lost if m in names]  # fmt: skip
     attentions = [module for module in names if isinstance(module, Attention)]
-    return [_with_heads(_members(group, names), names, attentions) for group in groups]
+    return [*(_with_heads(_members(group, names), names, attentions) for group in groups), *unread]
+
+
+def _outgrows(graph: tp.DependencyGraph, module: nn.Module) -> bool:
+    """Whether a layer's channels become ever more on their way through reshapes that Torch-Pruning takes for another thing.
+
+    It would list them all, without an end where they come round again (the shifted windows of Swin). Here they are only counted.
+    """
+    pruner = graph.get_pruner_of_module(module)
+    waiting = [(graph.module2node[module], pruner.prune_out_channels, pruner.get_out_channels(module))]
+    seen = set(waiting)
+    while waiting:
+        node, change, count = waiting.pop()
+        for dependency in node.dependencies:
+            if not dependency.is_triggered_by(change):
+                continue
+            found = count
+            for mapping in dependency.index_mapping:
+                if isinstance(mapping, index_mapping._FlattenIndexMapping):
+                    found = -(-found // mapping._stride) if mapping.reverse else found * mapping._stride
+            if found > _MOST:
+                return True
+            if (here := (dependency.target, dependency.handler, found)) not in seen:
+                seen.add(here)
+                waiting.append(here)
+    return False
 
 
 def _with_heads(members: GroupMembers, names: Mapping[nn.Module, str], attentions: list[Attention]) -> GroupMembers:

@@ -5,14 +5,16 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from paretorch.runners import library as module
-from paretorch.runners.library import LayerLibrary, default_folder, shaped
+from paretorch.runners.library import Evidence, LayerLibrary, Method, default_folder, shaped
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.operators.obs import order
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
 
 LEVELS = [(bits, ratio) for bits in (2, 3, 8, 16, 32) for ratio in (0.0, 0.3)]
@@ -74,6 +76,28 @@ def test_each_level_is_compressed_once_for_all_libraries(tmp_path, counted):
     assert len(counted) == 9, "another weight, and the same bytes in another shape, are other layers"
 
 
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_one_sweep_serves_all_levels(tmp_path, monkeypatch, limit):
+    """On disk, or in memory where there is none; of another pattern, weight or Hessian it is another sweep."""
+    sweeps = []
+    monkeypatch.setattr(module, "order", lambda *about: sweeps.append(about) or order(*about))
+    weight, x = weights(shape=(6, 8)), torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
+    evidence = Evidence("inputs", 0, lambda: (x @ x.T)[None], lambda: pytest.fail("nobody asked"))
+    library = LayerLibrary(tmp_path, limit=limit)
+    for bits in (4, 32):
+        for ratio in (0.3, 0.5, 0.9):
+            found = library.shaped(weight, bits, ratio, Method("obs"), evidence)
+            same(found, shaped(weight, bits, ratio, Method("obs"), evidence))
+    assert len(sweeps) == 1
+    LayerLibrary(tmp_path, limit=limit).shaped(weight, 8, 0.5, Method("obs"), evidence)
+    assert len(sweeps) == (1 if limit else 2)
+    before = len(sweeps)
+    library.shaped(weight, 32, 0.5, Method("obs", "2:4"), evidence)
+    library.shaped(weight + 1, 32, 0.5, Method("obs"), evidence)
+    library.shaped(weight, 32, 0.5, Method("obs"), replace(evidence, key="other inputs"))
+    assert len(sweeps) == before + 3
+
+
 def test_what_is_given_away_is_never_given_again(tmp_path):
     library, weight = LayerLibrary(tmp_path), weights()
     mask, scale, _ = library.shaped(weight, 4, 0.5)
@@ -94,7 +118,7 @@ def test_who_changes_the_algorithm_must_raise_the_version():
     mask, scale, _ = shaped(weight, 3, 0.25)
     assert mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
     torch.testing.assert_close(scale, torch.tensor([2.4177778, 64 / 3]), rtol=1e-6, atol=0)
-    assert module.VERSION == 1
+    assert module.VERSION == 2
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "noise", "bit", "foreign", "other", "pickle", "folder"])

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from paretorch.runners.operators import obs as module
 from paretorch.runners.operators.adaround import adaround
 from paretorch.runners.operators.gptq import gptq
 from paretorch.runners.operators.hessian import damped, gram, groups_of, inverse_factor, output_error, patches, rows
-from paretorch.runners.operators.obs import obs, refit
+from paretorch.runners.operators.obs import obs, order, refit
 from paretorch.runners.operators.quantize import codes, largest, weight_scales
 from paretorch.runners.operators.sparsify import activation_scores, magnitude_mask, mask_of
 
@@ -172,10 +173,74 @@ def test_refit_is_least_squares(seed, ratio):
     torch.testing.assert_close(found.double(), least_squares(weight, mask, hessian), rtol=1e-3, atol=1e-4)
 
 
+def surgeon(weight, hessian, pattern):
+    """Exact OBS, row by row, with a new inverse at each zero, in NumPy: the inputs in their order, and what each costs."""
+    full, channels = damped(hessian)[0].numpy(), weight.shape[1]
+    positions = weight[0, 0].numel()
+    keep, of = map(int, pattern.split(":")) if pattern else (0, channels)
+    for row in weight.flatten(1).double().numpy():
+        left, w, costs = list(range(len(row))), row.copy(), {}
+        while True:
+            inverse = np.linalg.inv(full[np.ix_(left, left)])
+            price = w[left] ** 2 / inverse.diagonal()
+            for i, j in enumerate(left):
+                channel, position = divmod(j, positions)
+                block = range(channel // of * of, min(channels, channel // of * of + of))
+                gone = sum(c * positions + position in costs for c in block)
+                if pattern and gone == len(block) - -(-len(block) * keep // of):
+                    price[i] = np.inf
+            if not np.isfinite(price).any():
+                break
+            i = int(price.argmin())
+            costs[left[i]] = price[i]
+            w[left] -= w[left[i]] * inverse[i] / inverse[i, i]
+            left = left[:i] + left[i + 1 :]
+            if not left:
+                break
+        yield list(costs), list(costs.values())
+
+
+@pytest.mark.parametrize("pattern", ["", "2:4"])
+@pytest.mark.parametrize("shape", [(6, 40), (3, 10, 2, 2)])
+def test_the_order_is_that_of_exact_obs(pattern, shape, monkeypatch):
+    """More inputs than are taken out of the inverse at once, and more rows than fit into memory at once."""
+    monkeypatch.setattr(module, "_INVERSES", 2 * 40**2)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = correlated(40)
+    hessian = (x @ x.T)[None]
+    places, expected = order(weight, hessian, pattern).flatten(1), []
+    for row, (inputs, costs) in zip(places, surgeon(weight, hessian, pattern), strict=True):
+        assert row.argsort()[: len(inputs)].tolist() == inputs
+        expected += zip(row[inputs].tolist(), np.maximum.accumulate(costs).tolist(), strict=True)
+    assert [place for place, _ in sorted(expected)] == list(range(len(expected))), "what stays comes last"
+    merged = [cost for _, cost in sorted(expected)]
+    assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(merged)), "rows take turns by what a zero costs"
+
+
+def test_the_groups_of_a_convolution_are_swept_by_their_own_hessians():
+    weight, hessian = case(4, 9, groups=3)
+    found = order(weight.view(12, 9), hessian).view(3, 4, 9).argsort(-1)
+    for group in range(3):
+        alone = order(weight.view(3, 4, 9)[group], hessian[group : group + 1])
+        assert torch.equal(found[group], alone.argsort(-1))
+
+
+def both_ways(weight, hessian, ratio, pattern=""):
+    """OBS by a sweep, and as for a layer that is too large for one."""
+    return obs(weight, hessian, ratio, pattern, order(weight, hessian, pattern)), obs(weight, hessian, ratio, pattern)
+
+
+def test_a_sweep_leaves_less_error_than_one_pass():
+    for ratio in (0.3, 0.5, 0.7, 0.9):
+        weight, hessian = case(16, 72)
+        swept, passed = (float(error(found, weight, hessian).sum()) for _, found in both_ways(weight, hessian, ratio))
+        assert swept < 0.95 * passed
+
+
 @pytest.mark.parametrize("zeros", [2, 4, 6])
 def test_obs_comes_close_to_the_best_mask_of_all(zeros):
     """All masks of a row, each with its best weights."""
-    best = plain = ours = 0.0
+    best = plain = swept = passed = 0.0
     for seed in range(10):
         weight, hessian = case(1, 8, seed)
         masks = [
@@ -183,11 +248,12 @@ def test_obs_comes_close_to_the_best_mask_of_all(zeros):
             for stay in itertools.combinations(range(8), 8 - zeros)
         ]
         errors = [float(error(least_squares(weight, mask, hessian), weight.double(), hessian)) for mask in masks]
-        found = float(error(obs(weight, hessian, zeros / 8)[1], weight, hessian))
-        assert found >= min(errors) * 0.99  # the damping makes the reference a little worse than it could be
-        best, ours = best + min(errors), ours + found
+        found = [float(error(found, weight, hessian)) for _, found in both_ways(weight, hessian, zeros / 8)]
+        assert min(found) >= min(errors) * 0.99  # the damping makes the reference a little worse than it could be
+        best, swept, passed = best + min(errors), swept + found[0], passed + found[1]
         plain += float(error(weight * magnitude_mask(weight, zeros / 8), weight, hessian))
-    assert ours - best < 0.4 * (plain - best)
+    assert passed - best < 0.4 * (plain - best)
+    assert swept - best < 0.1 * (plain - best)
 
 
 @settings(deadline=None, max_examples=30)
@@ -198,10 +264,10 @@ def test_obs_makes_as_many_zeros_as_asked_and_is_never_worse_than_its_mask(seed,
     weight = torch.randn(shape, generator=generator)
     inputs = weight[0].numel()
     hessian = torch.stack([(x := correlated(inputs, seed=seed + g)) @ x.T for g in range(groups)])
-    mask, found = obs(weight, hessian, ratio)
-    assert int((mask == 0).sum()) == round(weight.numel() * ratio)
-    assert not bool(found[mask == 0].any())
-    assert bool((error(found, weight, hessian) <= error(weight * mask, weight, hessian) * (1 + 1e-9)).all())
+    for mask, found in both_ways(weight, hessian, ratio):
+        assert int((mask == 0).sum()) == round(weight.numel() * ratio)
+        assert not bool(found[mask == 0].any())
+        assert bool((error(found, weight, hessian) <= error(weight * mask, weight, hessian) * (1 + 1e-9)).all())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:3"])
@@ -210,8 +276,9 @@ def test_patterns_hold_along_the_input_channels(pattern, shape):
     keep, of = map(int, pattern.split(":"))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = correlated(weight[0].numel())
-    masks = {"magnitude": mask_of(weight.abs(), 0.5, pattern), "obs": obs(weight, (x @ x.T)[None], 0.5, pattern)[0]}
-    for mask in masks.values():
+    masks = {"magnitude": mask_of(weight.abs(), 0.5, pattern)}
+    swept, passed = both_ways(weight, (x @ x.T)[None], 0.5, pattern)
+    for mask in (*masks.values(), swept[0], passed[0]):
         for first in range(0, shape[1], of):
             part = mask[:, first : first + of]
             assert bool((part.sum(1) == -(-part.shape[1] * keep // of)).all())
@@ -232,11 +299,12 @@ def test_an_input_that_is_always_zero_does_no_harm():
     weight, hessian = case(3, 6)
     hessian[:, 2], hessian[:, :, 2] = 0, 0
     scale = weight_scales(weight, 3)
-    for found in (gptq(weight, scale, 3, hessian), adaround(weight, scale, 3, hessian), obs(weight, hessian, 0.5)[1]):
+    zeroed = [adjusted for _, adjusted in both_ways(weight, hessian, 0.5)]
+    for found in (gptq(weight, scale, 3, hessian), adaround(weight, scale, 3, hessian), *zeroed):
         assert bool(found.isfinite().all())
     nothing = torch.zeros_like(hessian)
     assert torch.equal(gptq(weight, scale, 3, nothing), codes(weight, scale, 3) * scale[:, None])
-    assert bool(obs(weight, nothing, 0.5)[1].isfinite().all())
+    assert all(bool(adjusted.isfinite().all()) for _, adjusted in both_ways(weight, nothing, 0.5))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

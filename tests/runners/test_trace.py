@@ -382,3 +382,15 @@ def test_the_layers_of_an_encoder_are_blocks_and_not_the_encoder():
         "1.layers.1",
         "1.layers.2",
     }  # torch's encoder needs its first
+
+
+def test_channels_that_reshapes_multiply_without_end_are_refused_and_the_others_found():
+    """Shifted windows: Torch-Pruning alone lists 16 times as many indices at every turn, until memory ends."""
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [2, 2], num_classes=10).eval()
+    x = torch.randn(2, 3, 16, 16)
+    refused, structure = reasons(model, x)
+    assert "through the reshapes" in refused["channels of features.0.0"]
+    assert [group.name for group in structure.groups] == ["features.1.0.mlp.0", "features.1.1.mlp.0"]
+    recipe = Recipe(tuple(Prune(group.name, group.channels // 2) for group in structure.groups))
+    assert compress(copy.deepcopy(model), recipe, structure, x)(x).shape == (2, 10)
