@@ -197,7 +197,7 @@ Zeros = Annotated[
     | Annotated[str, AfterValidator(_pattern), Tag("<text>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<number>"),
 ]
-WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 ActivationBits = Literal[8, 32]
 ClusterBits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 # Not Field(min_length=1): pydantic then calls a tuple of invalid entries too short as well.
@@ -234,7 +234,7 @@ class WeightRule(LayerRule):
     """Bits that the weights of the selected layers may have."""
 
     choices: Choices[WeightBits]
-    """2..8, 16 or 32 bits, in ascending or descending order. Required."""
+    """1..8, 16 or 32 bits, in ascending or descending order. Required."""
 
 
 class ActivationRule(LayerRule):
@@ -391,7 +391,8 @@ class SpaceConfig(Strict):
     """What may be done to the network. A technique that is not named is left out."""
 
     weight_bits: WeightRules | None = None
-    """Bits of a layer's weights: 2..8 (integers), 16 (float16), 32 (untouched). Choices, or rules per layer."""
+    """Bits of a layer's weights: 1 (signs; they want training), 2..8 (integers), 16 (float16), 32 (untouched). Choices, or
+    rules per layer. Where weights are signs, `sparsity` and `ranges` do not count."""
     activation_bits: ActivationRules | None = None
     """Bits of what a layer computes on: 8 or 32 (8 takes effect where the weights have at most 8). Choices or rules."""
     cluster_bits: ClusterRules | None = None

@@ -152,12 +152,12 @@ def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
 def weight_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     """Bytes of a packed weight, in the way that takes the fewest (see `runners.packing`).
 
-    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 1000), (8, 500), (4, 100))]
-    [375, 200, 625, 116]
+    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 900), (1, 1000), (8, 500), (4, 100))]
+    [375, 200, 125, 625, 116]
     """
-    two = np.equal(bits, 2)
-    value = np.where(two, 1, bits)  # a number of {-1, 1} is a bit
-    dense = np.where(two, ternary_bytes(count), dense_bytes(count, bits))
+    few = np.less_equal(bits, 2)
+    value = np.where(few, 1, bits)  # a number of {-1, 1} is a bit
+    dense = np.where(few & (nonzero < count), ternary_bytes(count), dense_bytes(count, value))
     sparse = np.minimum(bitmap_bytes(count, value, nonzero), index_bytes(count, value, nonzero))
     return np.minimum(dense, sparse)
 
@@ -349,6 +349,7 @@ def many(
                 some = np.maximum(count, 1)
                 left = np.stack([nonzero_weights(some, read, choice) for choice in zeros])[zero, np.arange(len(picks))]
                 nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
+                nonzero = np.where(bits == 1, some, nonzero)  # a sign is never zero
                 plain = weight_bytes(some, bits, nonzero) + 4 * out * (bits <= 8)
                 if clustered.any():
                     plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)

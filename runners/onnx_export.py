@@ -5,7 +5,7 @@ activation ranges are measured on this graph too.
 
 - The float graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`)
   takes 3-16 s, which a search would pay in every trial. The newer one steps in where the first fails.
-- Weights: 2 bits are stored as INT2 and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
+- Weights: 1 and 2 bits are stored as INT2 (ONNX has no narrower type; the packed file does) and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
   Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
   by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
@@ -271,8 +271,9 @@ class _Graph:
         if factor is not None:
             codes *= torch.where(factor < 0, -1.0, 1.0).view(-1, *[1] * (codes.ndim - 1))
             scale *= factor.abs()
-        # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero.
-        codes[scale < 1e-12] = 0
+        # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero, but a sign is never.
+        if weight.weight_bits > 1:
+            codes[scale < 1e-12] = 0
         values = codes.to(torch.int8).numpy()
         scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
         if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
@@ -391,13 +392,15 @@ class _Graph:
         """The weight and the bias of an int8 layer, the bias in steps of input scale x weight scale.
 
         A channel of tiny weights has steps too small for its bias to fit into int32 (one whose weights are all zero
-        always has); it takes the smallest scale that fits, at which its weights round to what they still amount to.
+        always has); it takes the smallest scale that fits, at which its weights round to what they still amount to. Signs
+        stay: of any input they make less than inputs x 255 / 2^30 of that bias, where a step of the output is 1/255 of it.
         """
         inputs = node.input[0]
         input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
         bias = np.zeros(1) if len(node.input) < 3 else numpy_helper.to_array(self.tensors[node.input[2]])
         scales = np.maximum(layer.scales, (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32))
-        layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
+        if layer.bits > 1:
+            layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
         kind = self._add_codes(layer)
         source, name = f"{layer.weight}_q", layer.weight
         if kind != TensorProto.INT8:

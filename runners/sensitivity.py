@@ -160,7 +160,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
             next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
             for kind in ("weight_bits", "sparsity")
         )
-        both = [(b, r) for r in ratios for b in bits]
+        both = [(b, r) for r in ratios for b in bits if b > 1 or not r]  # signs have no zeros
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
         distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:

@@ -174,7 +174,7 @@ def nonzero_shares(runner: LocalRunner, axes: Sequence[Axis]) -> dict[str, dict[
         count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
         weight = weight[:: max(1, len(weight) // count)]
         for bits, zeros in sorted(levels, key=str):
-            if bits <= 8:
+            if 1 < bits <= 8:
                 method = Method(pattern=zeros if isinstance(zeros, str) else "")
                 made = runner.library.shaped(weight, bits, zeros_of(zeros), method)
                 assert made.scale is not None

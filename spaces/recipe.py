@@ -134,10 +134,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store a layer's weights in `weight_bits` (2..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
+    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
 
     rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
-    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1.
+    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1; one bit
+    is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least squares.
     """
 
     layer: str
@@ -268,9 +269,9 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"sparsify {layer}: ratio = {ratio} with pattern {pattern}; it must be {zeros_of(pattern):g}, or leave one out"
             )
-        case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+        case Quantize(layer, bits, _) if bits not in (*range(1, 9), 16):
             raise RecipeError(
-                f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, or leave the step out for 32"
+                f"quantize {layer}: weight_bits = {bits}; choose from 1..8, 16, or leave the step out for 32"
             )
         case Quantize(layer, bits, activations) if activations not in (8, 32) or (activations == 8 and bits > 8):
             raise RecipeError(
@@ -285,6 +286,10 @@ def _check(step: Step) -> None:
         case Quantize(layer, bits, _, rounding, ranges) if bits > 8 and (rounding, ranges) != ("nearest", "mse"):
             raise RecipeError(
                 f"quantize {layer}: rounding {rounding}, ranges {ranges} with weight_bits = {bits}; float16 has neither, leave them out"
+            )
+        case Quantize(layer, 1, _, _, ranges) if ranges != "mse":
+            raise RecipeError(
+                f"quantize {layer}: ranges {ranges} with weight_bits = 1; the scale of signs is their mean magnitude, leave ranges out"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -367,6 +372,10 @@ class Recipe:
         if both:
             raise RecipeError(f"cluster and quantize for the same layer: {', '.join(both)}; its weights are stored "
                               "as indices into a codebook or as integers with scales, leave out one of the steps")  # fmt: skip
+        signs = {step.layer for step in steps if isinstance(step, Quantize) and step.weight_bits == 1}
+        if both := sorted(signs & {step.layer for step in steps if isinstance(step, Sparsify)}):
+            raise RecipeError(f"sparsify and quantize to 1 bit for the same layer: {', '.join(both)}; a sign is never zero, choose "
+                              "weight_bits = 2, which are -1, 0 and 1, or leave out one of the steps")  # fmt: skip
         if trained and targets["recover", ""]:
             raise RecipeError(
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"

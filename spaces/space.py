@@ -48,7 +48,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_pattern(x) if isinstance(x, str) else 0 <= x < 1,
         "shares from 0, below 1, patterns such as '2:4'",
     ),
-    "weight_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 16, 32), "2..8, 16, 32"),
+    "weight_bits": (lambda x: isinstance(x, int) and x in (*range(1, 9), 16, 32), "1..8, 16, 32"),
     "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
     "cluster_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 32), "2..8, 32"),
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
@@ -88,10 +88,10 @@ class Axis:
 class Space:
     """Rules per technique; an empty field leaves that technique out.
 
-    weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
+    weight_bits: 1..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
     cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
-    nothing. sparsity: shares of zeros, or patterns such as "2:4". criterion, rounding, ranges: which weights become zero,
+    nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding, ranges: which weights become zero,
     how they are rounded, how their range is found (see `Sparsify` and `Quantize`). channels: shares of a dependency
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
@@ -196,7 +196,9 @@ class Space:
                 steps += [LowRank(layer.name, rank)] if rank else []
             methods = {kind: value[kind, layer.name] for kind in METHODS if (kind, layer.name) in value}
             clustered = value.get(("cluster_bits", layer.name), 32)
-            if zeros := value.get(("sparsity", layer.name), 0.0):
+            bits = value.get(("weight_bits", layer.name), 32)
+            zeros = value.get(("sparsity", layer.name), 0.0)
+            if zeros and (bits > 1 or clustered < 32):  # a sign is never zero
                 if gradual and clustered == 32:  # the smallest weights are zero, nothing else will do
                     growing = True
                     methods = {kind: choice for kind, choice in methods.items() if kind == "ranges"}
@@ -204,7 +206,6 @@ class Space:
             if clustered < 32:
                 steps.append(Cluster(layer.name, clustered))
                 continue
-            bits = value.get(("weight_bits", layer.name), 32)
             if bits < 32:
                 steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
         return Recipe((*steps, *self.recoveries(single["recovery"], growing))) if steps else Recipe()
@@ -242,6 +243,7 @@ class Space:
         clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
         ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
         sparse = {step.layer: step for step in recipe.of(Sparsify)}
+        signs = {name for name, step in quantized.items() if step.weight_bits == 1}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
         steps = tuple(recipe.of(Recover))
         growing = any(name not in clustered for name in sparse)
@@ -266,13 +268,15 @@ class Space:
                 elif axis.kind == "channels":
                     wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
-                    wanted = {sparse[t].pattern or sparse[t].ratio if t in sparse else 0.0 for t in targets}
+                    found = [sparse.get(t) for t in targets if t not in signs]
+                    wanted = {step.pattern or step.ratio if step else 0.0 for step in found}
                 elif axis.kind == "criterion":  # without zeros any choice will do
                     wanted = {sparse[t].criterion for t in targets if t in sparse and t not in grown}
                 elif axis.kind in METHODS:  # and where weights stay float
                     free = grown if axis.kind == "rounding" else set()
-                    found = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
-                    wanted = {getattr(step, axis.kind) for step in found}
+                    free = free | signs if axis.kind == "ranges" else free
+                    integers = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
+                    wanted = {getattr(step, axis.kind) for step in integers}
                 elif axis.kind == "weight_bits":  # has no effect where weights are clustered
                     wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets if t not in clustered}
                 elif axis.kind == "cluster_bits":
@@ -310,10 +314,12 @@ def sparsify(layer: str, zeros: float | str, methods: Mapping[str, str]) -> Spar
 
 
 def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, str]) -> Quantize:
-    """The step for a choice of bits below 32; what has no effect above 8 is left out."""
+    """The step for a choice of bits below 32; what has no effect above 8, or on signs, is left out."""
     if bits > 8:
         return Quantize(layer, bits)
-    chosen = {kind: methods[kind] for kind in ("rounding", "ranges") if kind in methods}
+    chosen = {
+        kind: methods[kind] for kind in ("rounding", "ranges") if kind in methods and (kind, bits) != ("ranges", 1)
+    }
     return Quantize(layer, bits, activation_bits, **chosen)
 
 

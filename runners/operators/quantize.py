@@ -1,5 +1,7 @@
 """Weights as integers: symmetric, one scale per output channel, rounded to the nearest (`gptq` and `adaround` round otherwise).
 
+One bit is a sign: -1 or 1, and never 0.
+
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
 2020) but for the factor in front. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
@@ -18,15 +20,16 @@ _BINS = 1024  # of the histogram of a channel's magnitudes
 
 
 def largest(bits: int) -> int:
-    """The largest code: `2^(bits-1) - 1`, and its negative is the smallest."""
-    return (1 << (bits - 1)) - 1
+    """The largest code: `2^(bits-1) - 1`, of a sign 1; its negative is the smallest."""
+    return max(1, (1 << (bits - 1)) - 1)
 
 
 @torch.no_grad()
 def weight_scales(weight: Tensor, bits: int, ranges: str = "mse") -> Tensor:
     """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
 
-    mse: the least squared error of the weights. minmax: the largest weight is the largest code. percentile: the 99th
+    mse: the least squared error of the weights; of signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
+    equation 6). minmax: the largest weight is the largest code. percentile: the 99th
     percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
     """
     rows = weight.detach().flatten(1)
@@ -44,6 +47,8 @@ def _percentile(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
 
 
 def _mse(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+    if bits == 1:
+        return rows.abs().mean(1).clamp_min(1e-12)
     best_error = torch.full_like(peak, torch.inf)
     best = peak / largest(bits)
     for share in _CLIPPED:
@@ -88,15 +93,19 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`."""
-    top = largest(bits)
-    return torch.round(weight / scale.view(-1, *[1] * (weight.ndim - 1))).clamp(-top, top)
+    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`; the sign of 0 is 1."""
+    return _nearest(weight / scale.view(-1, *[1] * (weight.ndim - 1)), bits)
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest `scale * code` to each number, for a scale that broadcasts."""
-    top = largest(bits)
-    return torch.round(weight / scale).clamp(-top, top) * scale
+    return _nearest(weight / scale, bits) * scale
+
+
+def _nearest(quotient: Tensor, bits: int) -> Tensor:
+    if bits == 1:
+        return torch.where(quotient < 0, -1.0, 1.0).to(quotient.dtype)
+    return torch.round(quotient).clamp(-largest(bits), largest(bits))
 
 
 class FakeQuantize(nn.Module):
@@ -132,6 +141,10 @@ class FakeQuantize(nn.Module):
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
         balance = fixed.square() / weight.detach().flatten(1).square().sum(1).clamp_min(1e-12)
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12).view(shape)  # exactly the scale that ships
+        if self.bits == 1:
+            # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which a
+            # clip would hold for good.
+            return codes(weight.detach(), scale, 1) * scale + (weight - weight.detach())
         level = (weight / scale).clamp(-top, top)
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown

@@ -78,6 +78,7 @@ def plans(structure):
         "mixed bits": [Quantize(n, 2 + i % 7, 8 if i % 3 else 32) for i, n in enumerate(names)],
         "sparse int8": [step for n in names for step in (Quantize(n, 8, 8), Sparsify(n, 0.5))],
         "3 bits": [Quantize(n, 3) for n in names],
+        "signs": [Quantize(n, 1, 8 if i % 3 else 32) for i, n in enumerate(names)],
         "8 bits": [Quantize(n, 8) for n in names],
         "half": [Quantize(n, 16) for n in names],
         "sparse": [Sparsify(n, 0.5) for n in names],
@@ -85,7 +86,7 @@ def plans(structure):
     }
 
 
-PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits",
+PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits", "signs",
          "8 bits", "half", "sparse", "untouched")  # fmt: skip
 
 
@@ -181,8 +182,8 @@ def test_int8_layers_against_fake_quantization_in_torch(network):
 
 @pytest.mark.parametrize(
     ("bits", "activations", "kind"),
-    [(2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
-     (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
+    [(1, 8, "INT2"), (2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
+     (1, 32, "INT2"), (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
 )  # fmt: skip
 def test_weights_are_stored_in_their_type_only(bits, activations, kind, network):
     model, x = network("perceptron")
@@ -192,8 +193,25 @@ def test_weights_are_stored_in_their_type_only(bits, activations, kind, network)
     assert graph.opset_import[0].version == (25 if kind == "INT2" else 21)
     assert len(large) == 3
     if bits <= 8:
-        top = 2 ** (bits - 1) - 1
-        assert all(np.abs(numpy_helper.to_array(t).astype(int)).max() == top for t in large.values())
+        top = max(1, 2 ** (bits - 1) - 1)
+        values = [np.abs(numpy_helper.to_array(t).astype(int)) for t in large.values()]
+        assert all(v.max() == top and (v.min() == 1 or bits > 1) for v in values)
+
+
+def test_signs_stay_signs_where_a_channel_is_switched_off(network):
+    """BatchNorm's factor of 0, and a bias that asks for larger steps than the weights have: still a bit for each weight."""
+    model, x = network("perceptron")
+    with torch.no_grad():
+        model[2].weight[3], model[2].bias[3] = 0.0, 5.0
+    recipe = Recipe(tuple(Quantize(name, 1, 8) for name in ("1", "4", "7")))
+    graph, reference = export(model, x, recipe)
+    weights = [m.weight.numel() for m in model if isinstance(m, nn.Linear)]
+    data = packing.pack(graph)
+    assert packing.unpack(data) == graph
+    stored = packing.tensor_bytes(data).values()
+    assert all(-(-count // 8) in stored for count in weights)
+    found, floats = run(graph, x), reference(x).detach().numpy()
+    assert np.abs(found - floats).mean() < 0.05 * floats.std()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

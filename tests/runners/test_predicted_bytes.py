@@ -12,7 +12,7 @@ from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import inside
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 ZEROS = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95)
 SPACE = Space(weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),))
 NETWORKS = {"residual": (24, 48), "mobile": (48, 192), "perceptron": (256, 160), "tokens": (96,)}
@@ -53,7 +53,7 @@ def recipes(draw, structure):
     shared = draw(st.none() | level)
     for layer in alive:
         bits, activations, zeros = shared or draw(level)
-        if zeros:
+        if zeros and bits > 1:
             steps.append(Sparsify(layer.name, zeros))
         if bits < 32:
             steps.append(Quantize(layer.name, bits, activations if bits <= 8 else 32))

@@ -115,9 +115,10 @@ def test_gptq_is_obq_in_its_order(inputs, act_order):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(2, 8), st.integers(0, 999), st.sampled_from([1, 3]), st.sampled_from(["", "0.5", "2:4"]))
+@given(st.integers(1, 8), st.integers(0, 999), st.sampled_from([1, 3]), st.sampled_from(["", "0.5", "2:4"]))
 def test_no_row_is_worse_than_nearest_and_zeros_stay(bits, seed, groups, zeros):
     weight, hessian = case(4, 8, seed, groups)
+    zeros = zeros if bits > 1 else ""
     mask = mask_of(weight.abs(), 0.5, zeros if ":" in zeros else "") if zeros else None
     scale = weight_scales(weight if mask is None else weight * mask, bits)
     near = codes(weight, scale, bits) * scale[:, None] * (1 if mask is None else mask)
@@ -129,19 +130,20 @@ def test_no_row_is_worse_than_nearest_and_zeros_stay(bits, seed, groups, zeros):
         assert torch.equal(codes(found, scale, bits) * scale[:, None], found)
 
 
+@pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("method", [gptq, adaround])
-def test_little_is_left_of_the_error_of_nearest_rounding(method):
-    """On inputs that follow from each other, where there is much to gain; the best of all 3^8 roundings as the bound."""
+def test_little_is_left_of_the_error_of_nearest_rounding(method, bits):
+    """On inputs that follow from each other, where there is much to gain; the best of all 2^8 or 3^8 roundings as the bound."""
     weight, hessian = case(6, 8)
-    scale = weight_scales(weight, 2)
-    every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=8)))
+    scale = weight_scales(weight, bits)
+    every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0) if bits == 2 else (-1.0, 1.0), repeat=8)))
     best = torch.stack(
         [error(every * s, w.expand_as(every), hessian).min() for w, s in zip(weight, scale, strict=True)]
     )
-    near = error(codes(weight, scale, 2) * scale[:, None], weight, hessian)[0]
-    found = error(method(weight, scale, 2, hessian), weight, hessian)[0]
+    near = error(codes(weight, scale, bits) * scale[:, None], weight, hessian)[0]
+    found = error(method(weight, scale, bits, hessian), weight, hessian)[0]
     assert bool((found >= best * (1 - 1e-6)).all())
-    assert (found.sum() - best.sum()) < 0.35 * (near.sum() - best.sum())
+    assert (found.sum() - best.sum()) < (0.35 if bits == 2 else 0.4) * (near.sum() - best.sum())
 
 
 def test_adaround_rounds_up_or_down():

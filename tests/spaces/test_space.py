@@ -80,7 +80,7 @@ def spaces(draw, structure):
         )
 
     return Space(
-        weight_bits=rules((2, 3, 4, 6, 8, 16, 32), layers),
+        weight_bits=rules((1, 2, 3, 4, 6, 8, 16, 32), layers),
         activation_bits=rules((8, 32), layers),
         cluster_bits=rules((2, 4, 8, 32), layers),
         rank=rules((1.0, 0.9, 0.5, 0.3, 0.1), layers),
@@ -197,12 +197,12 @@ def test_each_choice_arrives_at_each_target(case):
         share = chosen.get(("rank", layer.name), 1.0)
         assert ranks.get(layer.name) == (kept_rank(*sides(layer, sizes[layer.name]), share) if share < 1 else None)
         bits = chosen.get(("weight_bits", layer.name), 32) if codebook == 32 else 32
-        assert sparse.get(layer.name, 0.0) == chosen.get(("sparsity", layer.name), 0.0)
+        assert sparse.get(layer.name, 0.0) == (chosen.get(("sparsity", layer.name), 0.0) if bits > 1 else 0.0)
         assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
         if bits <= 8:
             assert quantized[layer.name].activation_bits == chosen.get(("activation_bits", layer.name), 32)
             assert quantized[layer.name].rounding == chosen.get(("rounding", layer.name), "nearest")
-            assert quantized[layer.name].ranges == chosen.get(("ranges", layer.name), "mse")
+            assert quantized[layer.name].ranges == (chosen.get(("ranges", layer.name), "mse") if bits > 1 else "mse")
     for group in structure.groups:
         if not inside(group.name, drop):
             width = chosen[("width", group.name)]
