@@ -191,6 +191,7 @@ Criterion = Annotated[
 ]
 Rounding = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["mse", "minmax", "percentile", "entropy"]
+Activations = Literal["static", "dynamic"]
 # A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
 Zeros = Annotated[
     Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_minutes), _NUMBER, Tag("<number>")]
@@ -292,6 +293,15 @@ class RangesRule(LayerRule):
     """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
+class ActivationsRule(LayerRule):
+    """Where the selected layers' 8-bit activations have their ranges from."""
+
+    choices: Choices[Activations]
+    """static, dynamic (linear layers only). Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
 class ShareRule(LayerRule):
     """Shares of the selected groups' channels that may be removed."""
 
@@ -333,6 +343,11 @@ RoundingRules = Annotated[
 ]
 RangesRules = Annotated[
     Annotated[Choices[Ranges], Tag("<choices>")] | Annotated[tuple[RangesRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+ActivationsRules = Annotated[
+    Annotated[Choices[Activations], Tag("<choices>")] | Annotated[tuple[ActivationsRule, ...], Tag("<rules>")], _FORMS
 ]
 
 
@@ -395,6 +410,9 @@ class SpaceConfig(Strict):
     rules per layer. Where weights are signs, `sparsity` and `ranges` do not count."""
     activation_bits: ActivationRules | None = None
     """Bits of what a layer computes on: 8 or 32 (8 takes effect where the weights have at most 8). Choices or rules."""
+    activations: ActivationsRules | None = None
+    """Where 8-bit activations have their ranges from: static, the calibration images; dynamic, the inputs of each call
+    (linear layers only, so write a rule: `{layers: linear, choices: [static, dynamic]}`). Default: static."""
     cluster_bits: ClusterRules | None = None
     """Bits of indices into a layer's own codebook of floats: 2..8, or 32 for none. Where a layer has a codebook,
     `weight_bits` and `activation_bits` do not count: it runs as float. Choices or rules."""
@@ -670,6 +688,7 @@ def to_space(space: SpaceConfig) -> Space:
         criterion=_rules(space.criterion, share=True),
         rounding=_rules(space.rounding, share=True),
         ranges=_rules(space.ranges, share=True),
+        activations=_rules(space.activations, share=True),
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,

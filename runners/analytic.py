@@ -86,6 +86,8 @@ def analytic(profile: Profile) -> Target:
     def supports(step: Step) -> str | None:
         if isinstance(step, Quantize) and (step.weight_bits, step.activation_bits) not in profile.pairs:
             return f"{profile.name} has no unit for {step.weight_bits}-bit weights with {step.activation_bits}-bit activations; it has {pairs}"  # fmt: skip
+        if isinstance(step, Quantize) and step.activations == "dynamic":
+            return f"{profile.name} finds no ranges at run time; choose static activations"
         return None
 
     plain = json.loads(json.dumps(asdict(profile)))

@@ -31,7 +31,7 @@ from .operators.quantize import FakeQuantize, codes
 class FrozenWeight:
     """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width.
 
-    codebook: `[values]`; then the codes are indices into it.
+    codebook: `[values]`; then the codes are indices into it. dynamic: the range of 8-bit activations is found at run time.
     """
 
     weight_bits: int
@@ -39,6 +39,7 @@ class FrozenWeight:
     codes: Tensor | None = None
     scale: Tensor | None = None
     codebook: Tensor | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _impossible(recipe: Recipe, structure: Structure) -> list[str]:
         steps: list[Sparsify | Quantize] = [*recipe.of(Sparsify), *recipe.of(Quantize)]
         for step in steps:
             if step.layer == layer.name:
-                asked = {name: getattr(step, name, "") for name in ("criterion", "rounding", "pattern")}
+                asked = {name: getattr(step, name, "") for name in ("criterion", "rounding", "pattern", "activations")}
                 problems += [
                     f"layer {layer.name!r}: {why}"
                     for key, value in asked.items()
@@ -211,7 +212,7 @@ def compress(
 @torch.no_grad()
 def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
     """Replace every parametrized weight by the numbers that ship, in place, and return them by layer."""
-    activations = {part: step.activation_bits for step in recipe.of(Quantize) for part in parts(model, step.layer)}
+    steps = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     frozen = {}
     model.eval()
     for name, layer in list(model.named_modules()):
@@ -230,7 +231,8 @@ def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
             weight = weight * fake.mask
         if fake.scale is not None:
             scale = fake.scale.detach().clamp_min(1e-12)
-            frozen[name] = FrozenWeight(fake.bits, activations[name], codes(weight, scale, fake.bits), scale.clone())
+            made, dynamic = codes(weight, scale, fake.bits), steps[name].activations == "dynamic"
+            frozen[name] = FrozenWeight(fake.bits, steps[name].activation_bits, made, scale.clone(), dynamic=dynamic)
         elif fake.bits == 16:
             frozen[name] = FrozenWeight(16)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

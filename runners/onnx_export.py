@@ -11,6 +11,9 @@ activation ranges are measured on this graph too.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
+- A linear layer of dynamic activations becomes DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses into one
+  kernel that finds the range of its input in each call. All inputs of a call share that range: what a file of such layers
+  answers to an input depends, a little, on the others in its batch.
 - But for large linear layers of 3 and 4 bits (8 million weights and more, float activations), which become MatMulNBits:
   their weights stay packed in memory and are multiplied as floats (accuracy_level 1), by the same scale per output channel
   in every block. Where weights no longer fit into the caches, reading them is what takes the time: measured on one
@@ -285,6 +288,9 @@ class _Graph:
         if transposed:
             values = np.ascontiguousarray(values.T)
         made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed))
+        if weight.activation_bits == 8 and weight.dynamic:
+            self._multiply_dynamic(layer, node, made)
+            return
         if weight.activation_bits == 8:
             self.int8[number] = made
             return
@@ -295,6 +301,30 @@ class _Graph:
         self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
         self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
         self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
+
+    def _multiply_dynamic(self, layer: str, node: onnx.NodeProto, made: _Int8Layer) -> None:
+        """Turn a linear layer into the nodes that ONNX Runtime fuses into DynamicQuantizeMatMul."""
+        if node.op_type == "Conv" or made.axis != made.values.ndim - 1 or not _plain(node):
+            raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose static activations for it")  # fmt: skip
+        name, output = made.weight, node.output[0]
+        source = f"{name}_q"
+        if self._add_codes(made) != TensorProto.INT8:
+            self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
+            source = f"{name}_c"
+        self._add_tensor(numpy_helper.from_array(made.scales, f"{name}_s"))
+        # Among the nodes of the network, so that it reads what all others read where the layer before is quantized.
+        quantize = helper.make_node(
+            "DynamicQuantizeLinear", [node.input[0]], [f"{name}_x{part}" for part in ("", "s", "z")]
+        )
+        self.nodes.append(quantize)
+        self._add("MatMulInteger", [f"{name}_x", source, f"{name}_xz"], f"{name}_i")
+        self._add("Cast", [f"{name}_i"], f"{name}_f", to=TensorProto.FLOAT)
+        self._add("Mul", [f"{name}_xs", f"{name}_s"], f"{name}_m")
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if bias:
+            self._add("Mul", [f"{name}_f", f"{name}_m"], f"{name}_p")
+        last = ("Add", [f"{name}_p", bias]) if bias else ("Mul", [f"{name}_f", f"{name}_m"])
+        node.CopyFrom(helper.make_node(*last, [output]))
 
     def _multiply_packed(self, node: onnx.NodeProto, layer: _Int8Layer, block: int) -> None:
         """Turn a linear layer into MatMulNBits, whose weights are [outputs, blocks, bytes of a block]."""
@@ -463,12 +493,17 @@ class _Graph:
 
 def _block(node: onnx.NodeProto, layer: _Int8Layer) -> int:
     """The block size with which a layer of float activations runs as MatMulNBits, or 0 where it does not."""
-    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     if layer.bits not in (3, 4) or layer.values.size < _STAYS_PACKED or node.op_type == "Conv" or layer.axis != 1:
         return 0
-    if any(helper.get_attribute_value(a) != plain.get(a.name) for a in node.attribute):
+    if not _plain(node):
         return 0
     return next((size for size in _BLOCKS if layer.values.shape[0] % size == 0), 0)
+
+
+def _plain(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm (whose weight is not transposed any more) or MatMul is nothing but a product and a bias."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    return all(helper.get_attribute_value(a) == plain.get(a.name) for a in node.attribute)
 
 
 def _along(layer: _Int8Layer, scales: NDArray[np.float32]) -> NDArray[np.float32]:

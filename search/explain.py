@@ -127,7 +127,9 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
             case _:
                 pass
     if any(step.activation_bits == 8 for step in recipe.of(Quantize)):
-        floats = (replace(s, activation_bits=32) if isinstance(s, Quantize) else s for s in recipe.steps)
+        floats = (
+            replace(s, activation_bits=32, activations="static") if isinstance(s, Quantize) else s for s in recipe.steps
+        )
         found.append(Decision("activations of 8 bits", Recipe(tuple(floats))))
     return found
 

@@ -82,6 +82,10 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
         for j in range(max((len(axis.choices) for axis in activations), default=0)):
             pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
             picks.append(whole | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+    for axis in axes:
+        if axis.kind == "activations":  # which has an effect on 8 bits only
+            eight = {a.name: a.choices.index(8) for a in activations if 8 in a.choices}
+            picks += [whole | eight | {axis.name: i} for i in range(len(axis.choices))]
     return {step for pick in picks for step in space.recipe(structure, pick).steps}
 
 
@@ -142,6 +146,9 @@ def measure_overhead(runner: LocalRunner, baseline_size: int, axes: Sequence[Axi
         halves = [Prune(g.name, kept_channels(g.channels, 0.5, g.round_to)) for g in structure.groups]
         narrower = [step for step in halves if step.keep < structure.group(step.group).channels]
         recipes.append(Recipe((*narrower, *mixed(8, 32, 0, 0))))
+    if any(axis.kind == "activations" and "dynamic" in axis.choices for axis in axes):
+        linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
+        recipes.append(Recipe(tuple(Quantize(name, 8, 8, activations="dynamic") for name in linear)))
     sizes = [baseline_size, *(len(runner.build(recipe, recovery=False)) for recipe in recipes)]
     shares = cost.FileOverhead(nonzero=nonzero_shares(runner, axes))
     rest = [

@@ -77,6 +77,7 @@ def known_criterion(name: str) -> bool:
 
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
+ACTIVATIONS = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Quantize:
     rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
     ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1; one bit
     is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least squares.
+    activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run time, the
+    inputs of the call themselves (linear layers only).
     """
 
     layer: str
@@ -146,6 +149,7 @@ class Quantize:
     activation_bits: int = 32
     rounding: str = later("nearest")
     ranges: str = later("mse")
+    activations: str = later("static")
 
 
 @dataclass(frozen=True)
@@ -290,6 +294,13 @@ def _check(step: Step) -> None:
         case Quantize(layer, 1, _, _, ranges) if ranges != "mse":
             raise RecipeError(
                 f"quantize {layer}: ranges {ranges} with weight_bits = 1; the scale of signs is their mean magnitude, leave ranges out"
+            )
+        case Quantize(layer, activation_bits=activation_bits, activations=how) if how not in ACTIVATIONS or (
+            how == "dynamic" and activation_bits != 8
+        ):
+            raise RecipeError(
+                f"quantize {layer}: activations = {how!r} with activation_bits = {activation_bits}; choose from "
+                f"{', '.join(ACTIVATIONS)}, dynamic with 8 only"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -469,6 +480,8 @@ class Recipe:
             int8 = sum(step.activation_bits == 8 for step in quantized)
             if int8:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
+                dynamic = sum(step.activations == "dynamic" for step in quantized)
+                parts[-1] += "" if not dynamic else " (dynamic)" if dynamic == int8 else f" ({dynamic} dynamic)"
         recovery = self.of(Recover)
         if any(step.epochs for step in recovery):
             parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{how(recovery)}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import ConfigError, RecipeError
 from .recipe import (
+    ACTIVATIONS,
     CRITERIA,
     RANGES,
     ROUNDINGS,
@@ -54,7 +55,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
 }
 # By field of `Sparsify` and `Quantize`: what may be asked for, the default first.
-METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES}
+METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES, "activations": ACTIVATIONS}
 # Inputs of one group: its Hessian then takes 512 MiB in double precision, its inverse and a factor as much again.
 LARGEST_HESSIAN = 8192
 _BY_HESSIAN = ("activation", "obs", "gptq", "adaround")
@@ -92,7 +93,8 @@ class Space:
     cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
     nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding, ranges: which weights become zero,
-    how they are rounded, how their range is found (see `Sparsify` and `Quantize`). channels: shares of a dependency
+    how they are rounded, how their range is found (see `Sparsify` and `Quantize`). activations: static or dynamic ranges of
+    8-bit activations. channels: shares of a dependency
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate.
@@ -111,6 +113,7 @@ class Space:
     criterion: tuple[Rule, ...] = later(())
     rounding: tuple[Rule, ...] = later(())
     ranges: tuple[Rule, ...] = later(())
+    activations: tuple[Rule, ...] = later(())
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
         """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
@@ -201,7 +204,7 @@ class Space:
             if zeros and (bits > 1 or clustered < 32):  # a sign is never zero
                 if gradual and clustered == 32:  # the smallest weights are zero, nothing else will do
                     growing = True
-                    methods = {kind: choice for kind, choice in methods.items() if kind == "ranges"}
+                    methods = {kind: choice for kind, choice in methods.items() if kind in ("ranges", "activations")}
                 steps.append(sparsify(layer.name, zeros, methods))
             if clustered < 32:
                 steps.append(Cluster(layer.name, clustered))
@@ -275,6 +278,11 @@ class Space:
                 elif axis.kind in METHODS:  # and where weights stay float
                     free = grown if axis.kind == "rounding" else set()
                     free = free | signs if axis.kind == "ranges" else free
+                    free = (
+                        {t for t in quantized if quantized[t].activation_bits > 8}
+                        if axis.kind == "activations"
+                        else free
+                    )
                     integers = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
                     wanted = {getattr(step, axis.kind) for step in integers}
                 elif axis.kind == "weight_bits":  # has no effect where weights are clustered
@@ -314,12 +322,11 @@ def sparsify(layer: str, zeros: float | str, methods: Mapping[str, str]) -> Spar
 
 
 def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, str]) -> Quantize:
-    """The step for a choice of bits below 32; what has no effect above 8, or on signs, is left out."""
+    """The step for a choice of bits below 32; what has no effect above 8, on signs, or on float activations is left out."""
     if bits > 8:
         return Quantize(layer, bits)
-    chosen = {
-        kind: methods[kind] for kind in ("rounding", "ranges") if kind in methods and (kind, bits) != ("ranges", 1)
-    }
+    effective = {"rounding": True, "ranges": bits > 1, "activations": activation_bits == 8}
+    chosen = {kind: methods[kind] for kind in effective if kind in methods and effective[kind]}
     return Quantize(layer, bits, activation_bits, **chosen)
 
 
@@ -331,6 +338,8 @@ def refusal(layer: Layer, kind: str, choice: Any) -> str:
     """
     if kind in METHODS and choice in _BY_HESSIAN and (inputs := math.prod(layer.weight_shape[1:])) > LARGEST_HESSIAN:
         return f"{kind} {choice} needs a Hessian of {inputs} x {inputs} inputs, more than {LARGEST_HESSIAN}; choose {METHODS[kind][0]}"
+    if choice == "dynamic" and layer.kind != "linear":
+        return "dynamic activations are for linear layers; a convolution runs 6 to 11 times as slowly as in floats, choose static"
     if kind in ("sparsity", "pattern") and choice and isinstance(choice, str):
         channels, of = layer.weight_shape[1], pattern_of(choice)[1]
         if channels < of:

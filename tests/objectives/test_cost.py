@@ -208,6 +208,7 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         sparsity=(Rule((0.0, 0.3, 0.75, 0.9, "2:4")), Rule((0.0, 0.5), ("depthwise", "first"))),
         criterion=(Rule(("obs", "magnitude"), share=True),),
         rounding=(Rule(("nearest", "gptq")),),
+        activations=(Rule(("static", "dynamic"), ("linear",)),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
         depth=(0, 1, 2),
@@ -220,7 +221,7 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         name: {level(bits, ratio): random.random() for bits in (2, 3, 4, 8) for ratio in (0.0, 0.3, 0.9)}
         for name in names[1:]
     }
-    overhead = FileOverhead(1234.5, 10.25, 100.125, 70.5, 30.25, 200.5, -40.125, shares)
+    overhead = FileOverhead(1234.5, 10.25, 100.125, 70.5, 30.25, 200.5, -40.125, shares, 90.25)
     picks = random.integers(0, [len(axis.choices) for axis in axes], (20, len(axes)))
     found = many(structure, axes, overhead)(picks)
     for row, size, operations in zip(picks, found["size_bytes"], found["macs"], strict=True):

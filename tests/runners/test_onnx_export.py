@@ -7,6 +7,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from paretorch.errors import ExportFailed
 from paretorch.objectives import cost
-from paretorch.runners import onnx_export, packing
+from paretorch.runners import onnx_export, packing, simulate
 from paretorch.runners.compress import FrozenWeight, compress, freeze
 from paretorch.runners.onnx_export import (
     DISABLED_OPTIMIZERS,
@@ -27,6 +29,7 @@ from paretorch.runners.onnx_export import (
 )
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.simulate import Simulation
+from paretorch.runners.torch_graph import OPERATORS
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 
@@ -138,6 +141,69 @@ def test_a_file_computes_what_it_says_and_runs_as_planned(name, plan, traced, tm
             assert node.input[1] in constants
     if plan == "int8":
         assert kinds.count("Add") + kinds.count("Concat") + kinds.count("AveragePool") == (4 if name == "tokens" else 0)
+
+
+@pytest.mark.parametrize("others", [None, 8])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "residual", "branches"])
+def test_dynamic_ranges_are_those_of_each_call(name, others, traced, tmp_path):
+    """One kernel a layer in ONNX Runtime, what ONNX's reference makes of the file, and for each batch ranges of its own."""
+    model, x, structure = traced(name)
+    linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
+    steps = [Quantize(n, (8, 4, 2, 1)[i % 4], 8, activations="dynamic") for i, n in enumerate(linear)]
+    static = [layer.name for layer in structure.layers if others and layer.name not in linear]
+    if name == "tokens" and others:  # a static layer before and a dynamic one behind it
+        static, steps = linear[::2], steps[1::2]
+    graph, reference = export(model, x, Recipe((*steps, *(Quantize(n, 8, 8) for n in static))), structure)
+    graph = packing.unpack(packing.pack(graph))
+    running = optimized(graph, tmp_path)
+    kinds = [node.op_type for node in running.graph.node]
+    assert kinds.count("DynamicQuantizeMatMul") == len(steps)
+    assert sum(kind in INT8 for kind in kinds) == len(static)
+    assert sum(kind in FLOAT for kind in kinds) == len(structure.layers) - len(static) - len(steps)
+    assert not {"MatMulInteger", "DynamicQuantizeLinear"} & set(kinds)
+    batch = (
+        x[:64] * torch.linspace(0.5, 50.0, 64).view(-1, *[1] * (x.ndim - 1)) if not static else x[:64]
+    ).contiguous()
+    expected = ReferenceEvaluator(graph).run(None, {"input": batch.numpy()})[0]
+    found = session(graph).run(None, {"input": batch.numpy()})[0]
+    assert agreement(found, expected) >= 0.98
+    assert np.abs(found - expected).mean() < 0.003 * expected.std()
+    few = ReferenceEvaluator(graph).run(None, {"input": batch[:16].numpy()})[0]  # another batch, other ranges
+    np.testing.assert_allclose(Simulation(graph)(batch[:16]).numpy(), few, atol=1e-4 * np.abs(few).max())
+    assert simulate.agreement(packing.pack(graph), [batch])[0].holds
+    with torch.no_grad():
+        floats = reference(batch).numpy()
+    assert np.abs(found - floats).mean() < 0.05 * floats.std()
+    if not static:  # inputs 100 times as large: no range of the calibration images would do
+        large = session(graph).run(None, {"input": (100 * batch).numpy()})[0]
+        with torch.no_grad():
+            floats = reference(100 * batch).numpy()
+        assert np.abs(large - floats).mean() < 0.05 * floats.std()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 9), st.integers(0, 999), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_dynamic_quantization_in_torch_is_onnxs(rows, inputs, outputs, seed, size):
+    """DynamicQuantizeLinear and MatMulInteger as the specification has them."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((rows, inputs)) * size * rng.integers(0, 2)).astype(np.float32)
+    w = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    nodes = [
+        onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        onnx.helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
+    ]
+    values = [onnx.helper.make_tensor_value_info(n, k, None) for n, k in (("q", 2), ("s", 1), ("z", 2), ("i", 6))]
+    entry = onnx.helper.make_tensor_value_info("x", 1, x.shape)
+    graph = onnx.helper.make_graph(nodes, "g", [entry], values, [numpy_helper.from_array(w, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model.ir_version = 10
+    q, s, z, i = session(model).run(None, {"x": x})
+    ours = OPERATORS["DynamicQuantizeLinear"]([torch.tensor(x)], {})
+    assert float(ours[1]) == pytest.approx(float(s), rel=1e-6)
+    assert int(ours[2]) == int(z)
+    assert np.abs(ours[0].numpy().astype(int) - q).max() <= 1  # at the border of two steps
+    found = OPERATORS["MatMulInteger"]([torch.tensor(q), torch.tensor(w), torch.tensor(z)], {})
+    assert np.array_equal(found.numpy(), i)
 
 
 def test_int8_layers_against_fake_quantization_in_torch(network):

@@ -149,6 +149,8 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (Quantize("fc", 12), "weight_bits = 12"),
         (Quantize("fc", 8, 4), "activation_bits = 4"),
         (Quantize("fc", 16, 8), "activation_bits = 8 with weight_bits = 16"),
+        (Quantize("fc", 8, 8, activations="late"), "activations = 'late' .* choose from static, dynamic"),
+        (Quantize("fc", 8, 32, activations="dynamic"), "activation_bits = 32; .* dynamic with 8 only"),
         (Recover("pray"), "choose batchnorm .* or finetune"),
         (Recover("finetune"), "finetune with epochs > 0"),
         (Recover("finetune", -1), "epochs > 0"),

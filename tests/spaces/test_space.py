@@ -90,6 +90,9 @@ def spaces(draw, structure):
         criterion=rules(("magnitude", "obs", "random"), layers),
         rounding=rules(("nearest", "gptq", "adaround"), layers),
         ranges=rules(("mse", "minmax"), layers),
+        activations=(Rule(draw(some(("static", "dynamic"))), ("linear",), draw(st.booleans())),)
+        if draw(st.booleans())
+        else (),
         channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
         depth=draw(some((0, 1, 2, 3))),
@@ -201,6 +204,9 @@ def test_each_choice_arrives_at_each_target(case):
         assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
         if bits <= 8:
             assert quantized[layer.name].activation_bits == chosen.get(("activation_bits", layer.name), 32)
+            how = chosen.get(("activations", layer.name), "static")
+            eight = quantized[layer.name].activation_bits == 8
+            assert quantized[layer.name].activations == (how if eight else "static")
             assert quantized[layer.name].rounding == chosen.get(("rounding", layer.name), "nearest")
             assert quantized[layer.name].ranges == (chosen.get(("ranges", layer.name), "mse") if bits > 1 else "mse")
     for group in structure.groups:
