@@ -26,6 +26,7 @@ from paretorch.spaces.recipe import ROUNDINGS, Quantize, Recipe, Recover, Step
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=0.0)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 1])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runner = LocalRunner(cifar10(), Path(folder))
@@ -37,7 +38,7 @@ def main() -> None:
         ways = [(name, name, Recover("batchnorm")) for name in ROUNDINGS]
         if arguments.epochs:
             ways.append(("nearest", f"{arguments.epochs:g} epochs", Recover("finetune", arguments.epochs, 0.02)))
-        for bits in (2, 1):
+        for bits in arguments.bits:
             for rounding, label, recovery in ways:
                 steps: list[Step] = [Quantize(name, 8, 8) for name in (first, last)]
                 steps += [Quantize(name, bits, 8, rounding) for name in inner]

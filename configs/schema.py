@@ -192,6 +192,7 @@ Criterion = Annotated[
 Rounding = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["mse", "minmax", "percentile", "entropy"]
 Activations = Literal["static", "dynamic"]
+GroupSize = Literal[0, 16, 32, 64, 128, 256]
 # A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
 Zeros = Annotated[
     Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_minutes), _NUMBER, Tag("<number>")]
@@ -302,6 +303,15 @@ class ActivationsRule(LayerRule):
     """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
+class GroupRule(LayerRule):
+    """How many weights of an output channel share a scale in the selected layers."""
+
+    choices: Choices[GroupSize]
+    """0 (all of them), 16, 32, 64, 128, 256; other than 0 for linear layers only. Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
 class ShareRule(LayerRule):
     """Shares of the selected groups' channels that may be removed."""
 
@@ -348,6 +358,11 @@ RangesRules = Annotated[
 
 ActivationsRules = Annotated[
     Annotated[Choices[Activations], Tag("<choices>")] | Annotated[tuple[ActivationsRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+GroupRules = Annotated[
+    Annotated[Choices[GroupSize], Tag("<choices>")] | Annotated[tuple[GroupRule, ...], Tag("<rules>")], _FORMS
 ]
 
 
@@ -413,6 +428,9 @@ class SpaceConfig(Strict):
     activations: ActivationsRules | None = None
     """Where 8-bit activations have their ranges from: static, the calibration images; dynamic, the inputs of each call
     (linear layers only, so write a rule: `{layers: linear, choices: [static, dynamic]}`). Default: static."""
+    group_size: GroupRules | None = None
+    """How many weights of an output channel share a scale: 0 (all of them), 16, 32, 64, 128, 256. Has an effect where
+    activations are float, and is for linear layers only: `{layers: linear, choices: [0, 64]}`. Default: 0."""
     cluster_bits: ClusterRules | None = None
     """Bits of indices into a layer's own codebook of floats: 2..8, or 32 for none. Where a layer has a codebook,
     `weight_bits` and `activation_bits` do not count: it runs as float. Choices or rules."""
@@ -689,6 +707,7 @@ def to_space(space: SpaceConfig) -> Space:
         rounding=_rules(space.rounding, share=True),
         ranges=_rules(space.ranges, share=True),
         activations=_rules(space.activations, share=True),
+        group_size=_rules(space.group_size, share=True),
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,

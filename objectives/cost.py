@@ -23,6 +23,7 @@ from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, 
 # What the second node of a layer of low rank adds around its tensors (of float, weight-only and 8-bit layers), and a
 # codebook with a BatchNorm's factors beside it: about the same in every network, so that no file is written to learn it.
 _SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _SECOND_DYNAMIC, _FACTORS = 35.0, 58.0, 115.0, 76.0, 14.0
+_GROUPED = 55.0  # what spreads the scales of groups over a weight
 _DYNAMIC = -8  # in place of a layer's activation bits: 8, with ranges found at run time
 
 # A whole number, or an array of them: for one recipe, or for many at once.
@@ -197,6 +198,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
+    grouped = {step.layer: step.group_size for step in recipe.of(Quantize) if step.group_size}
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
     sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
@@ -217,7 +219,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
                 total += int(shared_bytes(count, clustered[name], nonzero))
             else:
                 total += int(weight_bytes(count, width, nonzero if share is None else round(count * share)))
-                total += 4 * outputs * (width <= 8)
+                total += 4 * outputs * -(-inputs // grouped.get(name, inputs)) * (width <= 8)
         # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
         total += 4 * rows * (layer.bias + (name in clustered and name in folded))
     return total
@@ -239,6 +241,7 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     dynamic = {step.layer for step in recipe.of(Quantize) if step.activations == "dynamic"}
     quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8} - dynamic
     weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
+    rest += _GROUPED * sum(1 + (step.layer in ranks) for step in recipe.of(Quantize) if step.group_size)
     rest += _FACTORS * len(clustered.intersection(layer for layer, _ in structure.folds))
     rest += _SECOND_QUANTIZED * len(ranks & quantized) + _SECOND_WEIGHT_ONLY * len(ranks & weight_only)
     rest += _SECOND_DYNAMIC * len(ranks & dynamic) + _SECOND_FLOAT * len(ranks - quantized - dynamic - weight_only)
@@ -347,9 +350,17 @@ def many(
             eight = (bits <= 8) & (activations == 8) & ~clustered
             late, eight = eight & how, eight & ~how
             few = (bits < 32) | clustered
+            size_of = np.array(listed("group_size", layer.name, 0))[pick(picks, "group_size", layer.name)]
+            size_of = np.where((bits <= 8) & (activations == 32) & ~clustered, size_of, 0)
             second = np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT)
             second = np.where(eight, _SECOND_QUANTIZED, np.where(late, _SECOND_DYNAMIC, second))
-            own = np.where(whole, 0.0, second) + _FACTORS * factors + 4 * rows * (int(layer.bias) + factors)
+            second = second + _GROUPED * (size_of > 0)
+            own = (
+                np.where(whole, 0.0, second)
+                + _GROUPED * (size_of > 0)
+                + _FACTORS * factors
+                + 4 * rows * (int(layer.bias) + factors)
+            )
             share = kept[layer.name][bit, zero]
             matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
@@ -360,7 +371,8 @@ def many(
                 left = np.stack([nonzero_weights(some, read, choice) for choice in zeros])[zero, np.arange(len(picks))]
                 nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
                 nonzero = np.where(bits == 1, some, nonzero)  # a sign is never zero
-                plain = weight_bytes(some, bits, nonzero) + 4 * out * (bits <= 8)
+                groups = np.where(size_of > 0, -(-row // np.maximum(size_of, 1)), 1)
+                plain = weight_bytes(some, bits, nonzero) + 4 * out * groups * (bits <= 8)
                 if clustered.any():
                     plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)
                 own += np.where(count > 0, plain, 0)

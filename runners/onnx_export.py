@@ -8,6 +8,7 @@ activation ranges are measured on this graph too.
 - Weights: 1 and 2 bits are stored as INT2 (ONNX has no narrower type; the packed file does) and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
   Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
   by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
+- The scales of groups of a row are spread over the weight (Expand, Reshape), which is folded at loading as well.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
@@ -51,6 +52,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed
 from .compress import FrozenWeight
+from .operators.quantize import spread
 from .packing import codes_to_nibbles, codes_to_raw
 from .runtime import DISABLED_OPTIMIZERS as DISABLED_OPTIMIZERS  # (`as` says that it may be imported from here)
 from .runtime import session as session
@@ -208,6 +210,7 @@ class _Int8Layer:
     values: NDArray[np.int8]
     scales: NDArray[np.float32]
     axis: int
+    group_size: int = 0  # then scales are `[outputs, groups]`
 
 
 class _Graph:
@@ -273,10 +276,10 @@ class _Graph:
         codes, scale = weight.codes.clone(), weight.scale.clone()
         if factor is not None:
             codes *= torch.where(factor < 0, -1.0, 1.0).view(-1, *[1] * (codes.ndim - 1))
-            scale *= factor.abs()
+            scale *= factor.abs().view(-1, *[1] * (scale.ndim - 1))
         # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero, but a sign is never.
         if weight.weight_bits > 1:
-            codes[scale < 1e-12] = 0
+            codes *= spread(scale, codes, weight.group_size) >= 1e-12
         values = codes.to(torch.int8).numpy()
         scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
         if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
@@ -287,7 +290,7 @@ class _Graph:
             transposed = True
         if transposed:
             values = np.ascontiguousarray(values.T)
-        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed))
+        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed), weight.group_size)
         if weight.activation_bits == 8 and weight.dynamic:
             self._multiply_dynamic(layer, node, made)
             return
@@ -298,9 +301,29 @@ class _Graph:
             self._multiply_packed(node, made, block)
             return
         self._add_codes(made)
-        self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
+        if made.group_size:
+            self._spread_scales(layer, made)
+        else:
+            self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
         self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
         self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
+
+    def _spread_scales(self, layer: str, made: _Int8Layer) -> None:
+        """The scales of groups as large as the weight `[inputs, outputs]`: each repeated, and the last group cut off."""
+        if made.values.ndim != 2 or made.axis != 1:
+            raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose group_size 0 for it")  # fmt: skip
+        name, (inputs, outputs), size = made.weight, made.values.shape, made.group_size
+        groups = made.scales.shape[1]
+        self._add_tensor(numpy_helper.from_array(np.ascontiguousarray(made.scales.T)[:, None], f"{name}_g"))
+        for part, shape in (("n", [groups, size, outputs]), ("m", [groups * size, outputs])):
+            self._add_tensor(numpy_helper.from_array(np.array(shape), f"{name}_{part}"))
+        self._add("Expand", [f"{name}_g", f"{name}_n"], f"{name}_e")
+        whole = inputs == groups * size
+        self._add("Reshape", [f"{name}_e", f"{name}_m"], f"{name}_s" if whole else f"{name}_r")
+        if not whole:
+            for part, value in (("b", 0), ("k", inputs)):
+                self._add_tensor(numpy_helper.from_array(np.array([value]), f"{name}_{part}"))
+            self._add("Slice", [f"{name}_r", f"{name}_b", f"{name}_k", f"{name}_b"], f"{name}_s")
 
     def _multiply_dynamic(self, layer: str, node: onnx.NodeProto, made: _Int8Layer) -> None:
         """Turn a linear layer into the nodes that ONNX Runtime fuses into DynamicQuantizeMatMul."""
@@ -334,9 +357,12 @@ class _Graph:
         blocks = inputs // block
         dims = [outputs, blocks, block // 2]
         self._add_tensor(helper.make_tensor(weight, TensorProto.UINT8, dims, raw, raw=True))
-        self._add_tensor(numpy_helper.from_array(layer.scales[:, None], scales))
-        self._add_tensor(numpy_helper.from_array(np.array([outputs, blocks]), shape))
-        self._add("Expand", [scales, shape], f"{scales}_all")  # folded at loading: a scale per channel in the file
+        if layer.group_size:
+            self._add_tensor(numpy_helper.from_array(layer.scales, f"{scales}_all"))
+        else:
+            self._add_tensor(numpy_helper.from_array(layer.scales[:, None], scales))
+            self._add_tensor(numpy_helper.from_array(np.array([outputs, blocks]), shape))
+            self._add("Expand", [scales, shape], f"{scales}_all")  # folded at loading: a scale per channel in the file
         bias = ["", "", node.input[2]] if len(node.input) > 2 else []
         new = helper.make_node("MatMulNBits", [node.input[0], weight, f"{scales}_all", *bias], list(node.output),
                                domain=_MICROSOFT, K=inputs, N=outputs, bits=4, block_size=block, accuracy_level=1)  # fmt: skip
@@ -497,7 +523,8 @@ def _block(node: onnx.NodeProto, layer: _Int8Layer) -> int:
         return 0
     if not _plain(node):
         return 0
-    return next((size for size in _BLOCKS if layer.values.shape[0] % size == 0), 0)
+    sizes = (layer.group_size,) if layer.group_size else _BLOCKS
+    return next((size for size in sizes if layer.values.shape[0] % size == 0), 0)
 
 
 def _plain(node: onnx.NodeProto) -> bool:

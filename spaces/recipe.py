@@ -78,6 +78,7 @@ def known_criterion(name: str) -> bool:
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
 ACTIVATIONS = ("static", "dynamic")
+GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Quantize:
     is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least squares.
     activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run time, the
     inputs of the call themselves (linear layers only).
+    group_size: 0, or a scale for every so many inputs of an output channel (linear layers of float activations only).
     """
 
     layer: str
@@ -150,6 +152,7 @@ class Quantize:
     rounding: str = later("nearest")
     ranges: str = later("mse")
     activations: str = later("static")
+    group_size: int = later(0)
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,13 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"quantize {layer}: activations = {how!r} with activation_bits = {activation_bits}; choose from "
                 f"{', '.join(ACTIVATIONS)}, dynamic with 8 only"
+            )
+        case Quantize(layer, bits, activation_bits, group_size=size) if size and (
+            size not in GROUP_SIZES or bits > 8 or activation_bits != 32
+        ):
+            raise RecipeError(
+                f"quantize {layer}: group_size = {size} with weight_bits = {bits}, activation_bits = {activation_bits}; choose from 0, "
+                f"{', '.join(map(str, GROUP_SIZES))}, with at most 8 bits and float activations (32)"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -476,6 +486,7 @@ class Recipe:
             ways = _other((step.rounding for step in quantized), "nearest") + _other(
                 (s.ranges for s in quantized), "mse"
             )
+            ways += [f"groups of {size}" for size in sorted({step.group_size for step in quantized} - {0})]
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit" + _in_brackets(ways))
             int8 = sum(step.activation_bits == 8 for step in quantized)
             if int8:

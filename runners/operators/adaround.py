@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hessian import better, damped, output_error, rows
-from .quantize import codes, largest
+from .quantize import codes, largest, spread
 
 # Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
 STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
@@ -28,9 +28,10 @@ def adaround(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Te
     """
     groups, top, gap = len(hessian), largest(bits), 2 if bits == 1 else 1  # from -1 the next sign is 1
     target = rows(weight, groups).float()
-    steps = scale.view(groups, -1, 1).float()
+    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = rows(wide, groups).float()
     keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
-    near = rows(codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1)), groups).float() * keep
+    near = rows(codes(weight, scale, bits) * wide, groups).float() * keep
     curvature = damped(hessian).float()
     quotient = (target / steps).clamp(-top, top)
     floor = quotient.floor().clamp(-top, top - gap)

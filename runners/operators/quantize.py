@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
@@ -25,16 +26,32 @@ def largest(bits: int) -> int:
 
 
 @torch.no_grad()
-def weight_scales(weight: Tensor, bits: int, ranges: str = "mse") -> Tensor:
+def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: int = 0) -> Tensor:
     """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
+
+    group_size: of every so many weights of a row, `[output channels, groups]`, the last group what is left; 0: of the row.
 
     mse: the least squared error of the weights; of signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
     equation 6). minmax: the largest weight is the largest code. percentile: the 99th
     percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
     """
     rows = weight.detach().flatten(1)
+    if group_size:
+        groups = list(rows.split(group_size, 1))  # type: ignore[no-untyped-call]
+        return torch.stack([weight_scales(part, bits, ranges) for part in groups], 1)
     peak = rows.abs().amax(1).clamp_min(1e-12)
     return RANGES[ranges](rows, peak, bits)
+
+
+def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
+    """Scales as `weight_scales` gives them, in a shape that broadcasts over the weight.
+
+    >>> spread(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 3), 2)
+    tensor([[1., 1., 2.]])
+    """
+    if group_size:
+        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[1]]
+    return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def _minmax(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
@@ -93,8 +110,11 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`; the sign of 0 is 1."""
-    return _nearest(weight / scale.view(-1, *[1] * (weight.ndim - 1)), bits)
+    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`; the sign of 0 is 1.
+
+    scale: of each output channel, or one that broadcasts.
+    """
+    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits)
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -111,21 +131,28 @@ def _nearest(quotient: Tensor, bits: int) -> Tensor:
 class FakeQuantize(nn.Module):
     """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
 
-    scale: of each output channel; `weight_scales` of the masked weight when None. pattern: of the mask, see `Sparsify`.
+    scale: of each output channel, or group of one; `weight_scales` of the masked weight when None. pattern: of the mask, see
+    `Sparsify`.
     """
 
     mask: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bits: int, mask: Tensor | None, scale: Tensor | None = None, pattern: str = ""
+        self,
+        weight: Tensor,
+        bits: int,
+        mask: Tensor | None,
+        scale: Tensor | None = None,
+        pattern: str = "",
+        group_size: int = 0,
     ) -> None:
         super().__init__()
-        self.bits, self.pattern = bits, pattern
+        self.bits, self.pattern, self.group_size = bits, pattern, group_size
         self.register_buffer("mask", mask)
         self.scale: nn.Parameter | None = None
         if bits <= 8:
             if scale is None:
-                scale = weight_scales(weight if mask is None else weight * mask, bits)
+                scale = weight_scales(weight if mask is None else weight * mask, bits, group_size=group_size)
             self.scale = nn.Parameter(scale)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -134,13 +161,17 @@ class FakeQuantize(nn.Module):
         if self.scale is None:
             return weight.half().float() if self.bits == 16 and not self.training else weight
         top = largest(self.bits)
-        shape = (-1, *[1] * (weight.ndim - 1))
         fixed = self.scale.detach()
         # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
         # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
-        balance = fixed.square() / weight.detach().flatten(1).square().sum(1).clamp_min(1e-12)
-        scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12).view(shape)  # exactly the scale that ships
+        squares = weight.detach().flatten(1).square()
+        if self.group_size:
+            missing = -squares.shape[1] % self.group_size
+            squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]
+        balance = fixed.square() / squares.sum(-1).clamp_min(1e-12)
+        scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships
+        scale = spread(scale, weight, self.group_size)
         if self.bits == 1:
             # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which a
             # clip would hold for good.

@@ -209,6 +209,7 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         criterion=(Rule(("obs", "magnitude"), share=True),),
         rounding=(Rule(("nearest", "gptq")),),
         activations=(Rule(("static", "dynamic"), ("linear",)),),
+        group_size=(Rule((0, 16, 64), ("linear",)),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
         depth=(0, 1, 2),

@@ -325,6 +325,28 @@ def test_large_linear_layers_of_3_and_4_bits_stay_packed(outputs, bits, tmp_path
     assert largest == (weights // 2 if stays else weights * 4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["perceptron", "tokens"])
+def test_groups_of_weights_have_scales_of_their_own(name, packed, traced, monkeypatch, tmp_path):
+    """Whole groups, one that is cut short and one that is longer than the row; BatchNorm's factors, zeros; folded at loading."""
+    monkeypatch.setattr(onnx_export, "_STAYS_PACKED", 32 * 32 if packed else 1 << 30)
+    model, x, structure = traced(name)
+    names = [layer.name for layer in structure.layers]
+    sizes = (32, 32, 16, 16) if packed else (128, 32, 16, 256)
+    steps = [Quantize(n, (3, 4, 2, 1)[i], group_size=sizes[i]) for i, n in enumerate(names)]
+    graph, reference = export(model, x, Recipe((*steps, Sparsify(names[0], 0.5))), structure)
+    data = packing.pack(graph)
+    assert packing.unpack(data) == graph
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    np.testing.assert_allclose(run(graph, x), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(Simulation(graph)(x[:40]).numpy(), expected[:40], atol=1e-4 * np.abs(expected).max())
+    kinds = operators(graph)
+    # In blocks of 32: 192 or 32 inputs are whole ones, those of `tokens`' first layer are 12.
+    assert kinds.get("MatMulNBits", 0) == (packed and (2 if name == "perceptron" else 1))
+    assert not {"Expand", "Reshape", "Slice", "Cast", "Mul"} & set(kinds)
+
+
 @pytest.mark.parametrize("name", ["perceptron", "tokens"])
 def test_layers_that_stay_packed_compute_the_same(name, traced, monkeypatch):
     """With and without a bias, BatchNorm's negative factors, tokens, zeros, beside layers of int8 and of float."""

@@ -53,16 +53,19 @@ def recipes(draw, structure):
         keeps = {g: draw(st.integers(1, g.channels // g.round_to)) * g.round_to for g in structure.groups}
         steps += [Prune(g.name, keep) for g, keep in keeps.items() if g.name in made and keep < g.channels]
     late = st.sampled_from(("static", "dynamic"))
-    level = st.tuples(st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late)
+    level = st.tuples(
+        st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late, st.sampled_from((0, 32))
+    )
     shared = draw(st.none() | level)
     for layer in alive:
-        bits, activations, zeros, how = shared or draw(level)
+        bits, activations, zeros, how, size = shared or draw(level)
         if zeros and bits > 1:
             steps.append(Sparsify(layer.name, zeros))
         if bits < 32:
             activations = activations if bits <= 8 else 32
             how = how if activations == 8 and layer.kind == "linear" else "static"
-            steps.append(Quantize(layer.name, bits, activations, activations=how))
+            groups = size if bits <= 8 and activations == 32 and layer.kind == "linear" else 0
+            steps.append(Quantize(layer.name, bits, activations, activations=how, group_size=groups))
     return Recipe(tuple(steps))
 
 

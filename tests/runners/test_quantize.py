@@ -108,6 +108,30 @@ def test_gradients_are_those_of_lsq(seed, bits):
     torch.testing.assert_close(weight.grad, upstream * inside, rtol=1e-4, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.sampled_from([4, 16, 64]), BITS, st.sampled_from(["mse", "minmax"]), st.integers(0, 99))
+def test_a_group_of_a_row_is_quantized_and_trained_as_a_weight_of_its_own(inputs, size, bits, ranges, seed):
+    """The last group is what is left of the row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, upstream = (torch.randn(3, inputs, generator=generator) for _ in range(2))
+    whole = FakeQuantize(weight, bits, None, weight_scales(weight, bits, ranges, size), group_size=size)
+    trained = weight.clone().requires_grad_()
+    shown = whole(trained)
+    (shown * upstream).sum().backward()
+    assert whole.scale.shape == (3, -(-inputs // size))
+    for number, first in enumerate(range(0, inputs, size)):
+        part = weight[:, first : first + size]
+        if ranges == "minmax" and bits > 1:
+            top = 2 ** (bits - 1) - 1
+            np.testing.assert_allclose(whole.scale[:, number].detach(), np.abs(part.numpy()).max(1) / top, rtol=1e-6)
+        alone = FakeQuantize(part, bits, None, weight_scales(part, bits, ranges))
+        own = part.clone().requires_grad_()
+        assert torch.equal(alone(own), shown[:, first : first + size])
+        (alone(own) * upstream[:, first : first + size]).sum().backward()
+        assert torch.equal(own.grad, trained.grad[:, first : first + size])
+        torch.testing.assert_close(alone.scale.grad, whole.scale.grad[:, number], rtol=1e-4, atol=1e-6)
+
+
 def structure_of(model):
     found = [(name, m) for name, m in model.named_modules() if hasattr(m, "weight")]
     return Structure(tuple(Layer(name, "linear", tuple(m.weight.shape), m.weight.numel()) for name, m in found))

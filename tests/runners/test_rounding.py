@@ -13,7 +13,7 @@ from paretorch.runners.operators.adaround import adaround
 from paretorch.runners.operators.gptq import gptq
 from paretorch.runners.operators.hessian import damped, gram, groups_of, inverse_factor, output_error, patches, rows
 from paretorch.runners.operators.obs import obs, refit
-from paretorch.runners.operators.quantize import codes, largest, weight_scales
+from paretorch.runners.operators.quantize import codes, largest, spread, weight_scales
 from paretorch.runners.operators.sparsify import activation_scores, magnitude_mask, mask_of
 
 LAYERS = {
@@ -144,6 +144,20 @@ def test_little_is_left_of_the_error_of_nearest_rounding(method, bits):
     found = error(method(weight, scale, bits, hessian), weight, hessian)[0]
     assert bool((found >= best * (1 - 1e-6)).all())
     assert (found.sum() - best.sum()) < (0.35 if bits == 2 else 0.4) * (near.sum() - best.sum())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(0, 999), st.sampled_from([3, 4, 20]), st.booleans())
+def test_groups_are_rounded_for_the_whole_row(bits, seed, size, sparse):
+    """Each weight on the grid of its group, no row worse than nearest, and most far better on inputs that follow from each other."""
+    weight, hessian = case(4, 20, seed)
+    mask = mask_of(weight.abs(), 0.5) if sparse and bits > 1 else None
+    wide = spread(weight_scales(weight if mask is None else weight * mask, bits, group_size=size), weight, size)
+    near = codes(weight, wide, bits) * wide * (1 if mask is None else mask)
+    for method in (gptq, adaround):
+        found = method(weight, wide, bits, hessian, mask)
+        assert bool((error(found, weight, hessian) <= error(near, weight, hessian) * (1 + 1e-9)).all())
+        assert torch.equal(codes(found, wide, bits) * wide, found)
 
 
 def test_adaround_rounds_up_or_down():
