@@ -252,7 +252,7 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
     from .spaces.space import METHODS
 
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
-    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", *METHODS)}
+    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", "group_size", *METHODS)}
     shared = [axis for axis in axes if axis.kind in METHODS and len(axis.targets) > 1]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)

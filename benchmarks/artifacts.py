@@ -3,7 +3,8 @@
     python benchmarks/artifacts.py [--networks resnet20 resnet18 ...] [--time 20] [--images 1000]
 
 Four networks, each as FP32, int8, mixed (4 and 8 bits in turns), 4-bit, and with half of the channels of every group (attention heads
-among them, which come alone, too), float and int8, all exported and packed as a study does it, without training afterwards (BatchNorm statistics are re-estimated):
+among them, which come alone, too), float and int8, the encoder also with ranges of activations found at run
+time, all exported and packed as a study does it, without training afterwards (BatchNorm statistics are re-estimated):
 ResNet-20 on CIFAR-10 (the images are needed, see cifar10/task.py), torchvision's resnet18 and mobilenet_v2 at 224 pixels and a
 transformer encoder (4 layers of 256, 64 tokens), which are trained on scikit-learn's handwritten digits, enlarged, and
 kept in `.cache`.
@@ -49,6 +50,7 @@ from paretorch.runners.runtime import session
 from paretorch.runners.simulate import agreement
 from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Recover, Step
+from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Structure, kept_channels
 
 HERE = Path(__file__).resolve().parent
@@ -148,6 +150,9 @@ def recipes(structure: Structure) -> Iterator[tuple[str, Recipe]]:
     if heads:
         yield "50% heads", made(*heads)
         yield "50% heads, int8", made(*heads, *int8)
+    if all(layer.kind == "linear" for layer in structure.layers):
+        yield "int8, dynamic", made(*(Quantize(name, 8, 8, activations="dynamic") for name in layers))
+        yield "4-bit, dynamic", made(*(Quantize(name, 4, 8, activations="dynamic") for name in layers))
     if halved:
         yield "50% channels", made(*halved)
         yield "50% channels, int8", made(*halved, *int8)
@@ -237,7 +242,8 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     float_model = packing.unpack(original).SerializeToString()
     baseline = folder / "fp32.onnx"
     baseline.write_bytes(float_model)
-    overhead = measure_overhead(runner, len(original))
+    axes = Space(activations=(Rule(("static", "dynamic"), ("linear",)),)).axes(runner.structure)
+    overhead = measure_overhead(runner, len(original), axes)
     print(f"\n{name}: FP32 {len(original):,} bytes, {len(images) and sum(len(y) for _, y in images)} images\n")
     print(
         "| file | bytes | of FP32 | predicted | model.onnx | b1 | b32 | accuracy | agrees |\n|---|---|---|---|---|---|---|---|---|"

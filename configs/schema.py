@@ -197,13 +197,15 @@ Criterion = Annotated[
 ]
 Rounding = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["mse", "minmax", "percentile", "entropy"]
+Activations = Literal["static", "dynamic"]
+GroupSize = Literal[0, 16, 32, 64, 128, 256]
 # A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
 Zeros = Annotated[
     Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_minutes), _NUMBER, Tag("<number>")]
     | Annotated[str, AfterValidator(_pattern), Tag("<text>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<number>"),
 ]
-WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 ActivationBits = Literal[8, 32]
 ClusterBits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 # Not Field(min_length=1): pydantic then calls a tuple of invalid entries too short as well.
@@ -240,7 +242,7 @@ class WeightRule(LayerRule):
     """Bits that the weights of the selected layers may have."""
 
     choices: Choices[WeightBits]
-    """2..8, 16 or 32 bits, in ascending or descending order. Required."""
+    """1..8, 16 or 32 bits, in ascending or descending order. Required."""
 
 
 class ActivationRule(LayerRule):
@@ -298,6 +300,24 @@ class RangesRule(LayerRule):
     """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
+class ActivationsRule(LayerRule):
+    """Where the selected layers' 8-bit activations have their ranges from."""
+
+    choices: Choices[Activations]
+    """static, dynamic (linear layers only). Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
+class GroupRule(LayerRule):
+    """How many weights of an output channel share a scale in the selected layers."""
+
+    choices: Choices[GroupSize]
+    """0 (all of them), 16, 32, 64, 128, 256; other than 0 for linear layers only. Required."""
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
 class ShareRule(LayerRule):
     """Shares of the selected groups' channels that may be removed."""
 
@@ -339,6 +359,16 @@ RoundingRules = Annotated[
 ]
 RangesRules = Annotated[
     Annotated[Choices[Ranges], Tag("<choices>")] | Annotated[tuple[RangesRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+ActivationsRules = Annotated[
+    Annotated[Choices[Activations], Tag("<choices>")] | Annotated[tuple[ActivationsRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+GroupRules = Annotated[
+    Annotated[Choices[GroupSize], Tag("<choices>")] | Annotated[tuple[GroupRule, ...], Tag("<rules>")], _FORMS
 ]
 
 
@@ -418,9 +448,16 @@ class SpaceConfig(Strict):
     """What may be done to the network. A technique that is not named is left out."""
 
     weight_bits: WeightRules | None = None
-    """Bits of a layer's weights: 2..8 (integers), 16 (float16), 32 (untouched). Choices, or rules per layer."""
+    """Bits of a layer's weights: 1 (signs; they want training), 2..8 (integers), 16 (float16), 32 (untouched). Choices, or
+    rules per layer. Where weights are signs, `sparsity` and `ranges` do not count."""
     activation_bits: ActivationRules | None = None
     """Bits of what a layer computes on: 8 or 32 (8 takes effect where the weights have at most 8). Choices or rules."""
+    activations: ActivationsRules | None = None
+    """Where 8-bit activations have their ranges from: static, the calibration images; dynamic, the inputs of each call
+    (linear layers only, so write a rule: `{layers: linear, choices: [static, dynamic]}`). Default: static."""
+    group_size: GroupRules | None = None
+    """How many weights of an output channel share a scale: 0 (all of them), 16, 32, 64, 128, 256. Has an effect where
+    activations are float, and is for linear layers only: `{layers: linear, choices: [0, 64]}`. Default: 0."""
     cluster_bits: ClusterRules | None = None
     """Bits of indices into a layer's own codebook of floats: 2..8, or 32 for none. Where a layer has a codebook,
     `weight_bits` and `activation_bits` do not count: it runs as float. Choices or rules."""
@@ -700,6 +737,8 @@ def to_space(space: SpaceConfig) -> Space:
         criterion=_rules(space.criterion, share=True),
         rounding=_rules(space.rounding, share=True),
         ranges=_rules(space.ranges, share=True),
+        activations=_rules(space.activations, share=True),
+        group_size=_rules(space.group_size, share=True),
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,

@@ -22,7 +22,9 @@ from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, 
 
 # What the second node of a layer of low rank adds around its tensors (of float, weight-only and 8-bit layers), and a
 # codebook with a BatchNorm's factors beside it: about the same in every network, so that no file is written to learn it.
-_SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _FACTORS = 35.0, 58.0, 115.0, 14.0
+_SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _SECOND_DYNAMIC, _FACTORS = 35.0, 58.0, 115.0, 76.0, 14.0
+_GROUPED = 55.0  # what spreads the scales of groups over a weight
+_DYNAMIC = -8  # in place of a layer's activation bits: 8, with ranges found at run time
 
 # A whole number, or an array of them: for one recipe, or for many at once.
 Whole = Any
@@ -34,7 +36,7 @@ class FileOverhead:
 
     base: of every file. per_layer: for each layer that is there. per_weight_only, per_quantized: more for each layer with
     float and with 8-bit activations. per_region: more for each run of layers with 8-bit activations. any_quantized: more
-    when there is one at all. narrowed: more when every group of channels were gone (a negative number). nonzero: by
+    when there is one at all. per_dynamic: as per_quantized, where ranges are found at run time. narrowed: more when every group of channels were gone (a negative number). nonzero: by
     layer and by level (bits and sparsity, as `level` writes them) the share of the weights that do not become zero. Few
     bits round weights to zero that no mask asked for, half of them at 2 bits; what is missing keeps all.
     """
@@ -47,6 +49,7 @@ class FileOverhead:
     any_quantized: float = 0.0
     narrowed: float = 0.0
     nonzero: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    per_dynamic: float = 0.0
 
     def of(self, contents: FileContents) -> Any:
         """The bytes outside the layers' tensors of a file with such contents."""
@@ -68,6 +71,7 @@ class FileContents:
     per_region: Whole
     any_quantized: Whole
     narrowed: Any  # the mean share of the channels that are gone
+    per_dynamic: Whole = 0
 
 
 def contents(structure: Structure, recipe: Recipe) -> FileContents:
@@ -75,13 +79,16 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     structure = structure.of(recipe)
     there = shapes(structure, recipe)
     activations = dict.fromkeys((step.layer for step in recipe.of(Cluster)), 32)
-    activations |= {step.layer: step.activation_bits for step in recipe.of(Quantize)}
+    activations |= {
+        step.layer: _DYNAMIC if step.activations == "dynamic" else step.activation_bits for step in recipe.of(Quantize)
+    }
     modes = [activations.get(layer.name, 0) for layer in structure.layers if layer.name in there]
     channels = {group.name: group.channels for group in structure.groups}
     return FileContents(
         base=1,
         per_weight_only=modes.count(32),
         per_quantized=modes.count(8),
+        per_dynamic=modes.count(_DYNAMIC),
         per_layer=len(modes),
         per_region=sum(mode == 8 != before for before, mode in zip([0, *modes], modes, strict=False)),
         any_quantized=8 in modes,
@@ -152,12 +159,12 @@ def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
 def weight_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     """Bytes of a packed weight, in the way that takes the fewest (see `runners.packing`).
 
-    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 1000), (8, 500), (4, 100))]
-    [375, 200, 625, 116]
+    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 900), (1, 1000), (8, 500), (4, 100))]
+    [375, 200, 125, 625, 116]
     """
-    two = np.equal(bits, 2)
-    value = np.where(two, 1, bits)  # a number of {-1, 1} is a bit
-    dense = np.where(two, ternary_bytes(count), dense_bytes(count, bits))
+    few = np.less_equal(bits, 2)
+    value = np.where(few, 1, bits)  # a number of {-1, 1} is a bit
+    dense = np.where(few & (nonzero < count), ternary_bytes(count), dense_bytes(count, value))
     sparse = np.minimum(bitmap_bytes(count, value, nonzero), index_bytes(count, value, nonzero))
     return np.minimum(dense, sparse)
 
@@ -191,6 +198,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
     sizes = shapes(structure, recipe)
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
+    grouped = {step.layer: step.group_size for step in recipe.of(Quantize) if step.group_size}
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
     sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
@@ -211,7 +219,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
                 total += int(shared_bytes(count, clustered[name], nonzero))
             else:
                 total += int(weight_bytes(count, width, nonzero if share is None else round(count * share)))
-                total += 4 * outputs * (width <= 8)
+                total += 4 * outputs * -(-inputs // grouped.get(name, inputs)) * (width <= 8)
         # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
         total += 4 * rows * (layer.bias + (name in clustered and name in folded))
     return total
@@ -230,11 +238,13 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     rest = float(overhead.of(contents(structure, recipe)))
     ranks = {step.layer for step in recipe.of(LowRank)}
     clustered = {step.layer for step in recipe.of(Cluster)}
-    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8}
+    dynamic = {step.layer for step in recipe.of(Quantize) if step.activations == "dynamic"}
+    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8} - dynamic
     weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
+    rest += _GROUPED * sum(1 + (step.layer in ranks) for step in recipe.of(Quantize) if step.group_size)
     rest += _FACTORS * len(clustered.intersection(layer for layer, _ in structure.folds))
     rest += _SECOND_QUANTIZED * len(ranks & quantized) + _SECOND_WEIGHT_ONLY * len(ranks & weight_only)
-    rest += _SECOND_FLOAT * len(ranks - quantized - weight_only)
+    rest += _SECOND_DYNAMIC * len(ranks & dynamic) + _SECOND_FLOAT * len(ranks - quantized - dynamic - weight_only)
     return round(layer_bytes(structure, recipe, overhead) + rest)
 
 
@@ -346,7 +356,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
             narrowed += 1 - keep[group.name] / group.channels
         channels = {group.name: group.channels for group in structure.groups}
         size, operations = np.zeros(len(picks)), np.zeros(len(picks))
-        weight_only, quantized, layers, regions = (np.zeros(len(picks), dtype=np.int64) for _ in range(4))
+        weight_only, quantized, dynamic, layers, regions = (np.zeros(len(picks), dtype=np.int64) for _ in range(5))
         before = np.zeros(len(picks), dtype=bool)  # whether the layer before has 8-bit activations
         for layer in structure.layers:
             there = alive[layer.name][depth]
@@ -368,10 +378,21 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
             clustered = codebook < 32
             factors = clustered & (layer.name in folded)
             activations = choices("activation_bits", layer.name, 32)[pick(picks, "activation_bits", layer.name)]
+            how = np.array(listed("activations", layer.name, 0.0))[pick(picks, "activations", layer.name)] == "dynamic"
             eight = (bits <= 8) & (activations == 8) & ~clustered
+            late, eight = eight & how, eight & ~how
             few = (bits < 32) | clustered
-            second = np.where(eight, _SECOND_QUANTIZED, np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT))
-            own = np.where(whole, 0.0, second) + _FACTORS * factors + 4 * rows * (int(layer.bias) + factors)
+            size_of = np.array(listed("group_size", layer.name, 0))[pick(picks, "group_size", layer.name)]
+            size_of = np.where((bits <= 8) & (activations == 32) & ~clustered, size_of, 0)
+            second = np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT)
+            second = np.where(eight, _SECOND_QUANTIZED, np.where(late, _SECOND_DYNAMIC, second))
+            second = second + _GROUPED * (size_of > 0)
+            own = (
+                np.where(whole, 0.0, second)
+                + _GROUPED * (size_of > 0)
+                + _FACTORS * factors
+                + 4 * rows * (int(layer.bias) + factors)
+            )
             share = kept[layer.name][bit, zero]
             matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
@@ -381,12 +402,15 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
                 some = np.maximum(count, 1)
                 left = np.stack([nonzero_weights(some, read, choice) for choice in zeros])[zero, np.arange(len(picks))]
                 nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
-                plain = weight_bytes(some, bits, nonzero) + 4 * out * (bits <= 8)
+                nonzero = np.where(bits == 1, some, nonzero)  # a sign is never zero
+                groups = np.where(size_of > 0, -(-row // np.maximum(size_of, 1)), 1)
+                plain = weight_bytes(some, bits, nonzero) + 4 * out * groups * (bits <= 8)
                 if clustered.any():
                     plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)
                 own += np.where(count > 0, plain, 0)
             size += there * own
-            weight_only += there & few & ~eight
+            weight_only += there & few & ~eight & ~late
+            dynamic += there & late
             quantized += there & eight
             layers += there
             regions += there & eight & ~before
@@ -394,7 +418,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
             work = np.where(whole, rows * columns, rank * (rows + columns))
             operations += there * (layer.macs * work // layer.params)
         made_of = FileContents(
-            1, weight_only, quantized, layers, regions, quantized > 0, narrowed / max(1, len(channels))
+            1, weight_only, quantized, layers, regions, quantized > 0, narrowed / max(1, len(channels)), dynamic
         )
         return {"size_bytes": np.rint(size + overhead.of(made_of)), "macs": operations}
 

@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import ExportFailed, TargetError
 from ..spaces.recipe import Quantize, Step
-from .packing import width
+from .packing import signs, width
 from .runtime import session
 from .target import DEFAULT, Target, as_target
 
@@ -86,6 +86,8 @@ def analytic(profile: Profile) -> Target:
     def supports(step: Step) -> str | None:
         if isinstance(step, Quantize) and (step.weight_bits, step.activation_bits) not in profile.pairs:
             return f"{profile.name} has no unit for {step.weight_bits}-bit weights with {step.activation_bits}-bit activations; it has {pairs}"  # fmt: skip
+        if isinstance(step, Quantize) and step.activations == "dynamic":
+            return f"{profile.name} finds no ranges at run time; choose static activations"
         return None
 
     plain = json.loads(json.dumps(asdict(profile)))
@@ -233,8 +235,9 @@ class _Graph:
             return _BITS[whole[0].data_type]
         if len(whole) == 1:
             codes = numpy_helper.to_array(whole[0])
-            if whole[0].data_type in (TensorProto.INT8, TensorProto.INT4):
-                return width(codes.astype(np.int8).reshape(-1))
+            if whole[0].data_type in (TensorProto.INT8, TensorProto.INT4, TensorProto.INT2):
+                values = codes.astype(np.int8).reshape(-1)
+                return 1 if signs(values) else width(values)
             return max(1, int(codes.astype(np.int64).max()).bit_length())
         stored = sum(len(t.raw_data) for t in found.values() if t.data_type not in _BITS)
         return math.ceil(8 * stored / count)

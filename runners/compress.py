@@ -24,14 +24,16 @@ from .library import LayerLibrary, Method, shaped
 from .operators.cluster import SharedWeights, shared
 from .operators.lowrank import factored, parts
 from .operators.prune import prune_channels
-from .operators.quantize import FakeQuantize, codes
+from .operators.quantize import FakeQuantize, codes, spread
 
 
 @dataclass(frozen=True)
 class FrozenWeight:
     """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width.
 
-    codebook: `[values]`; then the codes are indices into it.
+    group_size: then there is a scale for each group of so many weights of a row.
+
+    codebook: `[values]`; then the codes are indices into it. dynamic: the range of 8-bit activations is found at run time.
     """
 
     weight_bits: int
@@ -39,6 +41,8 @@ class FrozenWeight:
     codes: Tensor | None = None
     scale: Tensor | None = None
     codebook: Tensor | None = None
+    dynamic: bool = False
+    group_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def shape_weights(patient: _Patient) -> None:
         made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
         if made.weight is not None:
             weight.copy_(made.weight)
-        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale, method.pattern)
+        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale, method.pattern, method.group_size)
         if name in clustered:
             indices, codebook = shared(weight, clustered[name], made.mask)
             shows = SharedWeights(indices, codebook, clustered[name], zero=made.mask is not None)
@@ -115,7 +119,11 @@ def shape_weights(patient: _Patient) -> None:
 
 def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, float, Method]:
     zeros, codes = sparse or Sparsify("", 0.0), quantized or Quantize("", 32)
-    return codes.weight_bits, zeros.ratio, Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges)
+    return (
+        codes.weight_bits,
+        zeros.ratio,
+        Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges, codes.group_size),
+    )
 
 
 # Sparsify, Cluster and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
@@ -184,7 +192,10 @@ def _impossible(recipe: Recipe, structure: Structure) -> list[str]:
         steps: list[Sparsify | Quantize] = [*recipe.of(Sparsify), *recipe.of(Quantize)]
         for step in steps:
             if step.layer == layer.name:
-                asked = {name: getattr(step, name, "") for name in ("criterion", "rounding", "pattern")}
+                asked = {
+                    name: getattr(step, name, "")
+                    for name in ("criterion", "rounding", "pattern", "activations", "group_size")
+                }
                 problems += [
                     f"layer {layer.name!r}: {why}"
                     for key, value in asked.items()
@@ -218,7 +229,7 @@ def compress(
 @torch.no_grad()
 def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
     """Replace every parametrized weight by the numbers that ship, in place, and return them by layer."""
-    activations = {part: step.activation_bits for step in recipe.of(Quantize) for part in parts(model, step.layer)}
+    steps = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     frozen = {}
     model.eval()
     for name, layer in list(model.named_modules()):
@@ -237,12 +248,17 @@ def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
             weight = weight * fake.mask
         if fake.scale is not None:
             scale = fake.scale.detach().clamp_min(1e-12)
-            frozen[name] = FrozenWeight(fake.bits, activations[name], codes(weight, scale, fake.bits), scale.clone())
+            wide = spread(scale, weight, fake.group_size)
+            step = steps[name]
+            frozen[name] = FrozenWeight(
+                fake.bits, step.activation_bits, codes(weight, wide, fake.bits), scale.clone(),
+                dynamic=step.activations == "dynamic", group_size=fake.group_size,
+            )  # fmt: skip
         elif fake.bits == 16:
             frozen[name] = FrozenWeight(16)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         if name in frozen and frozen[name].codes is not None:
-            whole = frozen[name].codes * scale.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[operator]
+            whole = frozen[name].codes * wide  # type: ignore[operator]
             layer.weight.copy_(whole)  # type: ignore[operator,union-attr]
         elif fake.bits != 16:
             layer.weight.copy_(weight)  # type: ignore[operator,union-attr]

@@ -40,7 +40,7 @@ from .operators.adaround import adaround
 from .operators.gptq import gptq
 from .operators.lowrank import basis
 from .operators.obs import obs, order, sweepable
-from .operators.quantize import weight_scales
+from .operators.quantize import spread, weight_scales
 from .operators.sparsify import activation_scores, input_norms, mask_of, random_scores
 from .task import Criterion
 
@@ -59,11 +59,12 @@ class Method:
     pattern: str = ""
     rounding: str = "nearest"
     ranges: str = "mse"
+    group_size: int = 0
 
     def at(self, bits: int, ratio: float) -> Method:
         """The same without what has no effect at this level, so that equal layers are one entry."""
         zeros = self if ratio else replace(self, criterion="magnitude", pattern="")
-        return zeros if bits <= 8 else replace(zeros, rounding="nearest", ranges="mse")
+        return zeros if bits <= 8 else replace(zeros, rounding="nearest", ranges="mse", group_size=0)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -96,8 +97,8 @@ class Evidence:
 
 
 class Shaped(NamedTuple):
-    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: `[output channels]`, or None above
-    8 bits. weight: in place of the layer's own, or None."""
+    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` gives it, or
+    None above 8 bits. weight: in place of the layer's own, or None."""
 
     mask: Tensor | None
     scale: Tensor | None
@@ -134,10 +135,11 @@ def shaped(
         mask = mask_of(_scores(weight, method, evidence), ratio, method.pattern)
     current = weight if adjusted is None else adjusted
     if bits <= 8:
-        scale = weight_scales(current if mask is None else current * mask, bits, method.ranges)
+        scale = weight_scales(current if mask is None else current * mask, bits, method.ranges, method.group_size)
         if method.rounding != "nearest":
             assert evidence is not None
-            adjusted = ROUNDINGS[method.rounding](current, scale, bits, evidence.hessian(), mask)
+            wide = spread(scale, current, method.group_size)
+            adjusted = ROUNDINGS[method.rounding](current, wide, bits, evidence.hessian(), mask)
     return Shaped(mask, scale, adjusted)
 
 
@@ -235,7 +237,8 @@ class LayerLibrary:
             if ratio:
                 wanted["mask"] = (torch.uint8, (-(-plain.numel() // 8),))
             if bits <= 8:
-                wanted["scale"] = (plain.dtype, (len(plain),))
+                groups = (-(-plain[0].numel() // method.group_size),) if method.group_size else ()
+                wanted["scale"] = (plain.dtype, (len(plain), *groups))
             if method.adjusts:
                 wanted["weight"] = (plain.dtype, tuple(plain.shape))
             entry = self.find(key, wanted)
@@ -374,7 +377,8 @@ def digest(*tensors: Tensor) -> str:
 def _key(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None) -> str:
     about: tuple[object, ...] = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
     if method != PLAIN:
-        about = (*about, *astuple(method))
+        *fields, group_size = astuple(method)
+        about = (*about, *fields, *([group_size] if group_size else []))
     if evidence is not None and method.needs:
         about = (*about, evidence.seed if method.needs == {"seed"} else evidence.key)
     found = hashlib.sha256(repr(about).encode() + b"\0")

@@ -5,9 +5,10 @@ activation ranges are measured on this graph too.
 
 - The float graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`)
   takes 3-16 s, which a search would pay in every trial. The newer one steps in where the first fails.
-- Weights: 2 bits are stored as INT2 and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
+- Weights: 1 and 2 bits are stored as INT2 (ONNX has no narrower type; the packed file does) and 3 or 4 as INT4, both with a Cast to INT8, 5 to 8 bits as INT8; float16 with a
   Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
   by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
+- The scales of groups of a row are spread over the weight (Expand, Reshape), which is folded at loading as well.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
@@ -17,6 +18,9 @@ activation ranges are measured on this graph too.
 - The products of attention (queries by keys, softmax by values) get Q/DQ on both operands only where the target says so
   (`Target.int8_products`) and all layers in front of them run in int8. In OpenVINO it takes the same time to 0.75 of it (64 to
   512 tokens); in ONNX Runtime 0.93 to 1.19 of it.
+- A linear layer of dynamic activations becomes DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses into one
+  kernel that finds the range of its input in each call. All inputs of a call share that range: what a file of such layers
+  answers to an input depends, a little, on the others in its batch.
 - But for large linear layers of 3 and 4 bits (8 million weights and more, float activations), which become MatMulNBits:
   their weights stay packed in memory and are multiplied as floats (accuracy_level 1), by the same scale per output channel
   in every block. Where weights no longer fit into the caches, reading them is what takes the time: measured on one
@@ -54,6 +58,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed
 from .compress import FrozenWeight
+from .operators.quantize import spread
 from .packing import codes_to_nibbles, codes_to_raw
 from .runtime import DISABLED_OPTIMIZERS as DISABLED_OPTIMIZERS  # (`as` says that it may be imported from here)
 from .runtime import session as session
@@ -212,6 +217,7 @@ class _Int8Layer:
     values: NDArray[np.int8]
     scales: NDArray[np.float32]
     axis: int
+    group_size: int = 0  # then scales are `[outputs, groups]`
 
 
 class _Graph:
@@ -277,9 +283,10 @@ class _Graph:
         codes, scale = weight.codes.clone(), weight.scale.clone()
         if factor is not None:
             codes *= torch.where(factor < 0, -1.0, 1.0).view(-1, *[1] * (codes.ndim - 1))
-            scale *= factor.abs()
-        # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero.
-        codes[scale < 1e-12] = 0
+            scale *= factor.abs().view(-1, *[1] * (scale.ndim - 1))
+        # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero, but a sign is never.
+        if weight.weight_bits > 1:
+            codes *= spread(scale, codes, weight.group_size) >= 1e-12
         values = codes.to(torch.int8).numpy()
         scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
         if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
@@ -290,7 +297,10 @@ class _Graph:
             transposed = True
         if transposed:
             values = np.ascontiguousarray(values.T)
-        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed))
+        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed), weight.group_size)
+        if weight.activation_bits == 8 and weight.dynamic:
+            self._multiply_dynamic(layer, node, made)
+            return
         if weight.activation_bits == 8:
             self.int8[number] = made
             return
@@ -298,9 +308,53 @@ class _Graph:
             self._multiply_packed(node, made, block)
             return
         self._add_codes(made)
-        self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
+        if made.group_size:
+            self._spread_scales(layer, made)
+        else:
+            self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
         self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
         self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
+
+    def _spread_scales(self, layer: str, made: _Int8Layer) -> None:
+        """The scales of groups as large as the weight `[inputs, outputs]`: each repeated, and the last group cut off."""
+        if made.values.ndim != 2 or made.axis != 1:
+            raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose group_size 0 for it")  # fmt: skip
+        name, (inputs, outputs), size = made.weight, made.values.shape, made.group_size
+        groups = made.scales.shape[1]
+        self._add_tensor(numpy_helper.from_array(np.ascontiguousarray(made.scales.T)[:, None], f"{name}_g"))
+        for part, shape in (("n", [groups, size, outputs]), ("m", [groups * size, outputs])):
+            self._add_tensor(numpy_helper.from_array(np.array(shape), f"{name}_{part}"))
+        self._add("Expand", [f"{name}_g", f"{name}_n"], f"{name}_e")
+        whole = inputs == groups * size
+        self._add("Reshape", [f"{name}_e", f"{name}_m"], f"{name}_s" if whole else f"{name}_r")
+        if not whole:
+            for part, value in (("b", 0), ("k", inputs)):
+                self._add_tensor(numpy_helper.from_array(np.array([value]), f"{name}_{part}"))
+            self._add("Slice", [f"{name}_r", f"{name}_b", f"{name}_k", f"{name}_b"], f"{name}_s")
+
+    def _multiply_dynamic(self, layer: str, node: onnx.NodeProto, made: _Int8Layer) -> None:
+        """Turn a linear layer into the nodes that ONNX Runtime fuses into DynamicQuantizeMatMul."""
+        if node.op_type == "Conv" or made.axis != made.values.ndim - 1 or not _plain(node):
+            raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose static activations for it")  # fmt: skip
+        name, output = made.weight, node.output[0]
+        source = f"{name}_q"
+        if self._add_codes(made) != TensorProto.INT8:
+            self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
+            source = f"{name}_c"
+        self._add_tensor(numpy_helper.from_array(made.scales, f"{name}_s"))
+        # Among the nodes of the network, so that it reads what all others read where the layer before is quantized.
+        quantize = helper.make_node(
+            "DynamicQuantizeLinear", [node.input[0]], [f"{name}_x{part}" for part in ("", "s", "z")]
+        )
+        self.nodes.append(quantize)
+        self._add("MatMulInteger", [f"{name}_x", source, f"{name}_xz"], f"{name}_i")
+        self._add("Cast", [f"{name}_i"], f"{name}_f", to=TensorProto.FLOAT)
+        self._add("Mul", [f"{name}_xs", f"{name}_s"], f"{name}_m")
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if bias:
+            self._add("Mul", [f"{name}_f", f"{name}_m"], f"{name}_p")
+        last = ("Add", [f"{name}_p", bias]) if bias else ("Mul", [f"{name}_f", f"{name}_m"])
+        node.CopyFrom(helper.make_node(*last, [output]))
 
     def _multiply_packed(self, node: onnx.NodeProto, layer: _Int8Layer, block: int) -> None:
         """Turn a linear layer into MatMulNBits, whose weights are [outputs, blocks, bytes of a block]."""
@@ -310,9 +364,12 @@ class _Graph:
         blocks = inputs // block
         dims = [outputs, blocks, block // 2]
         self._add_tensor(helper.make_tensor(weight, TensorProto.UINT8, dims, raw, raw=True))
-        self._add_tensor(numpy_helper.from_array(layer.scales[:, None], scales))
-        self._add_tensor(numpy_helper.from_array(np.array([outputs, blocks]), shape))
-        self._add("Expand", [scales, shape], f"{scales}_all")  # folded at loading: a scale per channel in the file
+        if layer.group_size:
+            self._add_tensor(numpy_helper.from_array(layer.scales, f"{scales}_all"))
+        else:
+            self._add_tensor(numpy_helper.from_array(layer.scales[:, None], scales))
+            self._add_tensor(numpy_helper.from_array(np.array([outputs, blocks]), shape))
+            self._add("Expand", [scales, shape], f"{scales}_all")  # folded at loading: a scale per channel in the file
         bias = ["", "", node.input[2]] if len(node.input) > 2 else []
         new = helper.make_node("MatMulNBits", [node.input[0], weight, f"{scales}_all", *bias], list(node.output),
                                domain=_MICROSOFT, K=inputs, N=outputs, bits=4, block_size=block, accuracy_level=1)  # fmt: skip
@@ -419,13 +476,15 @@ class _Graph:
         """The weight and the bias of an int8 layer, the bias in steps of input scale x weight scale.
 
         A channel of tiny weights has steps too small for its bias to fit into int32 (one whose weights are all zero
-        always has); it takes the smallest scale that fits, at which its weights round to what they still amount to.
+        always has); it takes the smallest scale that fits, at which its weights round to what they still amount to. Signs
+        stay: of any input they make less than inputs x 255 / 2^30 of that bias, where a step of the output is 1/255 of it.
         """
         inputs = node.input[0]
         input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
         bias = np.zeros(1) if len(node.input) < 3 else numpy_helper.to_array(self.tensors[node.input[2]])
         scales = np.maximum(layer.scales, (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32))
-        layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
+        if layer.bits > 1:
+            layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
         kind = self._add_codes(layer)
         source, name = f"{layer.weight}_q", layer.weight
         if kind != TensorProto.INT8:
@@ -500,12 +559,18 @@ def _grid(low: float, high: float, signed: bool) -> tuple[float, np.integer[Any]
 
 def _block(node: onnx.NodeProto, layer: _Int8Layer) -> int:
     """The block size with which a layer of float activations runs as MatMulNBits, or 0 where it does not."""
-    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     if layer.bits not in (3, 4) or layer.values.size < _STAYS_PACKED or node.op_type == "Conv" or layer.axis != 1:
         return 0
-    if any(helper.get_attribute_value(a) != plain.get(a.name) for a in node.attribute):
+    if not _plain(node):
         return 0
-    return next((size for size in _BLOCKS if layer.values.shape[0] % size == 0), 0)
+    sizes = (layer.group_size,) if layer.group_size else _BLOCKS
+    return next((size for size in sizes if layer.values.shape[0] % size == 0), 0)
+
+
+def _plain(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm (whose weight is not transposed any more) or MatMul is nothing but a product and a bias."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    return all(helper.get_attribute_value(a) == plain.get(a.name) for a in node.attribute)
 
 
 def _along(layer: _Int8Layer, scales: NDArray[np.float32]) -> NDArray[np.float32]:

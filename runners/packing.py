@@ -7,13 +7,13 @@ stored in the way that takes the fewest bytes, which depends on three numbers al
 of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will weigh.
 
 - `zeros`: nothing at all.
-- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte.
+- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a bit each.
 - `bitmap`: a bit for each number, then those that are not zero. `index`: the positions of those that are not zero as
   Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With zero
   out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
 
 Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and integers
-in a bitmap did not move; its files still load.
+in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, and only files that hold some say so.
 
 The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
 its parts, written again, give the same bytes.
@@ -37,7 +37,7 @@ from ..errors import ArtifactError
 from ..objectives.cost import bitmap_bytes, dense_bytes, index_bytes, position_bits, ternary_bytes
 
 FORMAT = "paretorch.packed"
-VERSION = 2
+VERSION = 3
 _SMALLEST = 16  # numbers; a smaller tensor stays in the graph
 _FLOATS: dict[int, type] = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.INT32: np.uint32}
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.int16)
@@ -113,6 +113,15 @@ def unpack_ternary(data: bytes, count: int) -> NDArray[np.int8]:
     return (digits.reshape(-1)[:count] - 1).astype(np.int8)
 
 
+def signs(values: NDArray[Any]) -> bool:
+    """Whether every number is -1 or 1.
+
+    >>> signs(np.array([-1, 1], np.int8)), signs(np.array([0, 1], np.int8))
+    (True, False)
+    """
+    return bool((np.abs(values) == 1).all())
+
+
 def pack_positions(positions: NDArray[np.int64], count: int) -> bytes:
     """An increasing sequence of numbers below `count`, by Elias and Fano.
 
@@ -140,6 +149,7 @@ _SIZES: dict[str, Callable[[int, int, int], Any]] = {
     "zeros": lambda count, bits, nonzero: 0,
     "dense": lambda count, bits, nonzero: dense_bytes(count, bits),
     "ternary": lambda count, bits, nonzero: ternary_bytes(count),
+    "sign": lambda count, bits, nonzero: dense_bytes(count, 1),
     "bitmap": bitmap_bytes,
     "index": index_bytes,
 }
@@ -162,6 +172,8 @@ def _encode(raw: NDArray[Any]) -> tuple[list[Any], bytes]:
     bits = {"dense": wide, "bitmap": narrow, "index": narrow}
     if integer and raw.min() >= -1 and raw.max() <= 1:
         bits["ternary"] = 2
+    if integer and signs(raw):
+        bits["sign"] = 1
     sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(found)) for kind in bits}
     kind = min(sizes, key=sizes.__getitem__)
     match kind:
@@ -169,6 +181,8 @@ def _encode(raw: NDArray[Any]) -> tuple[list[Any], bytes]:
             data = _body(raw.view(np.uint8) & np.uint8(2**wide - 1) if integer else raw, wide)
         case "ternary":
             data = pack_ternary(raw)
+        case "sign":
+            data = pack_bits((raw > 0).astype(np.uint8), 1)
         case "bitmap":
             data = pack_bits((raw != 0).astype(np.uint8), 1) + _body(found, narrow)
         case _:
@@ -184,6 +198,8 @@ def _decode(kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: 
         return np.zeros(count, dtype)
     if kind == "ternary":
         return unpack_ternary(data, count)
+    if kind == "sign":
+        return _values(data, 1, count, stored).view(np.int8) * np.int8(2) - np.int8(1)
     if kind == "dense":
         raw = _values(data, bits, count, stored)
         return _signed(raw, bits) if integer else raw
@@ -215,7 +231,12 @@ def pack(model: onnx.ModelProto) -> bytes:
         parts.append(data)
     graph = zlib.compress(skeleton.SerializeToString(deterministic=True), 9)
     listing = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
-    return _file({"graph": graph, "index": listing, "payload": b"".join(parts)})
+    return _file({"graph": graph, "index": listing, "payload": b"".join(parts)}, _version(index))
+
+
+def _version(index: Sequence[Any]) -> int:
+    """The least version that knows all ways in which the tensors are stored."""
+    return 3 if any(kind == "sign" for _, kind, *_ in index) else 2
 
 
 def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -310,6 +331,8 @@ def unpack(data: bytes) -> onnx.ModelProto:
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
     """Give the graph's tensors their numbers back, in place."""
     nibbles = _nibbles(model)
+    if version > 1 and version != _version(index):  # the digest does not cover it
+        raise ValueError(f"version {version} of a file of version {_version(index)}")
     offset = 0
     for position, kind, bits, *rest in index:
         tensor = model.graph.initializer[position]

@@ -162,7 +162,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
             next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
             for kind in ("weight_bits", "sparsity")
         )
-        both = [(b, r) for r in ratios for b in bits]
+        both = [(b, r) for r in ratios for b in bits if b > 1 or not r]  # signs have no zeros
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
         distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:
@@ -227,7 +227,9 @@ def measure_sensitivity(
             if progress:
                 progress(done, total, layer.name)
             methods = {
-                axis.kind: axis.choices[0] for axis in axes if axis.kind in METHODS and layer.name in axis.targets
+                axis.kind: axis.choices[0]
+                for axis in axes
+                if axis.kind in (*METHODS, "group_size") and layer.name in axis.targets
             }
             recipe = _recipe(layer.name, level, methods)
             size = layer_bytes(Structure((layer,)), recipe)
@@ -236,7 +238,7 @@ def measure_sensitivity(
     return Sensitivity(tuple(rows), unit_of(bench.dense), len(runner.calibration))
 
 
-def _recipe(layer: str, level: Level, methods: Mapping[str, str]) -> Recipe:
+def _recipe(layer: str, level: Level, methods: Mapping[str, Any]) -> Recipe:
     bits, zeros = level
     steps: list[Step] = [quantize(layer, bits, 32, methods)] if bits < 32 else []
     return Recipe((*steps, *([sparsify(layer, zeros, methods)] if zeros else [])))

@@ -169,6 +169,24 @@ def _gemm(i: Inputs, a: Attributes) -> Tensor:
     return torch.addmm(i[2], x, w, beta=beta, alpha=alpha)
 
 
+def _dynamic_quantize(i: Inputs, a: Attributes) -> tuple[Tensor, Tensor, Tensor]:
+    x = i[0]
+    low, high = x.amin().clamp_max(0.0), x.amax().clamp_min(0.0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero = (-low / scale).round().clamp(0, 255)
+    return ((x / scale).round() + zero).clamp(0, 255).to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def _matmul_integer(i: Inputs, a: Attributes) -> Tensor:
+    """In double precision, which is exact for sums of up to 2^37 products and fast, unlike torch's integers."""
+    x, w = (
+        (t.double() if zero is None else t.double() - zero.double())
+        for t, zero in ((i[0], _at(i, 2)), (i[1], _at(i, 3)))
+    )
+    return (x @ w).to(torch.int32)  # type: ignore[no-any-return]
+
+
 def _reshape(i: Inputs, a: Attributes) -> Tensor:
     sizes = [i[0].shape[axis] if size == 0 and not a.get("allowzero") else size for axis, size in enumerate(i[1].tolist())]  # fmt: skip
     return i[0].reshape(sizes)  # type: ignore[no-any-return]
@@ -262,6 +280,7 @@ def _at(i: Inputs, n: int) -> Any:
 
 OPERATORS: dict[str, Callable[[Inputs, Attributes], Any]] = {
     "Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": lambda i, a: i[0] @ i[1],
+    "DynamicQuantizeLinear": _dynamic_quantize, "MatMulInteger": _matmul_integer,
     "MaxPool": _max_pool, "AveragePool": _average_pool,
     "GlobalAveragePool": lambda i, a: i[0].mean(_spatial(i[0]), keepdim=True),
     "GlobalMaxPool": lambda i, a: i[0].amax(_spatial(i[0]), keepdim=True),

@@ -122,12 +122,14 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
             case Quantize(layer, bits, activations) if bits < 8 or activations == 32:
                 plain = replace(step, weight_bits=8) if activations == 8 else None
                 milder = changed(step, replace(step, weight_bits=bits + 1)) if bits < 8 else None
-                found.append(Decision(f"{layer}: weights of {bits} bits", changed(step, plain), milder,
+                found.append(Decision(f"{layer}: weights of {bits} bit{'s' * (bits > 1)}", changed(step, plain), milder,
                                       f"{bits + 1} bits in {layer} instead of {bits}"))  # fmt: skip
             case _:
                 pass
     if any(step.activation_bits == 8 for step in recipe.of(Quantize)):
-        floats = (replace(s, activation_bits=32) if isinstance(s, Quantize) else s for s in recipe.steps)
+        floats = (
+            replace(s, activation_bits=32, activations="static") if isinstance(s, Quantize) else s for s in recipe.steps
+        )
         found.append(Decision("activations of 8 bits", Recipe(tuple(floats))))
     return found
 

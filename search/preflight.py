@@ -92,6 +92,10 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
             for j in range(max((len(axis.choices) for axis in activations), default=0)):
                 pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
                 picks.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+        for axis in own:
+            if axis.kind == "activations":  # which has an effect on 8 bits only
+                eight = {a.name: a.choices.index(8) for a in activations if 8 in a.choices}
+                picks += [begin | eight | {axis.name: i} for i in range(len(axis.choices))]
     return {step for pick in picks for step in space.recipe(structure, pick).steps}
 
 
@@ -157,6 +161,9 @@ def measure_overhead(
         halves = [Prune(g.name, kept_channels(g.channels, 0.5, g.round_to)) for g in structure.groups]
         narrower = [step for step in halves if step.keep < structure.group(step.group).channels]
         recipes.append(Recipe((*begin, *narrower, *mixed(8, 32, 0, 0))))
+    if any(axis.kind == "activations" and "dynamic" in axis.choices for axis in axes):
+        linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
+        recipes.append(Recipe((*begin, *(Quantize(name, 8, 8, activations="dynamic") for name in linear))))
     known = [] if baseline_size is None else [baseline_size]
     sizes = [*known, *(len(runner.build(recipe, recovery=False)) for recipe in recipes[len(known) :])]
     shares = cost.FileOverhead(nonzero=nonzero_shares(runner.network(recipes[0]), runner.library, structure, axes))
@@ -189,7 +196,7 @@ def nonzero_shares(
         count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
         weight = weight[:: max(1, len(weight) // count)]
         for bits, zeros in sorted(levels, key=str):
-            if bits <= 8:
+            if 1 < bits <= 8:
                 method = Method(pattern=zeros if isinstance(zeros, str) else "")
                 made = library.shaped(weight, bits, zeros_of(zeros), method)
                 assert made.scale is not None

@@ -78,6 +78,8 @@ def known_criterion(name: str) -> bool:
 
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
+ACTIVATIONS = ("static", "dynamic")
+GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store a layer's weights in `weight_bits` (2..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
+    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
 
     rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
-    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1.
+    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1; one bit
+    is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least squares.
+    activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run time, the
+    inputs of the call themselves (linear layers only).
+    group_size: 0, or a scale for every so many inputs of an output channel (linear layers of float activations only).
     """
 
     layer: str
@@ -155,6 +161,8 @@ class Quantize:
     activation_bits: int = 32
     rounding: str = later("nearest")
     ranges: str = later("mse")
+    activations: str = later("static")
+    group_size: int = later(0)
 
 
 @dataclass(frozen=True)
@@ -283,9 +291,9 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"sparsify {layer}: ratio = {ratio} with pattern {pattern}; it must be {zeros_of(pattern):g}, or leave one out"
             )
-        case Quantize(layer, bits, _) if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+        case Quantize(layer, bits, _) if bits not in (*range(1, 9), 16):
             raise RecipeError(
-                f"quantize {layer}: weight_bits = {bits}; choose from 2..8, 16, or leave the step out for 32"
+                f"quantize {layer}: weight_bits = {bits}; choose from 1..8, 16, or leave the step out for 32"
             )
         case Quantize(layer, bits, activations) if activations not in (8, 32) or (activations == 8 and bits > 8):
             raise RecipeError(
@@ -300,6 +308,24 @@ def _check(step: Step) -> None:
         case Quantize(layer, bits, _, rounding, ranges) if bits > 8 and (rounding, ranges) != ("nearest", "mse"):
             raise RecipeError(
                 f"quantize {layer}: rounding {rounding}, ranges {ranges} with weight_bits = {bits}; float16 has neither, leave them out"
+            )
+        case Quantize(layer, 1, _, _, ranges) if ranges != "mse":
+            raise RecipeError(
+                f"quantize {layer}: ranges {ranges} with weight_bits = 1; the scale of signs is their mean magnitude, leave ranges out"
+            )
+        case Quantize(layer, activation_bits=activation_bits, activations=how) if how not in ACTIVATIONS or (
+            how == "dynamic" and activation_bits != 8
+        ):
+            raise RecipeError(
+                f"quantize {layer}: activations = {how!r} with activation_bits = {activation_bits}; choose from "
+                f"{', '.join(ACTIVATIONS)}, dynamic with 8 only"
+            )
+        case Quantize(layer, bits, activation_bits, group_size=size) if size and (
+            size not in GROUP_SIZES or bits > 8 or activation_bits != 32
+        ):
+            raise RecipeError(
+                f"quantize {layer}: group_size = {size} with weight_bits = {bits}, activation_bits = {activation_bits}; choose from 0, "
+                f"{', '.join(map(str, GROUP_SIZES))}, with at most 8 bits and float activations (32)"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -382,6 +408,10 @@ class Recipe:
         if both:
             raise RecipeError(f"cluster and quantize for the same layer: {', '.join(both)}; its weights are stored "
                               "as indices into a codebook or as integers with scales, leave out one of the steps")  # fmt: skip
+        signs = {step.layer for step in steps if isinstance(step, Quantize) and step.weight_bits == 1}
+        if both := sorted(signs & {step.layer for step in steps if isinstance(step, Sparsify)}):
+            raise RecipeError(f"sparsify and quantize to 1 bit for the same layer: {', '.join(both)}; a sign is never zero, choose "
+                              "weight_bits = 2, which are -1, 0 and 1, or leave out one of the steps")  # fmt: skip
         if trained and targets["recover", ""]:
             raise RecipeError(
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
@@ -475,10 +505,13 @@ class Recipe:
             ways = _other((step.rounding for step in quantized), "nearest") + _other(
                 (s.ranges for s in quantized), "mse"
             )
+            ways += [f"groups of {size}" for size in sorted({step.group_size for step in quantized} - {0})]
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit" + _in_brackets(ways))
             int8 = sum(step.activation_bits == 8 for step in quantized)
             if int8:
                 parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
+                dynamic = sum(step.activations == "dynamic" for step in quantized)
+                parts[-1] += "" if not dynamic else " (dynamic)" if dynamic == int8 else f" ({dynamic} dynamic)"
         recovery = self.of(Recover)
         if any(step.epochs for step in recovery):
             parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{how(recovery)}")

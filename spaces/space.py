@@ -22,7 +22,9 @@ from typing import Any
 
 from ..errors import ConfigError, RecipeError
 from .recipe import (
+    ACTIVATIONS,
     CRITERIA,
+    GROUP_SIZES,
     RANGES,
     ROUNDINGS,
     Cluster,
@@ -51,13 +53,14 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_pattern(x) if isinstance(x, str) else 0 <= x < 1,
         "shares from 0, below 1, patterns such as '2:4'",
     ),
-    "weight_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 16, 32), "2..8, 16, 32"),
+    "weight_bits": (lambda x: isinstance(x, int) and x in (*range(1, 9), 16, 32), "1..8, 16, 32"),
     "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
+    "group_size": (lambda x: isinstance(x, int) and x in (0, *GROUP_SIZES), "0, 16, 32, 64, 128, 256"),
     "cluster_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 32), "2..8, 32"),
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
 }
 # By field of `Sparsify` and `Quantize`: what may be asked for, the default first.
-METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES}
+METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES, "activations": ACTIVATIONS}
 # Inputs of one group: its Hessian then takes 512 MiB in double precision, its inverse and a factor as much again.
 LARGEST_HESSIAN = 8192
 _BY_HESSIAN = ("activation", "obs", "gptq", "adaround")
@@ -95,11 +98,12 @@ class Axis:
 class Space:
     """Rules per technique; an empty field leaves that technique out.
 
-    weight_bits: 2..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
+    weight_bits: 1..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
     cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
-    nothing. sparsity: shares of zeros, or patterns such as "2:4". criterion, rounding, ranges: which weights become zero,
-    how they are rounded, how their range is found (see `Sparsify` and `Quantize`). channels: shares of a dependency
+    nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding, ranges: which weights become zero,
+    how they are rounded, how their range is found (see `Sparsify` and `Quantize`). activations: static or dynamic ranges of
+    8-bit activations. group_size: how many weights of a row share a scale, 0 for all of them. channels: shares of a dependency
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate. students: the
@@ -119,6 +123,8 @@ class Space:
     criterion: tuple[Rule, ...] = later(())
     rounding: tuple[Rule, ...] = later(())
     ranges: tuple[Rule, ...] = later(())
+    activations: tuple[Rule, ...] = later(())
+    group_size: tuple[Rule, ...] = later(())
     students: tuple[Student | None, ...] = later(())
 
     def networks(self, structure: Structure) -> list[tuple[str, Structure]]:
@@ -164,7 +170,7 @@ class Space:
         axes += _rule_axes("activation_bits", self.activation_bits, layers, structure, idle)
         axes += _rule_axes("cluster_bits", self.cluster_bits, layers, structure, idle)
         axes += _rank_axes(_rule_axes("rank", self.rank, layers, structure, idle), structure)
-        for kind in METHODS:
+        for kind in (*METHODS, "group_size"):
             axes += _rule_axes(kind, getattr(self, kind), layers, structure, idle)
         problems += _refusals(axes, structure)
         return axes
@@ -239,17 +245,19 @@ class Space:
             if (share := value.get(("rank", layer.name), 1.0)) < 1:
                 rank = kept_rank(*sides(layer, narrowed[layer.name]), share)
                 steps += [LowRank(layer.name, rank)] if rank else []
-            methods = {kind: value[kind, layer.name] for kind in METHODS if (kind, layer.name) in value}
+            chosen = ((kind, value.get((kind, layer.name))) for kind in (*METHODS, "group_size"))
+            methods = {kind: choice for kind, choice in chosen if choice is not None}
             clustered = value.get(("cluster_bits", layer.name), 32)
-            if zeros := value.get(("sparsity", layer.name), 0.0):
+            bits = value.get(("weight_bits", layer.name), 32)
+            zeros = value.get(("sparsity", layer.name), 0.0)
+            if zeros and (bits > 1 or clustered < 32):  # a sign is never zero
                 if gradual and clustered == 32:  # the smallest weights are zero, nothing else will do
                     growing = True
-                    methods = {kind: choice for kind, choice in methods.items() if kind == "ranges"}
+                    methods = {kind: c for kind, c in methods.items() if kind not in ("criterion", "rounding")}
                 steps.append(sparsify(layer.name, zeros, methods))
             if clustered < 32:
                 steps.append(Cluster(layer.name, clustered))
                 continue
-            bits = value.get(("weight_bits", layer.name), 32)
             if bits < 32:
                 steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
         return Recipe((*steps, *self.recoveries(single["recovery"], growing))) if steps else Recipe()
@@ -295,6 +303,7 @@ class Space:
         clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
         ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
         sparse = {step.layer: step for step in recipe.of(Sparsify)}
+        signs = {name for name, step in quantized.items() if step.weight_bits == 1}
         dropped = sum(len(step.drop) for step in recipe.of(Student))
         steps = tuple(recipe.of(Recover))
         growing = any(name not in clustered for name in sparse)
@@ -323,13 +332,20 @@ class Space:
                 elif axis.kind == "channels":
                     wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
-                    wanted = {sparse[t].pattern or sparse[t].ratio if t in sparse else 0.0 for t in targets}
+                    found = [sparse.get(t) for t in targets if t not in signs]
+                    wanted = {step.pattern or step.ratio if step else 0.0 for step in found}
                 elif axis.kind == "criterion":  # without zeros any choice will do
                     wanted = {sparse[t].criterion for t in targets if t in sparse and t not in grown}
-                elif axis.kind in METHODS:  # and where weights stay float
-                    free = grown if axis.kind == "rounding" else set()
-                    found = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
-                    wanted = {getattr(step, axis.kind) for step in found}
+                elif axis.kind in (*METHODS, "group_size"):  # and where weights stay float
+                    eight = {t for t, step in quantized.items() if step.activation_bits == 8}
+                    free = {
+                        "rounding": grown,
+                        "ranges": signs,
+                        "activations": set(quantized) - eight,
+                        "group_size": eight,
+                    }[axis.kind]
+                    integers = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
+                    wanted = {getattr(step, axis.kind) for step in integers}
                 elif axis.kind == "weight_bits":  # has no effect where weights are clustered
                     wanted = {quantized[t].weight_bits if t in quantized else 32 for t in targets if t not in clustered}
                 elif axis.kind == "cluster_bits":
@@ -360,17 +376,19 @@ def _common(axis: Axis, possible: Iterable[set[Any]]) -> set[Any]:
     return {min(found)} if found else {None}
 
 
-def sparsify(layer: str, zeros: float | str, methods: Mapping[str, str]) -> Sparsify:
+def sparsify(layer: str, zeros: float | str, methods: Mapping[str, Any]) -> Sparsify:
     """The step for a choice of sparsity, with what of `METHODS` was chosen."""
     pattern = zeros if isinstance(zeros, str) else ""
     return Sparsify(layer, zeros_of(zeros), methods.get("criterion", CRITERIA[0]), pattern)
 
 
-def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, str]) -> Quantize:
-    """The step for a choice of bits below 32; what has no effect above 8 is left out."""
+def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, Any]) -> Quantize:
+    """The step for a choice of bits below 32, with what of `METHODS` and group sizes was chosen; what has no effect above 8, on signs, or on float activations is left out."""
     if bits > 8:
         return Quantize(layer, bits)
-    chosen = {kind: methods[kind] for kind in ("rounding", "ranges") if kind in methods}
+    eight = activation_bits == 8
+    effective = {"rounding": True, "ranges": bits > 1, "activations": eight, "group_size": not eight}
+    chosen = {kind: methods[kind] for kind in effective if kind in methods and effective[kind]}
     return Quantize(layer, bits, activation_bits, **chosen)
 
 
@@ -382,6 +400,10 @@ def refusal(layer: Layer, kind: str, choice: Any) -> str:
     """
     if kind in METHODS and choice in _BY_HESSIAN and (inputs := math.prod(layer.weight_shape[1:])) > LARGEST_HESSIAN:
         return f"{kind} {choice} needs a Hessian of {inputs} x {inputs} inputs, more than {LARGEST_HESSIAN}; choose {METHODS[kind][0]}"
+    if kind == "group_size" and choice and layer.kind != "linear":
+        return f"groups of {choice} weights with a scale each are for linear layers; choose 0"
+    if choice == "dynamic" and layer.kind != "linear":
+        return "dynamic activations are for linear layers; a convolution runs 6 to 11 times as slowly as in floats, choose static"
     if kind in ("sparsity", "pattern") and choice and isinstance(choice, str):
         channels, of = layer.weight_shape[1], pattern_of(choice)[1]
         if channels < of:
@@ -395,12 +417,10 @@ def _refusals(axes: Sequence[Axis], structure: Structure) -> list[str]:
     """The choices that some of their layers cannot have."""
     found: dict[str, list[str]] = {}
     for axis in axes:
-        for choice in axis.choices if axis.kind in (*METHODS, "sparsity") else ():
+        for choice in axis.choices if axis.kind in (*METHODS, "sparsity", "group_size") else ():
             for target in axis.targets:
-                if (
-                    isinstance(choice, str)
-                    and _known(axis.kind, choice)
-                    and (why := refusal(structure.layer(target), axis.kind, choice))
+                if (axis.kind == "group_size" or (isinstance(choice, str) and _known(axis.kind, choice))) and (
+                    why := refusal(structure.layer(target), axis.kind, choice)
                 ):
                     found.setdefault(f"{axis.kind}: {choice!r} is not possible everywhere", []).append(
                         f"{target}: {why}"

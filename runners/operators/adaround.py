@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hessian import better, damped, output_error, rows
-from .quantize import codes, largest
+from .quantize import codes, largest, spread
 
 # Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
 STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
@@ -26,25 +26,26 @@ def adaround(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Te
     Shapes as for `gptq`. Nothing is drawn: the same arguments give the same weight. Each row has at most the error that
     nearest rounding gives it.
     """
-    groups, top = len(hessian), largest(bits)
+    groups, top, gap = len(hessian), largest(bits), 2 if bits == 1 else 1  # from -1 the next sign is 1
     target = rows(weight, groups).float()
-    steps = scale.view(groups, -1, 1).float()
+    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = rows(wide, groups).float()
     keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
-    near = rows(codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1)), groups).float() * keep
+    near = rows(codes(weight, scale, bits) * wide, groups).float() * keep
     curvature = damped(hessian).float()
     quotient = (target / steps).clamp(-top, top)
-    floor = quotient.floor().clamp(-top, top - 1)
+    floor = quotient.floor().clamp(-top, top - gap)
     # The error of each row in units of what nearest rounding does to it, so that all rows weigh the same.
     unit = output_error(near - target, curvature).float().clamp_min(1e-20).unsqueeze(-1)
-    share = (quotient - floor).clamp(0.01, 0.99)
+    share = ((quotient - floor) / gap).clamp(0.01, 0.99)
     variable = -torch.log((_HIGH - _LOW) / (share - _LOW) - 1)
     first, second = torch.zeros_like(variable), torch.zeros_like(variable)
     inputs = target.shape[-1]
     for step in range(STEPS):
         sigmoid = torch.sigmoid(variable)
         up = (sigmoid * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-        change = (floor + up) * steps * keep - target
-        gradient = 2 * torch.bmm(change, curvature) * steps * keep / unit * inputs
+        change = (floor + gap * up) * steps * keep - target
+        gradient = 2 * gap * torch.bmm(change, curvature) * steps * keep / unit * inputs
         progress = step / STEPS
         if progress >= 0.2:  # the paper's warm start: rounding is free at first
             beta = 2 + 18 * (1 - (progress - 0.2) / 0.8)
@@ -57,5 +58,5 @@ def adaround(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Te
         direction = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         variable -= RATE * direction
     up = (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-    solved = (floor + (up >= 0.5)) * steps * keep
+    solved = (floor + gap * (up >= 0.5)) * steps * keep
     return better(near, solved, target, hessian).reshape(weight.shape).to(weight.dtype)

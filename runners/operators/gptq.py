@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .hessian import better, inverse_factor, rows
-from .quantize import codes, rounded
+from .quantize import codes, rounded, spread
 
 _COLUMNS = 128  # rounded before what follows is brought up to date: the same numbers, fewer passes over memory
 
@@ -21,7 +21,7 @@ def gptq(
 ) -> Tensor:
     """The weight on the grid `scale * codes`, with little error of the layer's outputs.
 
-    weight: as the layer's, output channels first. scale: `[output channels]`. hessian: `[groups, inputs, inputs]`. mask:
+    weight: as the layer's, output channels first. scale: `[output channels]`, or as the weight. hessian: `[groups, inputs, inputs]`. mask:
     1 and 0; what is 0 stays zero, and is made good too. act_order: the inputs of the largest norm first. Each row has at
     most the error that nearest rounding gives it: where greed does worse, that is taken.
 
@@ -42,18 +42,19 @@ def gptq(
     target = rows(weight, groups)
     left = target.double().gather(2, across.expand_as(target))
     keep = None if mask is None else rows(mask, groups).gather(2, across.expand_as(target))
-    steps = scale.view(groups, -1).double()
+    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = rows(wide, groups).double().gather(2, across.expand_as(target))
     found = torch.zeros_like(left)
     for start in range(0, inputs, _COLUMNS):
         end = min(start + _COLUMNS, inputs)
         errors = torch.zeros_like(left[..., start:end])
         for j in range(start, end):
-            column = rounded(left[..., j], steps, bits)
+            column = rounded(left[..., j], steps[..., j], bits)
             found[..., j] = column if keep is None else column * keep[..., j]
             errors[..., j - start] = (left[..., j] - found[..., j]) / factor[:, None, j, j]
             left[..., j:end] -= errors[..., j - start, None] * factor[:, None, j, j:end]
         left[..., end:] -= torch.bmm(errors, factor[:, start:end, end:])
     solved = torch.zeros_like(target).scatter(2, across.expand_as(target), found.to(weight.dtype))
-    near = codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1))
+    near = codes(weight, scale, bits) * wide
     near = rows(near if mask is None else near * mask, groups)
     return better(near, solved, target, hessian).reshape(weight.shape)

@@ -1,5 +1,7 @@
 """Weights as integers: symmetric, one scale per output channel, rounded to the nearest (`gptq` and `adaround` round otherwise).
 
+One bit is a sign: -1 or 1, and never 0.
+
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
 2020) but for the factor in front. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
@@ -11,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
@@ -18,20 +21,37 @@ _BINS = 1024  # of the histogram of a channel's magnitudes
 
 
 def largest(bits: int) -> int:
-    """The largest code: `2^(bits-1) - 1`, and its negative is the smallest."""
-    return (1 << (bits - 1)) - 1
+    """The largest code: `2^(bits-1) - 1`, of a sign 1; its negative is the smallest."""
+    return max(1, (1 << (bits - 1)) - 1)
 
 
 @torch.no_grad()
-def weight_scales(weight: Tensor, bits: int, ranges: str = "mse") -> Tensor:
+def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: int = 0) -> Tensor:
     """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
 
-    mse: the least squared error of the weights. minmax: the largest weight is the largest code. percentile: the 99th
+    group_size: of every so many weights of a row, `[output channels, groups]`, the last group what is left; 0: of the row.
+
+    mse: the least squared error of the weights; of signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
+    equation 6). minmax: the largest weight is the largest code. percentile: the 99th
     percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
     """
     rows = weight.detach().flatten(1)
+    if group_size:
+        groups = list(rows.split(group_size, 1))  # type: ignore[no-untyped-call]
+        return torch.stack([weight_scales(part, bits, ranges) for part in groups], 1)
     peak = rows.abs().amax(1).clamp_min(1e-12)
     return RANGES[ranges](rows, peak, bits)
+
+
+def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
+    """Scales as `weight_scales` gives them, in a shape that broadcasts over the weight.
+
+    >>> spread(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 3), 2)
+    tensor([[1., 1., 2.]])
+    """
+    if group_size:
+        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[1]]
+    return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def _minmax(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
@@ -44,6 +64,8 @@ def _percentile(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
 
 
 def _mse(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+    if bits == 1:
+        return rows.abs().mean(1).clamp_min(1e-12)
     best_error = torch.full_like(peak, torch.inf)
     best = peak / largest(bits)
     for share in _CLIPPED:
@@ -88,35 +110,49 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`."""
-    top = largest(bits)
-    return torch.round(weight / scale.view(-1, *[1] * (weight.ndim - 1))).clamp(-top, top)
+    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`; the sign of 0 is 1.
+
+    scale: of each output channel, or one that broadcasts.
+    """
+    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits)
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest `scale * code` to each number, for a scale that broadcasts."""
-    top = largest(bits)
-    return torch.round(weight / scale).clamp(-top, top) * scale
+    return _nearest(weight / scale, bits) * scale
+
+
+def _nearest(quotient: Tensor, bits: int) -> Tensor:
+    if bits == 1:
+        return torch.where(quotient < 0, -1.0, 1.0).to(quotient.dtype)
+    return torch.round(quotient).clamp(-largest(bits), largest(bits))
 
 
 class FakeQuantize(nn.Module):
     """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
 
-    scale: of each output channel; `weight_scales` of the masked weight when None. pattern: of the mask, see `Sparsify`.
+    scale: of each output channel, or group of one; `weight_scales` of the masked weight when None. pattern: of the mask, see
+    `Sparsify`.
     """
 
     mask: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bits: int, mask: Tensor | None, scale: Tensor | None = None, pattern: str = ""
+        self,
+        weight: Tensor,
+        bits: int,
+        mask: Tensor | None,
+        scale: Tensor | None = None,
+        pattern: str = "",
+        group_size: int = 0,
     ) -> None:
         super().__init__()
-        self.bits, self.pattern = bits, pattern
+        self.bits, self.pattern, self.group_size = bits, pattern, group_size
         self.register_buffer("mask", mask)
         self.scale: nn.Parameter | None = None
         if bits <= 8:
             if scale is None:
-                scale = weight_scales(weight if mask is None else weight * mask, bits)
+                scale = weight_scales(weight if mask is None else weight * mask, bits, group_size=group_size)
             self.scale = nn.Parameter(scale)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -125,13 +161,21 @@ class FakeQuantize(nn.Module):
         if self.scale is None:
             return weight.half().float() if self.bits == 16 and not self.training else weight
         top = largest(self.bits)
-        shape = (-1, *[1] * (weight.ndim - 1))
         fixed = self.scale.detach()
         # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
         # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
-        balance = fixed.square() / weight.detach().flatten(1).square().sum(1).clamp_min(1e-12)
-        scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12).view(shape)  # exactly the scale that ships
+        squares = weight.detach().flatten(1).square()
+        if self.group_size:
+            missing = -squares.shape[1] % self.group_size
+            squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]
+        balance = fixed.square() / squares.sum(-1).clamp_min(1e-12)
+        scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships
+        scale = spread(scale, weight, self.group_size)
+        if self.bits == 1:
+            # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which a
+            # clip would hold for good.
+            return codes(weight.detach(), scale, 1) * scale + (weight - weight.detach())
         level = (weight / scale).clamp(-top, top)
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown

@@ -151,7 +151,7 @@ output: 3
         "budget.0: limit 'size_bytes <=': write METRIC <= NUMBER",
         "budget.1: limit 'accuracy >= 5%'",
         "budget.2 = {'size_bytes': '25%'}: must be a text",
-        "space.weight_bits.1 = 9: choose from 2, 3, 4, 5, 6, 7, 8, 16, 32",
+        "space.weight_bits.1 = 9: choose from 1, 2, 3, 4, 5, 6, 7, 8, 16, 32",
         "space.activation_bits.0.layers = 3: must be a list",
         "space.activation_bits.0.choices.1 = 16: choose from 8, 32",
         "space.activation_bits.0.shre = True: unknown key; did you mean 'share'? keys here: layers, share, choices",

@@ -57,6 +57,21 @@ def test_widths_and_channels_are_read_off_the_file(runner):
     assert (found["layer1.0.conv1"].input_bits, found["layer1.0.conv1"].output_bits) == (8, 8)
 
 
+def test_signs_and_ternary_weights_and_groups_are_told_apart(network, task_of, tmp_path):
+    model, x = network("tokens")
+    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=32)
+    steps = [
+        Quantize("embed", 1, 8),
+        Quantize("up", 2, 8),
+        Quantize("down", 1, group_size=16),
+        Quantize("head", 3, group_size=32),
+    ]
+    found = {c.name: (c.weight_bits, c.activation_bits) for c in costs(onnx_of(runner, Recipe(tuple(steps))))}
+    assert found == {"embed": (1, 8), "up": (2, 8), "down": (1, 32), "head": (3, 32)}
+    late = Quantize("up", 8, 8, activations="dynamic")
+    assert "finds no ranges at run time" in analytic(PROFILE).supports(late)
+
+
 def test_a_latency_is_the_sum_of_rooflines_and_exact(runner):
     baseline, _ = runner.baseline()
     found = [runner.run(MIXED).metrics["latency_ms"] for _ in range(2)]

@@ -51,11 +51,12 @@ def traced(network):
             names = [layer.name for layer in structure.layers]
             base = len(built(model, x, Recipe(), structure)[0]) - cost.layer_bytes(structure, Recipe())
             extra = []
-            for activations in (32, 8):
-                recipe = Recipe(tuple(Quantize(name, 8, activations) for name in names))
+            linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
+            for some, activations, how in ((names, 32, "static"), (names, 8, "static"), (linear, 8, "dynamic")):
+                recipe = Recipe(tuple(Quantize(name, 8, activations, activations=how) for name in some))
                 size = len(built(model, x, recipe, structure)[0]) - cost.layer_bytes(structure, recipe)
-                extra.append((size - base) / len(names))
-            found[name] = model, x, structure, cost.FileOverhead(base, *extra)
+                extra.append((size - base) / max(1, len(some)))
+            found[name] = model, x, structure, cost.FileOverhead(base, *extra[:2], per_dynamic=extra[2])
         return found[name]
 
     return get
@@ -79,14 +80,19 @@ def recipes(draw, structure):
             most = largest_rank(rows, columns)
             # Rarely a rank that saves nothing.
             steps.append(LowRank(layer.name, draw(st.integers(1, max(1, most + (draw(st.integers(0, 19)) == 0))))))
-        if draw(st.booleans()):
+        if sparse := draw(st.booleans()):
             steps.append(Sparsify(layer.name, draw(st.sampled_from((0.3, 0.5, 0.8)))))
-        kind = draw(st.sampled_from(("float", "cluster", "weights", "int8", "half")))
+        kind = draw(
+            st.sampled_from(("float", "cluster", "weights", "int8", "half", *["dynamic"] * (layer.kind == "linear")))
+        )
         if kind == "cluster":
             steps.append(Cluster(layer.name, draw(st.integers(2, 8))))
         elif kind != "float":
-            bits = 16 if kind == "half" else draw(st.integers(3, 8))
-            steps.append(Quantize(layer.name, bits, 8 if kind == "int8" else 32))
+            bits = 16 if kind == "half" else draw(st.integers(3, 8) | st.just(3 if sparse else 1))
+            how = {"activations": "dynamic"} if kind == "dynamic" else {}
+            if kind == "weights" and layer.kind == "linear":
+                how = {"group_size": draw(st.sampled_from((0, 16)))}
+            steps.append(Quantize(layer.name, bits, 8 if kind in ("int8", "dynamic") else 32, **how))
     recovery = draw(st.sampled_from((None, Recover("batchnorm"), Recover("finetune", 0.25, 0.01))))
     return Recipe((*steps, *([recovery] if recovery else [])))
 
@@ -116,7 +122,8 @@ def test_a_composition_works_or_is_refused(name, data, traced, task_of):
         assert found.shape == model(x[:32]).shape
     if any(step.activation_bits == 8 for step in recipe.of(Quantize)):
         expected = ReferenceEvaluator(graph).run(None, {"input": x[:8].numpy()})[0]
-        assert np.abs(found[:8] - expected).mean() <= 0.01 * np.abs(expected).max()
+        few = session(graph).run(None, {"input": x[:8].numpy()})[0]  # ranges that are found at run time are a batch's
+        assert np.abs(few - expected).mean() <= 0.01 * np.abs(expected).max()
     else:
         tolerance = 4e-3 if any(step.weight_bits == 16 for step in recipe.of(Quantize)) else 1e-4
         np.testing.assert_allclose(found, floats, rtol=tolerance, atol=tolerance * np.abs(floats).max())
@@ -125,15 +132,17 @@ def test_a_composition_works_or_is_refused(name, data, traced, task_of):
     kinds = operators(graph)
     integer = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
     pairs = {step.layer for step in recipe.of(LowRank)}
-    int8 = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8}
+    late = {step.layer for step in recipe.of(Quantize) if step.activations == "dynamic"}
+    assert kinds.get("DynamicQuantizeMatMul", 0) == len(late) + len(late & pairs)
+    int8 = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8} - late
     assert sum(kinds.get(kind, 0) for kind in integer) == len(int8) + len(int8 & pairs)
     floating = sum(kinds.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
-    assert floating == len(sizes) + len(pairs) - len(int8) - len(int8 & pairs)
+    assert floating == len(sizes) + len(pairs) - len(int8 | late) - len((int8 | late) & pairs)
     assert not {"Gather", "Cast"} & set(kinds)
 
     # What it weighs. Blocks and channels take other tensors and nodes with them, and islands of int8 have shores.
     foretold = cost.size_bytes(structure, recipe, overhead)
-    slack = 400 if recipe.of(Student) or recipe.of(Prune) or int8 else 150
+    slack = 450 if recipe.of(Student) or recipe.of(Prune) or int8 or late else 150
     assert abs(len(packed) - foretold) <= max(0.01 * len(packed), slack), recipe.describe()
 
 

@@ -7,6 +7,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from paretorch.errors import ExportFailed
 from paretorch.objectives import cost
-from paretorch.runners import onnx_export, packing
+from paretorch.runners import onnx_export, packing, simulate
 from paretorch.runners.compress import FrozenWeight, compress, freeze
 from paretorch.runners.onnx_export import (
     DISABLED_OPTIMIZERS,
@@ -27,6 +29,7 @@ from paretorch.runners.onnx_export import (
 )
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.simulate import Simulation
+from paretorch.runners.torch_graph import OPERATORS
 from paretorch.runners.trace import trace
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 
@@ -78,6 +81,7 @@ def plans(structure):
         "mixed bits": [Quantize(n, 2 + i % 7, 8 if i % 3 else 32) for i, n in enumerate(names)],
         "sparse int8": [step for n in names for step in (Quantize(n, 8, 8), Sparsify(n, 0.5))],
         "3 bits": [Quantize(n, 3) for n in names],
+        "signs": [Quantize(n, 1, 8 if i % 3 else 32) for i, n in enumerate(names)],
         "8 bits": [Quantize(n, 8) for n in names],
         "half": [Quantize(n, 16) for n in names],
         "sparse": [Sparsify(n, 0.5) for n in names],
@@ -85,7 +89,7 @@ def plans(structure):
     }
 
 
-PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits",
+PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits", "signs",
          "8 bits", "half", "sparse", "untouched")  # fmt: skip
 
 
@@ -140,6 +144,69 @@ def test_a_file_computes_what_it_says_and_runs_as_planned(name, plan, traced, tm
         assert kinds.count("Add") + kinds.count("Concat") + kinds.count("AveragePool") == (4 if name == "tokens" else 0)
 
 
+@pytest.mark.parametrize("others", [None, 8])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "residual", "branches"])
+def test_dynamic_ranges_are_those_of_each_call(name, others, traced, tmp_path):
+    """One kernel a layer in ONNX Runtime, what ONNX's reference makes of the file, and for each batch ranges of its own."""
+    model, x, structure = traced(name)
+    linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
+    steps = [Quantize(n, (8, 4, 2, 1)[i % 4], 8, activations="dynamic") for i, n in enumerate(linear)]
+    static = [layer.name for layer in structure.layers if others and layer.name not in linear]
+    if name == "tokens" and others:  # a static layer before and a dynamic one behind it
+        static, steps = linear[::2], steps[1::2]
+    graph, reference = export(model, x, Recipe((*steps, *(Quantize(n, 8, 8) for n in static))), structure)
+    graph = packing.unpack(packing.pack(graph))
+    running = optimized(graph, tmp_path)
+    kinds = [node.op_type for node in running.graph.node]
+    assert kinds.count("DynamicQuantizeMatMul") == len(steps)
+    assert sum(kind in INT8 for kind in kinds) == len(static)
+    assert sum(kind in FLOAT for kind in kinds) == len(structure.layers) - len(static) - len(steps)
+    assert not {"MatMulInteger", "DynamicQuantizeLinear"} & set(kinds)
+    batch = (
+        x[:64] * torch.linspace(0.5, 50.0, 64).view(-1, *[1] * (x.ndim - 1)) if not static else x[:64]
+    ).contiguous()
+    expected = ReferenceEvaluator(graph).run(None, {"input": batch.numpy()})[0]
+    found = session(graph).run(None, {"input": batch.numpy()})[0]
+    assert agreement(found, expected) >= 0.98
+    assert np.abs(found - expected).mean() < 0.003 * expected.std()
+    few = ReferenceEvaluator(graph).run(None, {"input": batch[:16].numpy()})[0]  # another batch, other ranges
+    np.testing.assert_allclose(Simulation(graph)(batch[:16]).numpy(), few, atol=1e-4 * np.abs(few).max())
+    assert simulate.agreement(packing.pack(graph), [batch])[0].holds
+    with torch.no_grad():
+        floats = reference(batch).numpy()
+    assert np.abs(found - floats).mean() < 0.05 * floats.std()
+    if not static:  # inputs 100 times as large: no range of the calibration images would do
+        large = session(graph).run(None, {"input": (100 * batch).numpy()})[0]
+        with torch.no_grad():
+            floats = reference(100 * batch).numpy()
+        assert np.abs(large - floats).mean() < 0.05 * floats.std()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 9), st.integers(0, 999), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_dynamic_quantization_in_torch_is_onnxs(rows, inputs, outputs, seed, size):
+    """DynamicQuantizeLinear and MatMulInteger as the specification has them."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((rows, inputs)) * size * rng.integers(0, 2)).astype(np.float32)
+    w = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    nodes = [
+        onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        onnx.helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
+    ]
+    values = [onnx.helper.make_tensor_value_info(n, k, None) for n, k in (("q", 2), ("s", 1), ("z", 2), ("i", 6))]
+    entry = onnx.helper.make_tensor_value_info("x", 1, x.shape)
+    graph = onnx.helper.make_graph(nodes, "g", [entry], values, [numpy_helper.from_array(w, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model.ir_version = 10
+    q, s, z, i = session(model).run(None, {"x": x})
+    ours = OPERATORS["DynamicQuantizeLinear"]([torch.tensor(x)], {})
+    assert float(ours[1]) == pytest.approx(float(s), rel=1e-6)
+    assert int(ours[2]) == int(z)
+    assert np.abs(ours[0].numpy().astype(int) - q).max() <= 1  # at the border of two steps
+    found = OPERATORS["MatMulInteger"]([torch.tensor(q), torch.tensor(w), torch.tensor(z)], {})
+    assert np.array_equal(found.numpy(), i)
+
+
 def test_int8_layers_against_fake_quantization_in_torch(network):
     """Each step by hand: uint8 inputs, int8 weights, int32 bias, uint8 outputs behind the ReLU."""
     model, x = network("perceptron")
@@ -182,8 +249,8 @@ def test_int8_layers_against_fake_quantization_in_torch(network):
 
 @pytest.mark.parametrize(
     ("bits", "activations", "kind"),
-    [(2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
-     (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
+    [(1, 8, "INT2"), (2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
+     (1, 32, "INT2"), (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
 )  # fmt: skip
 def test_weights_are_stored_in_their_type_only(bits, activations, kind, network):
     model, x = network("perceptron")
@@ -193,8 +260,25 @@ def test_weights_are_stored_in_their_type_only(bits, activations, kind, network)
     assert graph.opset_import[0].version == (25 if kind == "INT2" else 21)
     assert len(large) == 3
     if bits <= 8:
-        top = 2 ** (bits - 1) - 1
-        assert all(np.abs(numpy_helper.to_array(t).astype(int)).max() == top for t in large.values())
+        top = max(1, 2 ** (bits - 1) - 1)
+        values = [np.abs(numpy_helper.to_array(t).astype(int)) for t in large.values()]
+        assert all(v.max() == top and (v.min() == 1 or bits > 1) for v in values)
+
+
+def test_signs_stay_signs_where_a_channel_is_switched_off(network):
+    """BatchNorm's factor of 0, and a bias that asks for larger steps than the weights have: still a bit for each weight."""
+    model, x = network("perceptron")
+    with torch.no_grad():
+        model[2].weight[3], model[2].bias[3] = 0.0, 5.0
+    recipe = Recipe(tuple(Quantize(name, 1, 8) for name in ("1", "4", "7")))
+    graph, reference = export(model, x, recipe)
+    weights = [m.weight.numel() for m in model if isinstance(m, nn.Linear)]
+    data = packing.pack(graph)
+    assert packing.unpack(data) == graph
+    stored = packing.tensor_bytes(data).values()
+    assert all(-(-count // 8) in stored for count in weights)
+    found, floats = run(graph, x), reference(x).detach().numpy()
+    assert np.abs(found - floats).mean() < 0.05 * floats.std()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -240,6 +324,28 @@ def test_large_linear_layers_of_3_and_4_bits_stay_packed(outputs, bits, tmp_path
     assert {node.op_type for node in running.graph.node} >= ({"MatMulNBits"} if stays else {"FusedGemm"})
     largest = max(len(tensor.raw_data) for tensor in running.graph.initializer)
     assert largest == (weights // 2 if stays else weights * 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["perceptron", "tokens"])
+def test_groups_of_weights_have_scales_of_their_own(name, packed, traced, monkeypatch, tmp_path):
+    """Whole groups, one that is cut short and one that is longer than the row; BatchNorm's factors, zeros; folded at loading."""
+    monkeypatch.setattr(onnx_export, "_STAYS_PACKED", 32 * 32 if packed else 1 << 30)
+    model, x, structure = traced(name)
+    names = [layer.name for layer in structure.layers]
+    sizes = (32, 32, 16, 16) if packed else (128, 32, 16, 256)
+    steps = [Quantize(n, (3, 4, 2, 1)[i], group_size=sizes[i]) for i, n in enumerate(names)]
+    graph, reference = export(model, x, Recipe((*steps, Sparsify(names[0], 0.5))), structure)
+    data = packing.pack(graph)
+    assert packing.unpack(data) == graph
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    np.testing.assert_allclose(run(graph, x), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(Simulation(graph)(x[:40]).numpy(), expected[:40], atol=1e-4 * np.abs(expected).max())
+    kinds = operators(graph)
+    # In blocks of 32: 192 or 32 inputs are whole ones, those of `tokens`' first layer are 12.
+    assert kinds.get("MatMulNBits", 0) == (packed and (2 if name == "perceptron" else 1))
+    assert not {"Expand", "Reshape", "Slice", "Cast", "Mul"} & set(kinds)
 
 
 @pytest.mark.parametrize("name", ["perceptron", "tokens"])

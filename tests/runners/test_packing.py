@@ -155,7 +155,7 @@ def entries(model):
 
 @pytest.mark.parametrize(
     ("bits", "zeros", "kind"),
-    [(8, 0.1, "dense"), (8, 0.5, "bitmap"), (8, 0.8, "index"), (4, 0.1, "dense"), (4, 0.5, "bitmap"), (4, 0.9, "index"),
+    [(1, 0.0, "sign"), (2, 0.0, "sign"), (8, 0.1, "dense"), (8, 0.5, "bitmap"), (8, 0.8, "index"), (4, 0.1, "dense"), (4, 0.5, "bitmap"), (4, 0.9, "index"),
      (2, 0.3, "ternary"), (2, 0.5, "bitmap"), (2, 0.8, "index"), (32, 0.02, "dense"), (32, 0.05, "bitmap"),
      (32, 0.95, "index")],
 )  # fmt: skip
@@ -168,14 +168,15 @@ def test_the_shortest_way_is_taken(bits, zeros, kind):
     if bits == 32:
         part = numpy_helper.from_array(rng.permutation(values).astype(np.float32), "t")
     else:
-        values[:2] = [1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1]
+        values[:2] = [min(-1, 1 - 2 ** (bits - 1)), max(1, 2 ** (bits - 1) - 1)]
         raw = codes_to_raw(rng.permutation(values), TensorProto.INT8)
         part = helper.make_tensor("t", TensorProto.INT8, [count], raw, raw=True)
     model = model_of([part])
     low, value = math.floor(math.log2(count / nonzero)), 1 if bits == 2 else bits
     sizes = {
-        "dense": count * bits / 8,
+        "dense": count * max(2, bits) / 8,
         "ternary": count / 5 if bits == 2 else math.inf,
+        "sign": count / 8 if bits <= 2 and not zeros else math.inf,
         "bitmap": count / 8 + nonzero * value / 8,
         "index": nonzero * (low + 1 + value) / 8 + count / 2**low / 8,
     }
@@ -183,6 +184,16 @@ def test_the_shortest_way_is_taken(bits, zeros, kind):
     assert entries(model)["t"][0] == kind
     assert payload_of(model) == pytest.approx(sizes[kind], abs=2)
     assert payload_of(model) == weight_bytes(count, bits, nonzero)
+
+
+def test_only_a_file_of_signs_asks_for_version_3():
+    """A paretorch that knows no signs reads all other files, and their bytes are what they were."""
+    for numbers, version in (([1, -1] * 20, "3"), ([1, 0] * 20, "2")):
+        raw = np.array(numbers, np.int8).tobytes()
+        packed = pack(model_of([helper.make_tensor("t", TensorProto.INT8, [40], raw, raw=True)]))
+        start = 8 + int.from_bytes(packed[:8], "little")
+        assert json.loads(packed[8:start])["__metadata__"]["version"] == version
+        assert [*numpy_helper.to_array(unpack(packed).graph.initializer[0])] == numbers
 
 
 def test_a_file_of_version_1_still_loads():
@@ -206,16 +217,19 @@ def test_zeros_cost_nothing():
     assert payload_of(model_of([numpy_helper.from_array(np.zeros(5000, np.float32), "t")])) == 0
 
 
-SMALL = pack(model_of([tensor("a", "int8", 20, 3, 0.0, 0), tensor("b", "float", 17, 8, 0.9, 1)]))
+PARTS = [tensor("a", "int8", 20, 3, 0.0, 0), tensor("b", "float", 17, 8, 0.9, 1)]
+SIGNS = helper.make_tensor("c", TensorProto.INT8, [16], np.array([1, -1] * 8, np.int8).tobytes(), raw=True)
+SMALL = pack(model_of(PARTS))
 
 
-def test_any_changed_byte_is_noticed():
+@pytest.mark.parametrize("whole", [SMALL, pack(model_of([*PARTS, SIGNS]))], ids=["version 2", "version 3"])
+def test_any_changed_byte_is_noticed(whole):
     """Every byte, its lowest and its highest bit and one flip of all: header, padding and metadata are no exception."""
-    assert len(SMALL) < 1000
-    for position in range(len(SMALL)):
-        for flip in (0x01, 0x80, 0xFF, SMALL[position] ^ 0x20, SMALL[position] ^ 0x0A):
+    assert len(whole) < 1000
+    for position in range(len(whole)):
+        for flip in (0x01, 0x80, 0xFF, whole[position] ^ 0x20, whole[position] ^ 0x0A):
             if flip:
-                changed = bytearray(SMALL)
+                changed = bytearray(whole)
                 changed[position] ^= flip
                 with pytest.raises(ArtifactError):
                     unpack(bytes(changed))
@@ -292,7 +306,7 @@ def test_a_forgery_with_a_fitting_digest_is_an_artifact_error_too(data):
 
 def test_a_newer_version_and_a_foreign_format_are_named():
     header, body = header_of(SMALL)
-    for key, value, word in (("version", "3", "version 3"), ("format", "other", "'other'")):
+    for key, value, word in (("version", "4", "version 4"), ("format", "other", "'other'")):
         changed = header | {"__metadata__": header["__metadata__"] | {key: value}}
         with pytest.raises(ArtifactError, match=word):
             unpack(with_header(changed, body))

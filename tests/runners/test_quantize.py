@@ -1,6 +1,7 @@
 """Integers, zeros and their gradients against the formulas they come from."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from paretorch.runners.operators.sparsify import magnitude_mask
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.structure import Layer, Structure
 
-BITS = st.integers(2, 8)
+BITS = st.integers(1, 8)
 
 
 @st.composite
@@ -34,7 +35,7 @@ def weights(draw):
 @settings(deadline=None)
 @given(weights(), BITS)
 def test_scales_are_never_worse_than_min_max_and_codes_are_in_range(weight, bits):
-    top = 2 ** (bits - 1) - 1
+    top = max(1, 2 ** (bits - 1) - 1)
     scale = weight_scales(weight, bits)
     assert bool((scale > 0).all())
     assert scale.shape == (len(weight),)
@@ -66,12 +67,28 @@ def test_codes_are_rounded_half_to_even():
     assert codes(values, torch.ones(1), 4).tolist() == [[0, 2, 2, 0, -2, 2, 7, -7]]
 
 
+def test_signs_are_those_of_xnor_net():
+    """Rastegari et al. 2016, equations 4 to 6: sign(W), and the mean of |W| over each output channel, of all pairs the best."""
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    weight[2, 0] = 0
+    scale = weight_scales(weight, 1)
+    torch.testing.assert_close(scale, weight.abs().sum(1) / 8)
+    found = codes(weight, scale, 1)
+    assert torch.equal(found, torch.where(weight >= 0, 1.0, -1.0))
+    every = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=8)))
+    for row, sign, one in zip(weight, found, scale, strict=True):
+        best = (every @ row / 8).clamp_min(0)  # of each pattern of signs the best scale
+        errors = (every * best[:, None] - row).square().sum(1)
+        assert float((sign * one - row).square().sum()) <= float(errors.min()) * (1 + 1e-5)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 999), BITS)
 def test_gradients_are_those_of_lsq(seed, bits):
     """Esser et al. 2020, equations 2, 3 and 5, with one scale per output channel and a factor of our own.
 
-    The factor makes the step of a scale the one that the weights would take along it: scale^2 / |weights|^2.
+    The factor makes the step of a scale the one that the weights would take along it: scale^2 / |weights|^2. A sign does not
+    depend on the scale, and lets every gradient through.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 4, 2, generator=generator).requires_grad_()
@@ -81,14 +98,38 @@ def test_gradients_are_those_of_lsq(seed, bits):
     upstream = torch.randn(3, 4, 2, generator=generator)
     (fake(weight) * upstream).sum().backward()
 
-    top = 2 ** (bits - 1) - 1
+    top = max(1, 2 ** (bits - 1) - 1)
     v = (weight / fake.scale.view(3, 1, 1)).detach().double()
-    inside = v.abs() < top
-    by_scale = torch.where(inside, v.round() - v, v.sign() * top)
+    inside = (v.abs() < top) | (bits == 1)
+    by_scale = torch.where(inside, v.round() - v, v.sign() * top) if bits > 1 else v.sign()
     factor = fake.scale.detach().double().square() / weight.detach().double().square().sum((1, 2))
     expected = (by_scale * upstream).sum((1, 2)) * factor
     torch.testing.assert_close(fake.scale.grad.double(), expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(weight.grad, upstream * inside, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.sampled_from([4, 16, 64]), BITS, st.sampled_from(["mse", "minmax"]), st.integers(0, 99))
+def test_a_group_of_a_row_is_quantized_and_trained_as_a_weight_of_its_own(inputs, size, bits, ranges, seed):
+    """The last group is what is left of the row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, upstream = (torch.randn(3, inputs, generator=generator) for _ in range(2))
+    whole = FakeQuantize(weight, bits, None, weight_scales(weight, bits, ranges, size), group_size=size)
+    trained = weight.clone().requires_grad_()
+    shown = whole(trained)
+    (shown * upstream).sum().backward()
+    assert whole.scale.shape == (3, -(-inputs // size))
+    for number, first in enumerate(range(0, inputs, size)):
+        part = weight[:, first : first + size]
+        if ranges == "minmax" and bits > 1:
+            top = 2 ** (bits - 1) - 1
+            np.testing.assert_allclose(whole.scale[:, number].detach(), np.abs(part.numpy()).max(1) / top, rtol=1e-6)
+        alone = FakeQuantize(part, bits, None, weight_scales(part, bits, ranges))
+        own = part.clone().requires_grad_()
+        assert torch.equal(alone(own), shown[:, first : first + size])
+        (alone(own) * upstream[:, first : first + size]).sum().backward()
+        assert torch.equal(own.grad, trained.grad[:, first : first + size])
+        torch.testing.assert_close(alone.scale.grad, whole.scale.grad[:, number], rtol=1e-4, atol=1e-6)
 
 
 def structure_of(model):
@@ -102,9 +143,9 @@ def small():
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+@given(BITS, st.sampled_from([0.0, 0.1, 0.5, 0.9]))
 def test_what_is_frozen_is_codes_times_scale(bits, ratio):
-    model = small()
+    model, ratio = small(), ratio if bits > 1 else 0.0
     steps = [Quantize("0", bits, 8)] + ([Sparsify("0", ratio)] if ratio else [])
     recipe = Recipe(tuple(steps))
     compress(model, recipe, structure_of(model), torch.zeros(2, 9))
@@ -115,6 +156,34 @@ def test_what_is_frozen_is_codes_times_scale(bits, ratio):
     assert torch.equal(model[0].weight, frozen.codes * frozen.scale[:, None])
     assert not hasattr(model[0], "parametrizations")
     assert int((frozen.codes == 0).sum()) >= round(63 * ratio)
+    assert bits > 1 or bool((frozen.codes.abs() == 1).all())
+
+
+def test_signs_have_no_zeros():
+    with pytest.raises(RecipeError, match="same layer: a; a sign is never zero, choose weight_bits = 2"):
+        Recipe((Quantize("a", 1), Sparsify("a", 0.5), Quantize("b", 1), Sparsify("c", 0.5)))
+
+
+def test_training_flips_signs_and_moves_their_scales():
+    """With the weights and scales of another such layer as the target, most of its signs are found."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(512, 12), torch.randn(12, 12)
+    scale = weight_scales(weight, 1)
+    target = x @ (codes(weight, scale, 1) * scale[:, None]).T
+    layer = nn.Linear(12, 12, bias=False)
+    recipe = Recipe((Quantize("0", 1),))
+    model = compress(nn.Sequential(layer), recipe, structure_of(nn.Sequential(layer)), torch.zeros(2, 12)).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    frozen = freeze(model, recipe)["0"]
+    assert float((frozen.codes == codes(weight, scale, 1)).float().mean()) > 0.9
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_sixteen_bits_are_half_precision():

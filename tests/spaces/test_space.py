@@ -80,7 +80,7 @@ def spaces(draw, structure):
         )
 
     return Space(
-        weight_bits=rules((2, 3, 4, 6, 8, 16, 32), layers),
+        weight_bits=rules((1, 2, 3, 4, 6, 8, 16, 32), layers),
         activation_bits=rules((8, 32), layers),
         cluster_bits=rules((2, 4, 8, 32), layers),
         rank=rules((1.0, 0.9, 0.5, 0.3, 0.1), layers),
@@ -90,6 +90,10 @@ def spaces(draw, structure):
         criterion=rules(("magnitude", "obs", "random"), layers),
         rounding=rules(("nearest", "gptq", "adaround"), layers),
         ranges=rules(("mse", "minmax"), layers),
+        group_size=(Rule(draw(some((0, 16, 64))), ("linear",), draw(st.booleans())),) if draw(st.booleans()) else (),
+        activations=(Rule(draw(some(("static", "dynamic"))), ("linear",), draw(st.booleans())),)
+        if draw(st.booleans())
+        else (),
         channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
         depth=draw(some((0, 1, 2, 3))),
@@ -197,12 +201,17 @@ def test_each_choice_arrives_at_each_target(case):
         share = chosen.get(("rank", layer.name), 1.0)
         assert ranks.get(layer.name) == (kept_rank(*sides(layer, sizes[layer.name]), share) if share < 1 else None)
         bits = chosen.get(("weight_bits", layer.name), 32) if codebook == 32 else 32
-        assert sparse.get(layer.name, 0.0) == chosen.get(("sparsity", layer.name), 0.0)
+        assert sparse.get(layer.name, 0.0) == (chosen.get(("sparsity", layer.name), 0.0) if bits > 1 else 0.0)
         assert (quantized[layer.name].weight_bits if layer.name in quantized else 32) == bits
         if bits <= 8:
             assert quantized[layer.name].activation_bits == chosen.get(("activation_bits", layer.name), 32)
+            how = chosen.get(("activations", layer.name), "static")
+            eight = quantized[layer.name].activation_bits == 8
+            size = chosen.get(("group_size", layer.name), 0)
+            assert quantized[layer.name].group_size == (0 if eight else size)
+            assert quantized[layer.name].activations == (how if eight else "static")
             assert quantized[layer.name].rounding == chosen.get(("rounding", layer.name), "nearest")
-            assert quantized[layer.name].ranges == chosen.get(("ranges", layer.name), "mse")
+            assert quantized[layer.name].ranges == (chosen.get(("ranges", layer.name), "mse") if bits > 1 else "mse")
     for group in structure.groups:
         if not inside(group.name, drop):
             width = chosen[("width", group.name)]
@@ -243,13 +252,19 @@ def test_choices_that_some_layers_cannot_have_are_refused_with_these_layers():
     )
     structure = Structure(layers)
     space = Space(
-        sparsity=(Rule((0.0, "2:4")),), rounding=(Rule(("nearest", "gptq"), share=True),), criterion=(Rule(("obs",)),)
+        sparsity=(Rule((0.0, "2:4")),),
+        rounding=(Rule(("nearest", "gptq"), share=True),),
+        criterion=(Rule(("obs",)),),
+        activations=(Rule(("static", "dynamic"), ("stem", "fc")),),
+        group_size=(Rule((0, 64), ("dw", "fc")),),
     )
     with pytest.raises(ConfigError) as caught:
         space.axes(structure)
-    pattern, criterion, rounding = sorted(
-        caught.value.problems, key=lambda text: "sparsity criterion rounding".index(text[:8])
+    pattern, criterion, rounding, dynamic, groups = sorted(
+        caught.value.problems, key=lambda text: "sparsity criterion rounding activations group_size".index(text[:8])
     )
+    assert "stem: dynamic activations are for linear layers" in dynamic
+    assert "dw: groups of 64 weights with a scale each are for linear layers; choose 0" in groups
     assert "stem: pattern 2:4 needs 4 input channels of one group, it has 3" in pattern
     assert "dw: pattern 2:4" in pattern
     assert "fc: criterion obs needs a Hessian of 25088 x 25088" in criterion
