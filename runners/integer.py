@@ -112,7 +112,7 @@ def _bias(
 def _fits(node: onnx.NodeProto, weight: Sequence[str], constants: Mapping[str, NDArray[Any]]) -> bool:
     """Whether a layer has a weight of 8-bit whole numbers without zero points, and is nothing but a product and a sum."""
     values, scale, zero = (constants.get(name) for name in weight[:3])
-    if values is None or values.dtype != np.int8 or scale is None or zero is None or zero.any():
+    if values is None or values.dtype != np.int8 or scale is None or scale.ndim > 1 or zero is None or zero.any():
         return False
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA")
