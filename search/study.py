@@ -338,7 +338,11 @@ class Study:
         """
         for student in filter(None, self.space.students):
             name = student.factory
-            model = self.runner.network(Recipe((student,)), lambda phase, known: self.listener.phase(phase))
+            try:
+                model = self.runner.network(Recipe((student,)), lambda phase, known: self.listener.phase(phase))
+            except Diverged as error:  # of a candidate that is a result; no candidate of this student could be measured
+                raise TaskError(f"student {name!r} cannot be taught: {error}; set a lower learning_rate than {student.learning_rate:g} in "
+                                "space.students, or leave it out") from error  # fmt: skip
             own = [axis for axis in self.axes if axis.student == name]
             shares = nonzero_shares(model, self.runner.library, self.runner.structure.of(Recipe((student,))), own)
             self.overheads[name] = replace(self.overheads[name], nonzero=shares)

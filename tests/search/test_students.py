@@ -1,6 +1,7 @@
 """A search that chooses between networks: students are taught once, before the trials, and never again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paretorch.runners.local as local_module
-from paretorch.errors import StudyError
+from paretorch.errors import StudyError, TaskError
 from paretorch.objectives import cost
 from paretorch.runners.task import Task
 from paretorch.search.study import Study
@@ -103,6 +104,13 @@ def test_foretold_bytes_are_those_of_the_trained_students_file(tmp_path):
         foretold = study._predicted(candidate.recipe)["size_bytes"]
         assert foretold == pytest.approx(candidate.measurement.value("size_bytes"), rel=0.01, abs=300)
         assert cost.macs(study.runner.structure, candidate.recipe) == candidate.measurement.value("macs")
+
+
+def test_a_student_that_cannot_be_taught_is_told(tmp_path):
+    space = replace(SPACE, students=(None, Student(factory="small", epochs=4, learning_rate=1e9)))
+    study = Study(task(), space, directory=tmp_path / "s", seconds=0.005, calibration_images=32, mlflow=False)
+    with pytest.raises(TaskError, match="student 'small' cannot be taught: .*lower learning_rate than 1e\\+09"):
+        study.run(trials=8)
 
 
 def test_another_checkpoint_of_a_student_is_another_study(tmp_path):
