@@ -109,7 +109,7 @@ def test_foretold_bytes_are_those_of_the_trained_students_file(tmp_path):
 def test_a_student_that_cannot_be_taught_is_told(tmp_path):
     space = replace(SPACE, students=(None, Student(factory="small", epochs=4, learning_rate=1e9)))
     study = Study(task(), space, directory=tmp_path / "s", seconds=0.005, calibration_images=32, mlflow=False)
-    with pytest.raises(TaskError, match="student 'small' cannot be taught: .*lower learning_rate than 1e\\+09"):
+    with pytest.raises(TaskError, match=r"student 'small' cannot be taught: .*lower learning_rate than 1e\+09"):
         study.run(trials=8)
 
 
