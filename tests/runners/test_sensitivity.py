@@ -148,7 +148,7 @@ def test_methods_are_the_first_of_the_space(network, task_of, tmp_path):
             outputs = [torch.cat([net(part) for part in runner.calibration_parts]) for net in (dense, model)]
         assert found.divergence("layer1.0.conv1", 2, "2:4") == pytest.approx(divergence(*outputs), rel=1e-3)
         mine, theirs = (sum(row.divergence for row in rows if row.layer != "fc") for rows in (found.rows, plain.rows))
-        assert mine < 0.8 * theirs
+        assert mine < 0.95 * theirs
     again = Sensitivity.from_json(found.to_json())
     assert again == found
     assert again.by_axis(space, runner.structure)["sparsity/layer1.0.conv1"][0] == found.divergence(
