@@ -273,49 +273,46 @@ class SparsityRule(LayerRule):
     """Shares, 0 <= x < 1, and patterns such as '2:4' (in quotes), in ascending or descending order. Required."""
 
 
-class CriterionRule(LayerRule):
+class MethodRule(LayerRule):
+    """How something is done to the selected layers."""
+
+    share: bool = True
+    """One choice for all selected layers (true) or one for each (false). Default: true."""
+
+
+class CriterionRule(MethodRule):
     """Which weights of the selected layers are set to zero."""
 
     choices: Choices[Criterion]
     """magnitude, taylor, activation, obs, random, or a function of yours as FILE.py:FUNCTION. Required."""
-    share: bool = True
-    """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
-class RoundingRule(LayerRule):
+class RoundingRule(MethodRule):
     """How the weights of the selected layers are rounded."""
 
     choices: Choices[Rounding]
     """nearest, gptq, adaround. Required."""
-    share: bool = True
-    """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
-class RangesRule(LayerRule):
+class RangesRule(MethodRule):
     """How the ranges of the selected layers' weights are found."""
 
     choices: Choices[Ranges]
     """mse, minmax, percentile, entropy. Required."""
-    share: bool = True
-    """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
-class ActivationsRule(LayerRule):
+class ActivationsRule(MethodRule):
     """Where the selected layers' 8-bit activations have their ranges from."""
 
     choices: Choices[Activations]
     """static, dynamic (linear layers only). Required."""
-    share: bool = True
-    """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
-class GroupRule(LayerRule):
+class GroupRule(MethodRule):
     """How many weights of an output channel share a scale in the selected layers."""
 
     choices: Choices[GroupSize]
     """0 (all of them), 16, 32, 64, 128, 256; other than 0 for linear layers only. Required."""
-    share: bool = True
-    """One choice for all selected layers (true) or one for each (false). Default: true."""
 
 
 class ShareRule(LayerRule):
