@@ -27,7 +27,7 @@ from onnx import helper, numpy_helper
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
-from .torch_graph import OPERATORS
+from .torch_graph import OPERATORS, held
 
 DOMAIN = "paretorch"
 _EXACT = 1 << 24  # whole numbers below it are exact in float32, and so are their sums in any order
@@ -151,7 +151,7 @@ class _Layer(OpRun):  # type: ignore[misc]
 
     def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, low=None, high=None, **attributes):  # type: ignore[no-untyped-def]
         name = type(self).__name__.removeprefix("Integer")
-        given = {k: v.encode() if isinstance(v, str) else v for k, v in attributes.items() if v is not None}
+        given = held(attributes)
         axis = _outputs(name, given, w.ndim)
         others = tuple(n for n in range(w.ndim) if n != axis)
         reach = max(int(xz) - np.iinfo(x.dtype).min, np.iinfo(x.dtype).max - int(xz))

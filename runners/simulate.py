@@ -29,7 +29,7 @@ from torch import Tensor
 from . import packing
 from .integer import OPS, fuse
 from .runtime import session
-from .torch_graph import OPERATORS, NotHere
+from .torch_graph import OPERATORS, NotHere, held
 
 AGREE = 0.995  # the share of equal answers that a file must reach
 CLOSE = 0.05  # of the largest output, which the outputs may differ by on average where there are no answers
@@ -91,12 +91,7 @@ class MatMulNBits(OpRun):  # type: ignore[misc]
 
 def _by_torch(name: str, inputs: Sequence[NDArray[Any] | None], attributes: Mapping[str, Any]) -> tuple[NDArray[Any]]:
     """What the torch target makes of an operator, with the attributes as the file holds them."""
-    given = {
-        key: value.encode() if isinstance(value, str) else value
-        for key, value in attributes.items()
-        if value is not None
-    }
-    found: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], given)
+    found: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
     return (found.numpy(),)
 
 

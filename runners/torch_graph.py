@@ -108,6 +108,15 @@ def _compiled(node: onnx.NodeProto) -> Callable[[Inputs], Any]:
     return lambda x: function(x, attributes)
 
 
+def held(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as ONNX's reference hands them over, in the form in which a file holds them: bytes for texts, no None."""
+    return {
+        key: value.encode() if isinstance(value, str) else value
+        for key, value in attributes.items()
+        if value is not None
+    }
+
+
 class NotHere(ValueError):
     """An operator with attributes for which torch has nothing that means the same."""
 
