@@ -235,14 +235,11 @@ def _show_layers(console: Console, found: Preflight) -> None:
     """What may be done to each of the networks that the space begins with."""
     from rich.text import Text
 
-    from .spaces.recipe import Recipe, Student
-
     names = dict.fromkeys(axis.student for axis in found.axes if axis.student is not None)
     for name in names:
-        structure = found.structure.of(Recipe((Student(factory=name),))) if name else found.structure
         if len(names) > 1 or name:
             console.print(Text(f"\nstudent {name}" if name else "\nthe network itself", style="bold"))
-        _show_network(console, structure, [axis for axis in found.axes if axis.student == name])
+        _show_network(console, found.structure.named(name), [axis for axis in found.axes if axis.student == name])
 
 
 def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) -> None:

@@ -270,8 +270,9 @@ def many(
     for student in axes[chooser].choices:
         name = student.factory if student else ""
         own = [number for number, axis in enumerate(axes) if axis.student == name]
-        network = structure.of(Recipe((student,))) if student else structure
-        costs = _of_one(network, [axes[number] for number in own], (overheads or {})[name] if name else overhead)
+        costs = _of_one(
+            structure.named(name), [axes[number] for number in own], (overheads or {})[name] if name else overhead
+        )
         parts.append((own, costs))
 
     def of_each(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:

@@ -158,7 +158,7 @@ class LocalRunner:
         for an unknown student, `TrialError` when its training fails.
         """
         self.structure.of(recipe)
-        student = _student_of(recipe)
+        student = recipe.student
         if student is None or not student.epochs:
             return self.students[student.factory] if student else self.model
         if student not in self._taught:
@@ -179,7 +179,7 @@ class LocalRunner:
 
     def take_student(self, recipe: Recipe, directory: Path) -> None:
         """Take the weights of a recipe's trained student from another runner's folder, if they are there, to spare its training."""
-        if (student := _student_of(recipe)) is not None and student.epochs:
+        if (student := recipe.student) is not None and student.epochs:
             kept = self.trained_path(Recipe((student,)))
             if (directory / kept.name).exists():
                 write_atomic(kept, (directory / kept.name).read_bytes())
@@ -282,7 +282,7 @@ class LocalRunner:
             networks = [self._network(network, report, recovery) for network in recipe.networks()]
             report("merging", {})
             return packing.pack(merge(networks))
-        if not recovery and _student_of(recipe) not in self._taught:
+        if not recovery and recipe.student not in self._taught:
             recipe = Recipe(tuple(replace(s, epochs=0.0) if isinstance(s, Student) else s for s in recipe.steps))
         source = self.network(recipe, report)
         model = copy.deepcopy(source)
@@ -472,11 +472,6 @@ class LocalRunner:
         found = Metric.of(self.scores(data, split))
         timed = self._latency(data, 4 * self.seconds)
         return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}
-
-
-def _student_of(recipe: Recipe) -> Student | None:
-    """The network that a recipe begins with, whole, or None for the task's own."""
-    return next((replace(step, drop=()) for step in recipe.of(Student) if step.factory), None)
 
 
 def _restored(model: nn.Module, path: Path) -> bool:

@@ -139,7 +139,7 @@ def measure_overhead(
     network whose files they are, as it was before any training; that of the task when "".
     """
     begin = [Student(factory=student)] if student else []
-    structure = runner.structure.of(Recipe(tuple(begin)))
+    structure = runner.structure.named(student)
 
     def mixed(*modes: int, without: tuple[str, ...] = ()) -> list[Quantize]:
         """Activation bits in turn for the layers that are there, 0 for none; weights of 8 and 4 bits in turn."""
@@ -225,9 +225,10 @@ def smallest_recipe(
         return cost.size_bytes(structure, recipe, (overheads or {})[name] if name else overhead)
 
     found: list[tuple[float, Recipe]] = []
+    axes = space.axes(structure)
     for number, (name, _) in enumerate(space.networks(structure)):
         picks = {"student": number}
-        for axis in space.axes(structure):
+        for axis in axes:
             if axis.student == name:
                 each = [
                     predicted(space.recipe(structure, picks | {axis.name: i}), name) for i in range(len(axis.choices))

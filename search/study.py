@@ -49,7 +49,7 @@ from ..runners.files import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.target import DEFAULT, Target, as_target
 from ..runners.task import Task, check_criteria, dataset, scores
-from ..spaces.recipe import Ensemble, Recipe, Recover, Student, how, plain
+from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from . import ensembles as together
 from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
@@ -344,7 +344,7 @@ class Study:
                 raise TaskError(f"student {name!r} cannot be taught: {error}; set a lower learning_rate than {student.learning_rate:g} in "
                                 "space.students, or leave it out") from error  # fmt: skip
             own = [axis for axis in self.axes if axis.student == name]
-            shares = nonzero_shares(model, self.runner.library, self.runner.structure.of(Recipe((student,))), own)
+            shares = nonzero_shares(model, self.runner.library, self.runner.structure.named(name), own)
             self.overheads[name] = replace(self.overheads[name], nonzero=shares)
 
     def _packed_baseline(self) -> bytes:
@@ -526,9 +526,8 @@ class Study:
         structure = self.runner.structure
         if recipe.of(Ensemble):
             return {"macs": float(cost.macs(structure, recipe))}
-        student = next((step.factory for step in recipe.of(Student)), "")
         return {
-            "size_bytes": float(cost.size_bytes(structure, recipe, self.overheads.get(student, self.overhead))),
+            "size_bytes": float(cost.size_bytes(structure, recipe, self.overheads.get(recipe.factory, self.overhead))),
             "macs": float(cost.macs(structure, recipe)),
         }
 
@@ -973,9 +972,8 @@ class Study:
             return {}
         choices: dict[str, Axis] = {axis.name: axis for axis in self.axes}
         found: dict[str, object] = {}
-        network = next((step.factory for step in candidate.recipe.of(Student)), "")
         for name, index in candidate.picks.items():
-            if choices[name].student not in (network, None):
+            if choices[name].student not in (candidate.recipe.factory, None):
                 continue
             value = choices[name].choices[index]
             if choices[name].kind == "student":

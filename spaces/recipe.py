@@ -425,6 +425,16 @@ class Recipe:
         return [step for step in self.steps if isinstance(step, kind)]
 
     @property
+    def student(self) -> Student | None:
+        """The task's other network that it begins with, with all its blocks; None for the network itself."""
+        return next((replace(step, drop=()) for step in self.of(Student) if step.factory), None)
+
+    @property
+    def factory(self) -> str:
+        """The name of the student that it begins with, "" for the network itself."""
+        return next((step.factory for step in self.of(Student)), "")
+
+    @property
     def key(self) -> str:
         """16 hexadecimal digits that only an equal recipe shares."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -133,7 +133,7 @@ class Space:
         Raises `RecipeError` for a student that the task does not make.
         """
         names = [student.factory if student else "" for student in self.students or (None,)]
-        return [(name, structure.of(Recipe((Student(factory=name),))) if name else structure) for name in names]
+        return [(name, structure.named(name)) for name in names]
 
     def axes(self, structure: Structure) -> tuple[Axis, ...]:
         """All decisions for this network; raises `ConfigError` with every impossible choice and idle pattern."""
@@ -216,7 +216,7 @@ class Space:
         axes = self.axes(structure)
         student = self.students[picks.get("student", 0)] if self.students else None
         network = student.factory if student else ""
-        structure = structure.of(Recipe((student,))) if student else structure
+        structure = structure.named(network)
         value: dict[tuple[str, str], Any] = {}
         single: dict[str, Any] = {}
         for axis in axes:
@@ -294,11 +294,10 @@ class Space:
 
         Axes of another network than the recipe's are at their first choice.
         """
-        student = next((replace(step, drop=()) for step in recipe.of(Student) if step.factory), None)
+        student, name = recipe.student, recipe.factory
         if student not in (self.students or (None,)):
             return None
-        whole, name = structure, student.factory if student else ""
-        structure = whole.of(Recipe((student,))) if student else whole
+        whole, structure = structure, structure.named(name)
         quantized = {step.layer: step for step in recipe.of(Quantize)}
         clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
         ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
@@ -563,7 +562,7 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     found.append(("width 0.5", recipe(*narrow(0.5), recovery=trained)))
     for student in filter(None, space.students):
         first = untrained if student.epochs else trained  # one that the task gives untrained is worth nothing before
-        network = structure.of(Recipe((student,)))
+        network = structure.named(student.factory)
         found.append((f"student {student.factory}", recipe(student, recovery=first)))
         found.append((f"student {student.factory}, 8-bit", recipe(student, *uniform(network, 8), recovery=first)))
     unique: dict[Recipe, str] = {}

@@ -75,7 +75,10 @@ class Structure:
 
     def of(self, recipe: Recipe) -> Structure:
         """The structure of the network that a recipe begins with: this one, or that of the student that it names."""
-        wanted = next((step.factory for step in recipe.of(Student) if step.factory), "")
+        return self.named(recipe.factory)
+
+    def named(self, wanted: str) -> Structure:
+        """The structure of the student of this name, "" for this one; raises `RecipeError` for one that the task does not make."""
         if wanted in ("", self.student):
             return self
         for structure in self.students:
