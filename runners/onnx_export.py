@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import math
 import os
 import sys
@@ -162,6 +163,25 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     return _model(clean)
 
 
+def _number(model: onnx.ModelProto) -> dict[str, str]:
+    """Give the exporter's paths (`/layer1/layer1.0/conv1/Conv_output_0`) numbers, in place; what each number stands for.
+
+    With all that is named after them they were a twentieth of a small int8 file. Parameters keep their names.
+    """
+    graph = model.graph
+    names = dict.fromkeys(name for node in graph.node for name in [*node.input, *node.output])
+    free = (str(number) for number in itertools.count(1) if str(number) not in names)
+    given = {name: next(free) for name in names if name.startswith(("/", "onnx::"))}
+    for entry in [*graph.input, *graph.output]:
+        given.pop(entry.name, None)
+    for node in graph.node:
+        node.input[:] = [given.get(name, name) for name in node.input]
+        node.output[:] = [given.get(name, name) for name in node.output]
+    for tensor in graph.initializer:
+        tensor.name = given.get(tensor.name, tensor.name)
+    return {number: name for name, number in given.items()}
+
+
 def _without_minus_zero(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """A zeroed weight times a negative one is -0.0, which is no zero in a bitmap of nonzero values."""
     if tensor.data_type != TensorProto.FLOAT:
@@ -199,9 +219,10 @@ def quantized_graph(
     ranges of 8-bit activations are taken from. int8_products: see `Target`. Raises `ExportFailed`.
     """
     float_model = export_float(model, example)
+    paths = _number(float_model)
     if not frozen:
         return float_model
-    graph = _Graph(float_model, calibration)
+    graph = _Graph(float_model, paths, calibration)
     for name, weight in frozen.items():
         graph.set_weight(name, model.get_submodule(name), weight, factors.get(name))
     graph.insert_activations(int8_products)
@@ -223,8 +244,9 @@ class _Int8Layer:
 class _Graph:
     """An ONNX graph under surgery."""
 
-    def __init__(self, model: onnx.ModelProto, calibration: Sequence[Tensor]) -> None:
+    def __init__(self, model: onnx.ModelProto, paths: Mapping[str, str], calibration: Sequence[Tensor]) -> None:
         self.float_model = model
+        self.paths = paths  # what the exporter called a tensor, by its number
         self.calibration = calibration
         self.nodes: list[onnx.NodeProto] = [_copy(node) for node in model.graph.node]
         self.tensors = {t.name: t for t in model.graph.initializer}
@@ -260,7 +282,8 @@ class _Graph:
             ):
                 alike.append(number)
         scope = layer.rpartition(".")[2]
-        named = [n for n in alike if self.nodes[n].output[0].split("/")[-2:-1] == [scope]]
+        outputs = {n: self.nodes[n].output[0] for n in alike}
+        named = [n for n, output in outputs.items() if self.paths.get(output, "").split("/")[-2:-1] == [scope]]
         if not alike:
             raise ExportFailed(f"layer {layer!r} cannot be found in the exported graph")
         return (named or alike)[0], True

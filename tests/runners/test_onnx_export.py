@@ -265,6 +265,18 @@ def test_weights_are_stored_in_their_type_only(bits, activations, kind, network)
         assert all(v.max() == top and (v.min() == 1 or bits > 1) for v in values)
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_names_cost_little(bits, traced):
+    """Paths of modules, once for each of a tensor's companions, were half of what is not weights."""
+    model, x, structure = traced("residual")
+    recipe = Recipe(tuple(Quantize(layer.name, bits, 8) for layer in structure.layers if bits))
+    graph = export(model, x, recipe, structure)[0].graph
+    names = {name for node in graph.node for name in [*node.input, *node.output]} | {t.name for t in graph.initializer}
+    assert not {name for name in names if "/" in name or "::" in name}
+    for layer in structure.layers:
+        assert any(name.startswith(f"{layer.name}.weight") for name in names), layer.name
+
+
 def test_signs_stay_signs_where_a_channel_is_switched_off(network):
     """BatchNorm's factor of 0, and a bias that asks for larger steps than the weights have: still a bit for each weight."""
     model, x = network("perceptron")
