@@ -232,7 +232,9 @@ class Study:
 
     def _snapshot(self) -> dict[str, Any]:
         """What must not change when a study goes on: all that decides which recipes come and how they are judged."""
-        structure = json.dumps(plain(replace(self.runner.structure, students=())), sort_keys=True, default=list)
+        # Pairs follow from the network, and studies that are older than them go on.
+        bare = replace(self.runner.structure, students=(), pairs=(), unpaired=())
+        structure = json.dumps(plain(bare), sort_keys=True, default=list)
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
