@@ -346,7 +346,7 @@ class Study:
                 raise TaskError(f"student {name!r} cannot be taught: {error}; set a lower learning_rate than {student.learning_rate:g} in "
                                 "space.students, or leave it out") from error  # fmt: skip
             own = [axis for axis in self.axes if axis.student == name]
-            shares = nonzero_shares(model, self.runner.library, self.runner.structure.named(name), own)
+            shares = nonzero_shares(self.runner, model, self.runner.structure.named(name), own)
             self.overheads[name] = replace(self.overheads[name], nonzero=shares)
 
     def _packed_baseline(self) -> bytes:

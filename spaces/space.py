@@ -111,7 +111,7 @@ class Space:
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate. students: the
     networks to begin with, `Student` with a factory, or None for the original one, which is the only one when empty. equalize:
     whether ranges of channels are equalised: none, weights, activations (see `Equalize`); without effect where nothing is
-    sparse, clustered or quantized, and beside recovery that compares features.
+    sparse, clustered or quantized, and refused beside recovery that compares features.
     """
 
     weight_bits: tuple[Rule, ...] = ()
@@ -212,6 +212,10 @@ class Space:
         problems = [f"{value!r} is not possible" for value in self.equalize if value not in choices]
         problems = problems if self.equalize else ["no choice"]
         found += [f"equalize: {problem}; choose from {', '.join(choices)}" for problem in problems]
+        if set(self.equalize) - {"none"} and any(choice and choice.features for choice in self.recovery):
+            found.append(
+                "equalize: recovery compares features, and equalised channels have another scale than the original's; leave out one"
+            )
         if any(student is not None and (not student.factory or student.drop) for student in self.students):
             found.append("students: a student is Student(factory=NAME); which blocks are left out is `depth`")
         names = [student.factory if student else "the network itself" for student in self.students]
@@ -275,7 +279,7 @@ class Space:
             if bits < 32:
                 steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
         recovery = self.recoveries(single["recovery"], growing)
-        if (by := single.get("equalize", "none")) != "none" and _has_effect(steps, recovery, structure):
+        if (by := single.get("equalize", "none")) != "none" and _has_effect(steps, structure):
             steps.append(Equalize(by))
         return Recipe((*steps, *recovery)) if steps else Recipe()
 
@@ -347,7 +351,7 @@ class Space:
                     wanted = {recovery if recipe.steps else axis.choices[0]}
                 elif axis.kind == "equalize":
                     chosen = next((step.by for step in recipe.of(Equalize)), "none")
-                    wanted = {chosen} if _has_effect(recipe.steps, steps, structure) else set()
+                    wanted = {chosen} if _has_effect(recipe.steps, structure) else set()
                 elif axis.kind == "channels":
                     wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
@@ -389,11 +393,11 @@ class Space:
         return None
 
 
-def _has_effect(steps: Sequence[Step], recovery: Sequence[Recover], structure: Structure) -> bool:
+def _has_effect(steps: Sequence[Step], structure: Structure) -> bool:
     """Whether `Equalize` has an effect beside these steps."""
     dropped = tuple(name for step in steps if isinstance(step, Student) for name in step.drop)
     rounded = any(isinstance(step, Sparsify | Cluster | Quantize) for step in steps)
-    return rounded and not any(step.features for step in recovery) and structure.equalizable(dropped)
+    return rounded and structure.equalizable(dropped)
 
 
 def _common(axis: Axis, possible: Iterable[set[Any]]) -> set[Any]:

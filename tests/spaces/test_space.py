@@ -110,7 +110,7 @@ def spaces(draw, structure):
         channels=rules((0.0, 0.25, 0.5, 0.9), [group.name for group in structure.groups]),
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
         depth=draw(some((0, 1, 2, 3))),
-        recovery=draw(some((None, Recover("batchnorm"), Recover("finetune", 1, features=1), Recover("finetune", 0.5)))),
+        recovery=draw(some((None, Recover("batchnorm"), Recover("finetune", 1), Recover("finetune", 0.5)))),
         equalize=draw(some(("none", "weights", "activations"))) if structure.pairs else ("none",),
     )
 
@@ -251,17 +251,18 @@ def test_ranges_are_equalised_only_where_that_has_an_effect():
     structure = replace(residual(), pairs=(("blocks.0.conv1", ("blocks.0.conv2",)),))
     space = Space(
         weight_bits=(Rule((4, 32), ("fc",)),), depth=(0, 1, 2), equalize=("none", "weights", "activations"),
-        recovery=(None, Recover("finetune", 1, features=1)),
     )  # fmt: skip
     picks = {"equalize": 2, "weight_bits/fc": 0}
     assert space.recipe(structure, picks).steps == (Equalize("activations"), Quantize("fc", 4))
     assert space.encode(structure, space.recipe(structure, picks))["equalize"] == 2
-    for other in ({"weight_bits/fc": 1}, {"depth": 1}, {"recovery": 1}):
+    for other in ({"weight_bits/fc": 1}, {"depth": 1}):
         without = space.recipe(structure, picks | other)
         assert not without.of(Equalize), other
         assert without == space.recipe(structure, picks | other | {"equalize": 0})
     with pytest.raises(ConfigError, match=r"equalize: no layer's outputs reach only other layers.* stem: add"):
         space.axes(replace(residual(), unpaired=(("stem", "add reads them"),)))
+    with pytest.raises(ConfigError, match="equalize: recovery compares features"):
+        replace(space, recovery=(Recover("finetune", 1, features=1),)).axes(structure)
 
 
 def test_a_space_without_methods_is_written_as_before_there_were_any():
