@@ -484,7 +484,8 @@ class SpaceConfig(Strict):
     equalize: Choices[Literal["none", "weights", "activations"]] = ("none",)
     """Whether channels of very different range are made alike where only ReLU, pooling and the like lie between two layers, before
     weights are rounded; what the network computes stays (Nagel et al. 2019): none; weights, by the weights on both sides;
-    activations, by the values on the calibration images and the weights that read them. Default: [none]."""
+    activations, by the values on the calibration images and the weights that read them. Not with `features` in `recovery`.
+    Default: [none]."""
     students: Choices[StudentChoice] | None = None
     """Networks to begin with: `teacher`, the network itself; names of networks that the task makes (`Task(students={...})`), or
     {name: small, epochs: 8} for one that is first trained. All other keys apply to each of them; a pattern has to select
