@@ -43,6 +43,7 @@ _HOMOGENEOUS = {
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "sum", "amax", "interpolate",
 }  # fmt: skip
 _SHOWN = {"hardtanh": "ReLU6 (hardtanh)"}
+_DEAD = 1e-6  # of the largest range: what weight decay has left of a channel is no range to go by
 _ROUNDS, _CONVERGED = 100, 1e-3  # of the iteration: how many at most, and the largest |log s| at which it ends
 
 
@@ -226,7 +227,7 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
     """For each pair what its channels are divided by where they are made, `[channels]`.
 
     peaks: from `channel_peaks`, taken for r1 in the place of the weights. All pairs in turn, again and again, until nothing
-    moves: a layer between two others has both its rows and its columns scaled. Channels without any weight stay.
+    moves: a layer between two others has both its rows and its columns scaled.
 
         >>> first, last = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = first.weight.data.copy_(torch.tensor([[4.0], [1.0]])), last.weight.data.copy_(torch.tensor([[1.0, 4.0]]))
@@ -251,11 +252,7 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
                 wide = _spread(r1, modules[name])
                 each.append(_by_input(largest[name], len(wide)).amax(1).flatten().view(len(r1), -1).amax(1))
             r2 = torch.stack(each).amax(0)
-            live = (r1 > 0) & (r2 > 0)
-            logs = torch.where(live, r1 / r2, 1.0).log() / 2
-            if made is not None:
-                # Values and weights have no unit in common: what one channel is to the others is all there is.
-                logs = torch.where(live, logs - logs[live].mean(), 0.0)
+            logs = _log_scales(r1, r2, made is not None)
             scales = logs.exp()
             moved = max(moved, float(logs.abs().max()))
             total[number] = total[number] * scales
@@ -268,3 +265,21 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
         if moved < _CONVERGED:
             break
     return total
+
+
+def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:
+    """The logarithm of `sqrt(r1 / r2)`; relative: up to a factor for all channels, where the two have no unit in common.
+
+    A channel that has no range at one end (it is never active, or nothing reads it) gets what others have at the other end, or
+    it would decide alone on the scale there. One that has none at either stays.
+    """
+    has1, has2 = r1 > _DEAD * r1.max(), r2 > _DEAD * r2.max()
+    one, two = torch.where(has1, r1, 1.0).log(), torch.where(has2, r2, 1.0).log()
+    both = has1 & has2
+    if not bool(both.any()):
+        return torch.zeros_like(one)
+    logs = (one - two) / 2
+    logs = logs - logs[both].mean() if relative else logs
+    logs = torch.where(has1 & ~has2, one - (one - logs)[both].mean(), logs)
+    logs = torch.where(~has1 & has2, (two + logs)[both].mean() - two, logs)
+    return torch.where(has1 | has2, logs, 0.0)

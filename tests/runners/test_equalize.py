@@ -120,14 +120,20 @@ def test_values_and_weights_become_alike(network):
         torch.testing.assert_close(quotient, quotient.mean().expand_as(quotient), rtol=5e-3, atol=0)
 
 
-def test_channels_without_weights_stay():
+def test_dead_channels_get_the_range_of_others():
+    """A channel that is never active or never read must not decide on the scale of the weight at its other end."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    model[0].weight.data[0], model[2].weight.data[:, 1] = 0, 0
+    model[0].weight.data[0], model[0].bias.data[0], model[2].weight.data[:, 1] = 1e-30, 1e-30, 0
     pairs, _ = find_pairs(model, torch.randn(2, 4))
     for peaks in (None, channel_peaks(model, pairs, [torch.randn(16, 4)])):
         (scales,) = equalizing_scales(model, pairs, peaks)
         assert scales.isfinite().all()
-        assert scales[1] == 1
+        found = copy.deepcopy(model)
+        scale_channels(found, *pairs, scales)
+        columns = found[2].weight.detach().abs().amax(0)
+        assert columns[0] == pytest.approx(columns[2])
+        if peaks is None:
+            assert found[0].weight.detach().abs().amax(1)[1] == pytest.approx(columns[2])
 
 
 class Unusual(nn.Module):
