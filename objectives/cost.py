@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from ..spaces.recipe import Cluster, Ensemble, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
+from ..spaces.recipe import Cluster, Ensemble, Equalize, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
 
@@ -55,9 +55,10 @@ class FileOverhead:
         """The bytes outside the layers' tensors of a file with such contents."""
         return sum(getattr(self, name) * amount for name, amount in vars(contents).items())
 
-    def kept(self, layer: str, bits: int, zeros: float | str) -> float | None:
+    def kept(self, layer: str, bits: int, zeros: float | str, equalized: str = "none") -> float | None:
         """The share of a layer's weights that are not zero in the file, where it was measured."""
-        return self.nonzero.get(layer, {}).get(level(bits, zeros))
+        shares = self.nonzero.get(layer, {})
+        return shares.get(level(bits, zeros, equalized), shares.get(level(bits, zeros)))
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     )
 
 
-def level(bits: int, zeros: float | str) -> str:
+def level(bits: int, zeros: float | str, equalized: str = "none") -> str:
     """The name of a level of compression, which JSON can have as a key.
 
-    >>> level(2, 0.5)
-    '2 bits, 0.5 zeros'
+    >>> level(2, 0.5), level(2, 0.5, "weights")
+    ('2 bits, 0.5 zeros', '2 bits, 0.5 zeros, equalised by weights')
     """
-    return f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros"
+    made = f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros"
+    return made if equalized == "none" else f"{made}, equalised by {equalized}"
 
 
 def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
@@ -203,6 +205,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
     sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
     folded = {layer for layer, _ in structure.folds}
+    equalized = next((step.by for step in recipe.of(Equalize)), "none")
     total = 0
     for layer in structure.layers:
         name = layer.name
@@ -211,7 +214,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
         rows, columns = sides(layer, sizes[name])
         channels = sizes[name][1]
         rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
-        share = overhead.kept(name, width, zeros)
+        share = overhead.kept(name, width, zeros, equalized)
         for outputs, inputs, read in [(rank, columns, channels), (rows, rank, rank)] if rank else [(rows, columns, channels)]:  # fmt: skip
             count = outputs * inputs
             nonzero = int(nonzero_weights(count, read, zeros))
@@ -295,6 +298,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
     }
     widths = next((axis for axis in axes if axis.kind == "width"), None)
     depths = next(axis for axis in axes if axis.kind == "depth")
+    equalizers = next((axis for axis in axes if axis.kind == "equalize"), None)
     folded = {layer for layer, _ in structure.folds}
     dropped = [structure.blocks[:depth] for depth in depths.choices]
     alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
@@ -311,9 +315,10 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
         return np.array(listed(kind, target, default), dtype=float)
 
     def kept_table(name: str) -> NDArray[np.float64]:
-        """By bits and zeros the share that was measured, NaN where none was."""
+        """By equalisation, bits and zeros the share that was measured, NaN where none was."""
         zeros, bits = listed("sparsity", name, 0.0), listed("weight_bits", name, 32)
-        return np.array([[overhead.kept(name, b, z) for z in zeros] for b in bits], dtype=float)
+        ways = equalizers.choices if equalizers else ("none",)
+        return np.array([[[overhead.kept(name, b, z, by) for z in zeros] for b in bits] for by in ways], dtype=float)
 
     def keep_table(name: str) -> NDArray[np.int64]:
         group = structure.group(name)
@@ -349,6 +354,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
     def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         depth = picks[:, column[depths.name]]
         width = picks[:, column[widths.name]] if widths else np.zeros(len(picks), dtype=np.int64)
+        way = picks[:, column[equalizers.name]] if equalizers else np.zeros(len(picks), dtype=np.int64)
         keep = {}
         narrowed = np.zeros(len(picks))
         for group in structure.groups:
@@ -394,7 +400,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
                 + _FACTORS * factors
                 + 4 * rows * (int(layer.bias) + factors)
             )
-            share = kept[layer.name][bit, zero]
+            share = kept[layer.name][way, bit, zero]
             matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
                 matrices.append((np.where(whole, 0, rows), rank, np.maximum(rank, 1)))

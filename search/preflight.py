@@ -6,6 +6,7 @@ of the space, and exports, reloads and measures that too. Whatever would fail af
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,11 +19,12 @@ from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.library import LayerLibrary, Method
+from ..runners.compress import compress
+from ..runners.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
-from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
+from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels
 
@@ -166,7 +168,7 @@ def measure_overhead(
         recipes.append(Recipe((*begin, *(Quantize(name, 8, 8, activations="dynamic") for name in linear))))
     known = [] if baseline_size is None else [baseline_size]
     sizes = [*known, *(len(runner.build(recipe, recovery=False)) for recipe in recipes[len(known) :])]
-    shares = cost.FileOverhead(nonzero=nonzero_shares(runner.network(recipes[0]), runner.library, structure, axes))
+    shares = cost.FileOverhead(nonzero=nonzero_shares(runner, runner.network(recipes[0]), structure, axes))
     rest = [size - cost.layer_bytes(structure, recipe, shares) for size, recipe in zip(sizes, recipes, strict=True)]
     made_of = [vars(cost.contents(structure, recipe)) for recipe in recipes]
     # Least squares of the least norm: where nothing tells two coefficients apart, they share.
@@ -176,13 +178,19 @@ def measure_overhead(
 
 
 def nonzero_shares(
-    model: nn.Module, library: LayerLibrary, structure: Structure, axes: Sequence[Axis]
+    runner: LocalRunner, model: nn.Module, structure: Structure, axes: Sequence[Axis]
 ) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
     Of a large layer some output channels stand for all: each has a scale of its own. Nearest rounding stands for the other
-    ways to round, and zeros of least magnitude for the other criteria, which leave about as many.
+    ways to round, and zeros of least magnitude for the other criteria, which leave about as many. Where ranges may be
+    equalised, also of the weights that are then multiplied.
     """
+    models = {"none": model}
+    for by in (by for axis in axes if axis.kind == "equalize" for by in axis.choices if by != "none"):
+        recipe = Recipe((Equalize(by),))
+        models[by] = compress(copy.deepcopy(model), recipe, structure, runner.example, None, runner.statistics)
+    readers = {name for _, names in structure.pairs for name in names}
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
     found: dict[str, dict[str, float]] = {}
     for layer in structure.layers:
@@ -192,17 +200,21 @@ def nonzero_shares(
                 choices.get(("weight_bits", layer.name), ()), choices.get(("sparsity", layer.name), (0.0,))
             )
         )
-        weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
-        count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
-        weight = weight[:: max(1, len(weight) // count)]
-        for bits, zeros in sorted(levels, key=str):
-            if 1 < bits <= 8:
-                method = Method(pattern=zeros if isinstance(zeros, str) else "")
-                made = library.shaped(weight, bits, zeros_of(zeros), method)
-                assert made.scale is not None
-                whole = codes(weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12), bits)
-                share = float(whole.count_nonzero()) / whole.numel()
-                found.setdefault(layer.name, {})[cost.level(bits, zeros)] = share
+        for by, network in models.items():
+            if by != "none" and layer.name not in readers:
+                continue
+            weight = network.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
+            count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
+            weight = weight[:: max(1, len(weight) // count)]
+            for bits, zeros in sorted(levels, key=str):
+                if 1 < bits <= 8:
+                    method = Method(pattern=zeros if isinstance(zeros, str) else "")
+                    made = runner.library.shaped(weight, bits, zeros_of(zeros), method)
+                    assert made.scale is not None
+                    kept = weight if made.mask is None else weight * made.mask
+                    whole = codes(kept, made.scale.clamp_min(1e-12), bits)
+                    share = float(whole.count_nonzero()) / whole.numel()
+                    found.setdefault(layer.name, {})[cost.level(bits, zeros, by)] = share
     return found
 
 
