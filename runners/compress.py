@@ -1,8 +1,9 @@
 """A recipe carried out on a live network: the one table that joins decisions (`spaces`) and acts (`runners.operators`).
 
 The order is the order of surgery (`spaces.recipe.ORDER`). Whole blocks and channels go for good, and so does a layer that
-becomes two of low rank; what a recipe does to that layer afterwards it does to both. Then channels are equalised. Sparsity, codebooks and weight bits
-are parametrizations, so that recovery trains what will ship; `freeze` then turns them into indices, integers and scales.
+becomes two of low rank; what a recipe does to that layer afterwards it does to both. Then channels are equalised, which
+changes weights and not what the network computes. Sparsity, codebooks and weight bits are parametrizations, so that recovery
+trains what will ship; `freeze` then turns them into indices, integers and scales.
 """
 
 from __future__ import annotations
