@@ -18,8 +18,10 @@ from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
+from ..runners.compress import folded_norms
 from ..runners.library import LayerLibrary, Method
 from ..runners.local import LocalRunner
+from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
 from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
@@ -180,10 +182,11 @@ def nonzero_shares(
 ) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own. Nearest rounding stands for the other
+    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these. Nearest rounding stands for the other
     ways to round, and zeros of least magnitude for the other criteria, which leave about as many.
     """
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
+    norms = folded_norms(model, structure)
     found: dict[str, dict[str, float]] = {}
     for layer in structure.layers:
         levels = {(4, 0.0), (8, 0.0)}  # those of the files that the overhead is fitted to
@@ -194,15 +197,22 @@ def nonzero_shares(
         )
         weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
         count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
-        weight = weight[:: max(1, len(weight) // count)]
+        every = max(1, len(weight) // count)
+        weight = weight[::every]
         for bits, zeros in sorted(levels, key=str):
-            if 1 < bits <= 8:
-                method = Method(pattern=zeros if isinstance(zeros, str) else "")
-                made = library.shaped(weight, bits, zeros_of(zeros), method)
+            for scheme in dict.fromkeys(("symmetric", *choices.get(("scheme", layer.name), ()))):
+                if not 1 < bits <= 8:
+                    continue
+                method = Method(pattern=zeros if isinstance(zeros, str) else "", scheme=scheme)
+                norm = norms.get(layer.name) if scheme == "affine" else None
+                factor = channel_factors(norm)[::every] if norm is not None else None
+                made = library.shaped(weight, bits, zeros_of(zeros), method, factor=factor)
                 assert made.scale is not None
-                whole = codes(weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12), bits)
-                share = float(whole.count_nonzero()) / whole.numel()
-                found.setdefault(layer.name, {})[cost.level(bits, zeros)] = share
+                kept, step = weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12)
+                if scheme == "affine":
+                    step = (step / (1 if factor is None else factor)).expand(len(weight))
+                share = float(codes(kept, step, bits, made.zero).count_nonzero()) / kept.numel()
+                found.setdefault(layer.name, {})[cost.level(bits, zeros, scheme == "affine")] = share
     return found
 
 
