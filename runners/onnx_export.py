@@ -9,8 +9,9 @@ activation ranges are measured on this graph too.
   Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
   by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
 - The scales of groups of a row are spread over the weight (Expand, Reshape), which is folded at loading as well.
-- An affine weight has one scale and one zero point, in the signed types too: 0..15 are stored as -8..7. ONNX Runtime runs uint8
-  by int8 the fastest, and takes a zero point of int8 weights as it takes one of uint8. Such layers do not stay packed.
+- An affine weight has one scale and one zero point, in the signed types too: 0..15 are stored as -8..7, for uint8 by int8 is what runs
+  fast. Products take the zero point at no cost; convolutions then run as products (ONNX Runtime's own kernel for them wants a
+  zero point of 0) and take 1.2 to 1.8 times as long, in OpenVINO as floats (`benchmarks/affine.py`). Such layers do not stay packed.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.

@@ -90,11 +90,15 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
         weights, activations = (
             [axis for axis in own if axis.kind == kind] for kind in ("weight_bits", "activation_bits")
         )
+        pairs = []
         for i in range(max((len(axis.choices) for axis in weights), default=0)):
-            for j in range(max((len(axis.choices) for axis in activations), default=0)):
+            for j in range(max((len(axis.choices) for axis in activations), default=1)):
                 pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
-                picks.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+                pairs.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+        picks += pairs
         for axis in own:
+            if axis.kind == "scheme":  # which has an effect on some widths only
+                picks += [pair | {axis.name: i} for pair in pairs for i in range(len(axis.choices))]
             if axis.kind == "activations":  # which has an effect on 8 bits only
                 eight = {a.name: a.choices.index(8) for a in activations if 8 in a.choices}
                 picks += [begin | eight | {axis.name: i} for i in range(len(axis.choices))]
