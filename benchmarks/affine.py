@@ -1,10 +1,11 @@
 """What one scale and one zero point for a whole weight cost, beside a scale per output channel.
 
-    python benchmarks/affine.py                             # bytes, accuracy and time: ResNet-20 on CIFAR-10
+    python benchmarks/affine.py                             # bytes, accuracy and time: ResNet-20 on CIFAR-10, without training
+    python benchmarks/affine.py --epochs 1                  # and with
     python benchmarks/affine.py kernels                     # time alone: torchvision's networks and linear layers
     python benchmarks/affine.py kernels --target openvino
 
-No training. ResNet-20: all layers at the same bits, 8-bit activations, BatchNorm re-estimated; points are those of the exported file in
+ResNet-20: all layers at the same bits, 8-bit activations, BatchNorm re-estimated; points are those of the exported file in
 ONNX Runtime on the 10,000 test images, less the untouched network's on the same images, with their 95% interval. Images: see
 `benchmarks/cifar10/task.py`. Times are shares of the FP32 file's, in turns with it, on one thread: one image (of 224 pixels, random
 weights for torchvision's networks), or 16 rows for the linear layers.
@@ -42,20 +43,28 @@ def share(runner: LocalRunner, packed: bytes, base: bytes, batch: int, seconds: 
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def accuracy(folder: Path, seconds: float) -> None:
+def accuracy(folder: Path, seconds: float, epochs: float) -> None:
     runner = LocalRunner(cifar10(), folder)
     base_file = runner.build(Recipe())
     runner.choose_way([base_file])
     base = runner.scores(base_file, "test")
     print(f"untouched: {100 * base.mean():.2f}%, {len(base_file):,} bytes; load {os.getloadavg()[0]:.1f}", flush=True)
-    print("| bits, rounding | scheme | bytes | points | time |\n|---|---|---|---|---|", flush=True)
-    for bits, rounding in ((8, "nearest"), (4, "nearest"), (4, "gptq"), (3, "nearest"), (3, "gptq")):
+    print("| bits, how | scheme | bytes | points | time |\n|---|---|---|---|---|", flush=True)
+    untrained = Recover("batchnorm")
+    ways = [
+        (bits, rounding, untrained)
+        for bits, rounding in ((8, "nearest"), (4, "nearest"), (4, "gptq"), (3, "nearest"), (3, "gptq"))
+    ]
+    if epochs:
+        ways.append((3, "nearest", Recover("finetune", epochs, 0.02)))
+    for bits, rounding, recovery in ways:
         for scheme in SCHEMES:
             steps = [Quantize(layer.name, bits, 8, rounding, scheme=scheme) for layer in runner.structure.layers]
-            data = runner.build(Recipe((*steps, Recover("batchnorm"))))
+            data = runner.build(Recipe((*steps, recovery)))
             gained = 100 * (runner.scores(data, "test") - base)
             half = 1.96 * gained.std(ddof=1) / len(gained) ** 0.5
-            print(f"| {bits}, {rounding} | {scheme} | {len(data):,} | {gained.mean():.2f} ±{half:.2f} | "
+            how = f"{recovery.epochs:g} epochs" if recovery.epochs else rounding
+            print(f"| {bits}, {how} | {scheme} | {len(data):,} | {gained.mean():.2f} ±{half:.2f} | "
                   f"{share(runner, data, base_file, 1, seconds)} |", flush=True)  # fmt: skip
 
 
@@ -78,6 +87,7 @@ def kernels(folder: Path, seconds: float, target: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["accuracy", "kernels"], default="accuracy")
+    parser.add_argument("--epochs", type=float, default=0.0, help="of training, of accuracy")
     parser.add_argument("--target", default="onnxruntime", help="of kernels")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each timing")
     arguments = parser.parse_args()
@@ -86,7 +96,7 @@ def main() -> None:
         if arguments.what == "kernels":
             kernels(Path(folder), arguments.seconds, arguments.target)
         else:
-            accuracy(Path(folder), arguments.seconds)
+            accuracy(Path(folder), arguments.seconds, arguments.epochs)
 
 
 if __name__ == "__main__":

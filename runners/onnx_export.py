@@ -287,8 +287,10 @@ class _Graph:
         codes, scale = weight.codes.clone(), weight.scale.clone()
         zero = None if weight.zero is None else weight.zero - (1 << weight.weight_bits - 1)
         if zero is not None:
-            if factor is not None:  # the same for all channels, those that are switched off aside
-                scale *= (factor if weight.factor is None else factor / weight.factor).median()
+            if factor is not None and bool(
+                factor.any()
+            ):  # the same for all channels, those that are switched off aside
+                scale *= (factor if weight.factor is None else factor / weight.factor)[factor != 0].median()
             codes = codes * bool(scale >= 1e-12) + zero
         elif factor is not None:
             codes *= torch.where(factor < 0, -1.0, 1.0).view(-1, *[1] * (codes.ndim - 1))

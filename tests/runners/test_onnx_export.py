@@ -370,6 +370,19 @@ def test_affine_weights_have_one_scale_and_one_zero_point(name, activations, how
     assert np.abs(found - simulated).mean() <= 1e-3 * np.abs(found).max()
 
 
+@pytest.mark.parametrize("off", [5, 6])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_channels_that_are_switched_off_do_not_move_the_one_scale(off, activations, settle):
+    model, x = settle(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)), (3, 8, 8))
+    with torch.no_grad():
+        model[1].weight[:off] = 0
+        model[1].bias += 1
+    graph, reference = export(model, x, Recipe(tuple(Quantize(name, 8, activations, scheme="affine") for name in "03")))
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    assert np.abs(run(graph, x) - expected).mean() <= 5e-3 * np.abs(expected).max()
+
+
 def test_a_bias_that_is_too_large_for_the_steps_of_affine_weights():
     """The whole weight takes the smallest scale at which the bias fits into int32, and what the bias is stays."""
     torch.manual_seed(0)
