@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paretorch.search.candidate import Candidate
     from paretorch.search.front import Front
     from paretorch.search.study import Study
-    from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
+    from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
     from paretorch.spaces.space import Rule, Space
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ _HOME = {
     "Candidate": "search.candidate",
     "Cluster": "spaces.recipe",
     "ConfigError": "errors",
+    "Equalize": "spaces.recipe",
     "Front": "search.front",
     "LowRank": "spaces.recipe",
     "Measurement": "objectives.measurement",
@@ -65,6 +66,7 @@ __all__ = [
     "Candidate",
     "Cluster",
     "ConfigError",
+    "Equalize",
     "Front",
     "LowRank",
     "Measurement",

@@ -269,7 +269,7 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
     console.print()
     console.print(table)
     for axis in axes:
-        if axis.kind in ("width", "depth"):
+        if axis.kind in ("width", "depth", "equalize"):
             names = (
                 f" ({', '.join(structure.blocks[: max(axis.choices)])} first)"
                 if axis.kind == "depth" and max(axis.choices)

@@ -39,7 +39,7 @@ from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.runtime import session
 from paretorch.runners.simulate import Simulation
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Recover, Sparsify, Step, Student
+from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Recover, Sparsify, Step, Student
 from paretorch.spaces.structure import Layer, Structure, inside, kept_channels, kept_rank, sides
 
 # By name the pixels of its images: few, but for two that pool to a fixed number of places.
@@ -78,6 +78,7 @@ OPERATORS: dict[str, Operator] = {
     "2:4": lambda structure: [Sparsify(x.name, 0.5, pattern="2:4") for x in structure.layers if x.weight_shape[1] >= 4],
     "codebook": _each(lambda name: Cluster(name, 4)),
     "rank 1/2": lambda structure: [LowRank(x.name, rank) for x in structure.layers if (rank := _half_rank(x))],
+    "equalised": lambda structure: [Equalize("activations")] if structure.pairs else [],
     "75% channels": _narrowed,
     "a block less": lambda structure: [Student(structure.blocks[:1])] if structure.blocks else [],
 }

@@ -498,6 +498,11 @@ class SpaceConfig(Strict):
     """Shares of all channels that stay, 0 < x <= 1. Default: [1.0], all."""
     depth: Choices[Natural] = (0,)
     """How many residual blocks may be left out, the least important first. Default: [0], none."""
+    equalize: Choices[Literal["none", "weights", "activations"]] = ("none",)
+    """Whether channels of very different range are made alike where only ReLU, pooling and the like lie between two layers, before
+    weights are rounded; what the network computes stays (Nagel et al. 2019): none; weights, by the weights on both sides;
+    activations, by the values on the calibration images and the weights that read them. Not with `features` in `recovery`.
+    Default: [none]."""
     students: Choices[StudentChoice] | None = None
     """Networks to begin with: `teacher`, the network itself; names of networks that the task makes (`Task(students={...})`), or
     {name: small, epochs: 8} for one that is first trained. All other keys apply to each of them; a pattern has to select
@@ -757,6 +762,7 @@ def to_space(space: SpaceConfig) -> Space:
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,
+        equalize=space.equalize,
         students=tuple(_student(choice) for choice in space.students or ()),
         recovery=tuple(_recover(choice) for choice in space.recovery),
     )

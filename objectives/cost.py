@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from ..spaces.recipe import Cluster, Ensemble, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
+from ..spaces.recipe import Cluster, Ensemble, Equalize, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
 from ..spaces.space import Axis
 from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
 
@@ -57,9 +57,13 @@ class FileOverhead:
         """The bytes outside the layers' tensors of a file with such contents."""
         return sum(getattr(self, name) * amount for name, amount in vars(contents).items())
 
-    def kept(self, layer: str, bits: int, zeros: float | str, affine: bool = False) -> float | None:
+    def kept(
+        self, layer: str, bits: int, zeros: float | str, equalized: str = "none", affine: bool = False
+    ) -> float | None:
         """The share of a layer's weights that are not zero in the file, where it was measured."""
-        return self.nonzero.get(layer, {}).get(level(bits, zeros, affine))
+        shares = self.nonzero.get(layer, {})
+        plain = shares.get(level(bits, zeros, affine=affine))
+        return shares.get(level(bits, zeros, equalized, affine), plain)
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,14 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     )
 
 
-def level(bits: int, zeros: float | str, affine: bool = False) -> str:
+def level(bits: int, zeros: float | str, equalized: str = "none", affine: bool = False) -> str:
     """The name of a level of compression, which JSON can have as a key.
 
-    >>> level(2, 0.5), level(4, 0.0, affine=True)
-    ('2 bits, 0.5 zeros', '4 bits, 0 zeros, affine')
+    >>> level(2, 0.5), level(2, 0.5, "weights"), level(4, 0.0, affine=True)
+    ('2 bits, 0.5 zeros', '2 bits, 0.5 zeros, equalised by weights', '4 bits, 0 zeros, affine')
     """
-    return f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros" + ", affine" * affine
+    made = f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros" + ", affine" * affine
+    return made if equalized == "none" else f"{made}, equalised by {equalized}"
 
 
 def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
@@ -208,6 +213,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
     sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
     folded = {layer for layer, _ in structure.folds}
+    equalized = next((step.by for step in recipe.of(Equalize)), "none")
     total = 0
     for layer in structure.layers:
         name = layer.name
@@ -216,7 +222,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
         rows, columns = sides(layer, sizes[name])
         channels = sizes[name][1]
         rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
-        share = overhead.kept(name, width, zeros, name in affine)
+        share = overhead.kept(name, width, zeros, equalized, name in affine)
         for outputs, inputs, read in [(rank, columns, channels), (rows, rank, rank)] if rank else [(rows, columns, channels)]:  # fmt: skip
             count = outputs * inputs
             nonzero = int(nonzero_weights(count, read, zeros))
@@ -306,6 +312,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
     }
     widths = next((axis for axis in axes if axis.kind == "width"), None)
     depths = next(axis for axis in axes if axis.kind == "depth")
+    equalizers = next((axis for axis in axes if axis.kind == "equalize"), None)
     folded = {layer for layer, _ in structure.folds}
     dropped = [structure.blocks[:depth] for depth in depths.choices]
     alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
@@ -322,9 +329,13 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
         return np.array(listed(kind, target, default), dtype=float)
 
     def kept_table(name: str) -> NDArray[np.float64]:
-        """By scheme (affine or not), bits and zeros the share that was measured, NaN where none was."""
+        """By scheme (affine or not), equalisation, bits and zeros the share that was measured, NaN where none was."""
         zeros, bits = listed("sparsity", name, 0.0), listed("weight_bits", name, 32)
-        return np.array([[[overhead.kept(name, b, z, a) for z in zeros] for b in bits] for a in (False, True)], float)
+        ways = equalizers.choices if equalizers else ("none",)
+        shares = [
+            [[[overhead.kept(name, b, z, by, a) for z in zeros] for b in bits] for by in ways] for a in (False, True)
+        ]
+        return np.array(shares, dtype=float)
 
     def keep_table(name: str) -> NDArray[np.int64]:
         group = structure.group(name)
@@ -360,6 +371,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
     def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         depth = picks[:, column[depths.name]]
         width = picks[:, column[widths.name]] if widths else np.zeros(len(picks), dtype=np.int64)
+        way = picks[:, column[equalizers.name]] if equalizers else np.zeros(len(picks), dtype=np.int64)
         keep = {}
         narrowed = np.zeros(len(picks))
         for group in structure.groups:
@@ -409,7 +421,7 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
                 + _FACTORS * factors
                 + 4 * rows * (int(layer.bias) + factors)
             )
-            share = kept[layer.name][affine.astype(np.int64), bit, zero]
+            share = kept[layer.name][affine.astype(np.int64), way, bit, zero]
             matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
                 matrices.append((np.where(whole, 0, rows), rank, np.maximum(rank, 1)))

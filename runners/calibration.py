@@ -60,6 +60,10 @@ class Calibration:
         """Of the network itself."""
         return Statistics(self.model, self)
 
+    def of(self, model: nn.Module) -> Statistics:
+        """Of another network that computes the same; it stays as it is."""
+        return Statistics(copy.deepcopy(model), self)
+
     def after(self, model: nn.Module) -> Statistics:
         """Of a network that was cut down; it stays as it is."""
         operated = copy.deepcopy(model)

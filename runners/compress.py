@@ -1,7 +1,7 @@
 """A recipe carried out on a live network: the one table that joins decisions (`spaces`) and acts (`runners.operators`).
 
 The order is the order of surgery (`spaces.recipe.ORDER`). Whole blocks and channels go for good, and so does a layer that
-becomes two of low rank; what a recipe does to that layer afterwards it does to both. Sparsity, codebooks and weight bits
+becomes two of low rank; what a recipe does to that layer afterwards it does to both. Then channels are equalised. Sparsity, codebooks and weight bits
 are parametrizations, so that recovery trains what will ship; `freeze` then turns them into indices, integers and scales.
 """
 
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
-from ..spaces.recipe import ORDER, Cluster, Ensemble, LowRank, Prune, Quantize, Recipe, Sparsify, Student
+from ..spaces.recipe import Cluster, Ensemble, Equalize, LowRank, Prune, Quantize, Recipe, Sparsify, Student
 from ..spaces.space import refusal
-from ..spaces.structure import Layer, Structure, inside, largest_rank, shapes, sides
+from ..spaces.structure import Layer, Structure, inside, largest_rank, no_pairs, shapes, sides
 from .calibration import Calibration
 from .library import LayerLibrary, Method, shaped
 from .operators.cluster import SharedWeights, shared
+from .operators.equalize import channel_peaks, equalizing_scales, find_pairs, scale_channels
 from .operators.fold import channel_factors
 from .operators.lowrank import factored, parts
+from .operators.moments import DIVIDED
 from .operators.prune import prune_channels
 from .operators.quantize import FakeQuantize, codes
 
@@ -97,6 +99,29 @@ def factor_layers(patient: _Patient) -> None:
                           f"{type(error).__name__}: {error}; leave out the step of the layer that it names") from error  # fmt: skip
 
 
+def equalize_channels(patient: _Patient) -> None:
+    """Scales of a network that was cut down are found in a copy whose BatchNorms fit it again; what it computes stays."""
+    model, calibration = patient.model, patient.calibration
+    (step,) = patient.recipe.of(Equalize)
+    pairs, reasons = find_pairs(model, patient.example)
+    if not pairs:
+        raise RecipeError(f"the recipe does not fit this network: equalize: {no_pairs(reasons.items())}")
+    if step.by == "activations" and calibration is None:
+        raise ValueError("equalize by activations needs the ranges of channels: give compress() a calibration")
+    repaired = calibration.after(model).model if calibration and _cut(patient.recipe) else model
+    peaks = channel_peaks(repaired, pairs, calibration.parts) if calibration and step.by == "activations" else None
+    for pair, scales in zip(pairs, equalizing_scales(repaired, pairs, peaks), strict=True):
+        scale_channels(model, pair, scales)
+        # Whoever compares the outputs with those of the original has to know. No part of the state: it is found anew.
+        if not pair.norm:
+            model.get_submodule(pair.maker).register_buffer(DIVIDED, scales, persistent=False)
+
+
+def _cut(recipe: Recipe) -> bool:
+    """Whether blocks or channels are gone, or layers were factored."""
+    return any(isinstance(step, Student | Prune | LowRank) for step in recipe.steps)
+
+
 def shape_weights(patient: _Patient) -> None:
     """Zeros first: one parametrization per layer, because neither scales nor codebooks must see what is zeroed."""
     model, recipe, library, calibration = patient.model, patient.recipe, patient.library, patient.calibration
@@ -107,8 +132,10 @@ def shape_weights(patient: _Patient) -> None:
     levels = {name: _level(sparse.get(name), quantized.get(name)) for name in names}
     statistics = None
     if calibration and any(method.at(bits, ratio).needs for bits, ratio, method in levels.values()):
-        operated = any(ORDER.index(type(step)) < ORDER.index(Sparsify) for step in recipe.steps)
-        statistics = calibration.after(model) if operated else calibration.untouched
+        if _cut(recipe):
+            statistics = calibration.after(model)
+        else:
+            statistics = calibration.of(model) if recipe.of(Equalize) else calibration.untouched
     norms = folded_norms(model, patient.structure)
     for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
@@ -159,6 +186,7 @@ ACTS: tuple[tuple[tuple[type, ...], Callable[[_Patient], None]], ...] = (
     ((Student,), drop_blocks),
     ((Prune,), remove_channels),
     ((LowRank,), factor_layers),
+    ((Equalize,), equalize_channels),
     ((Sparsify, Cluster, Quantize), shape_weights),
 )
 
@@ -195,6 +223,8 @@ def check_fits(recipe: Recipe, structure: Structure) -> None:
             problems.append(f"layer {one.layer!r} is in a block that the recipe leaves out")
         elif isinstance(one, LowRank):
             problems += _rank_problems(one, layers[one.layer], shapes(structure, recipe)[one.layer])
+    if recipe.of(Equalize) and not structure.pairs:
+        problems.append(f"equalize: {no_pairs(structure.unpaired)}")
     problems += _impossible(recipe, structure)
     if problems:
         choices = {"layers": sorted(layers), "groups of channels": sorted(groups), "blocks": structure.blocks}

@@ -136,11 +136,6 @@ class Agreement:
     mean_difference: float
     max_difference: float
 
-    @property
-    def holds(self) -> bool:
-        """Whether the file gives the simulation's answers, or without answers outputs within 5% on average."""
-        return self.agree >= AGREE if self.answers else self.mean_difference <= CLOSE
-
 
 def agreement(packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS) -> tuple[Agreement, Tensor, Tensor]:
     """Compare a packed file in ONNX Runtime with the simulation of its graph on the first `limit` of the inputs.

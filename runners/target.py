@@ -60,7 +60,8 @@ class Target:
     whose CPU time is then what is measured; else the wall clock is. environment: versions and devices, for the record.
     profile: plain data that makes such a target again, of one that has no name of its own. int8_products: whether the
     products of two activations, which are those of attention, are faster there in int8 than in floats; then the files made
-    for it have them so where the projections have 8-bit activations.
+    for it have them so where the projections have 8-bit activations, and what linear layers over tokens read is int8 around
+    zero wherever that costs little (`onnx_export`).
 
         >>> check_target(Target("mine", load=lambda model, threads: my_runtime(model).run))  # doctest: +SKIP
     """

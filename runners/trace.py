@@ -22,6 +22,7 @@ from ..spaces.recipe import Prune, Recipe, Student
 from ..spaces.structure import Group, Layer, Structure, inside, kept_channels, shapes
 from .compress import Skip, compress
 from .hooks import attached
+from .operators.equalize import find_pairs
 from .operators.fold import fold_batchnorms
 from .operators.prune import channel_groups
 
@@ -77,9 +78,11 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     folded = dict(folds)
     kept = [replace(layer, bias=layer.bias or layer.name in folded) for layer in kept]
 
+    pairs, unpaired = find_pairs(model, example[:2])
     structure = Structure(
-        tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:])
-    )
+        tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:]),
+        pairs=tuple((pair.maker, pair.readers) for pair in pairs), unpaired=tuple(unpaired.items()),
+    )  # fmt: skip
     return _with_groups(model, example, output, structure)
 
 

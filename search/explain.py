@@ -29,7 +29,7 @@ from ..runners.local import LocalRunner
 from ..runners.packing import unpack
 from ..runners.sensitivity import divergence
 from ..runners.task import batches, scores
-from ..spaces.recipe import Ensemble, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from ..spaces.recipe import Ensemble, Equalize, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
 from ..spaces.structure import Structure, kept_channels
 
 Progress = Callable[[int, int, str], None]
@@ -115,6 +115,8 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
                 milder = changed(step, Prune(group, wider)) if keep < wider < whole.channels else None
                 found.append(Decision(f"{group}: {keep} of {whole.channels} channels", changed(step, None), milder,
                                       f"{wider} channels of {group} instead of {keep}"))  # fmt: skip
+            case Equalize(by):
+                found.append(Decision(f"ranges equalised (by {by})", changed(step, None)))
             case Sparsify(layer, ratio):
                 half = f"{50 * ratio:g}% zeros in {layer} instead of {100 * ratio:g}%"
                 found.append(Decision(f"{layer}: {100 * ratio:g}% zeros", changed(step, None),

@@ -6,25 +6,27 @@ of the space, and exports, reloads and measures that too. Whatever would fail af
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.compress import folded_norms
-from ..runners.library import LayerLibrary, Method
+from ..runners.compress import compress, folded_norms
+from ..runners.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
-from ..spaces.recipe import Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
+from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels
 
@@ -172,7 +174,7 @@ def measure_overhead(
         recipes.append(Recipe((*begin, *(Quantize(name, 8, 8, activations="dynamic") for name in linear))))
     known = [] if baseline_size is None else [baseline_size]
     sizes = [*known, *(len(runner.build(recipe, recovery=False)) for recipe in recipes[len(known) :])]
-    shares = cost.FileOverhead(nonzero=nonzero_shares(runner.network(recipes[0]), runner.library, structure, axes))
+    shares = cost.FileOverhead(nonzero=nonzero_shares(runner, runner.network(recipes[0]), structure, axes))
     rest = [size - cost.layer_bytes(structure, recipe, shares) for size, recipe in zip(sizes, recipes, strict=True)]
     made_of = [vars(cost.contents(structure, recipe)) for recipe in recipes]
     # Least squares of the least norm: where nothing tells two coefficients apart, they share.
@@ -182,15 +184,20 @@ def measure_overhead(
 
 
 def nonzero_shares(
-    model: nn.Module, library: LayerLibrary, structure: Structure, axes: Sequence[Axis]
+    runner: LocalRunner, model: nn.Module, structure: Structure, axes: Sequence[Axis]
 ) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these. Nearest rounding stands for the other
-    ways to round, and zeros of least magnitude for the other criteria, which leave about as many.
+    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these. Nearest
+    rounding stands for the other ways to round, and zeros of least magnitude for the other criteria, which leave about as
+    many. Where ranges may be equalised, also of the weights that are then multiplied.
     """
+    models = {"none": model}
+    for by in (by for axis in axes if axis.kind == "equalize" for by in axis.choices if by != "none"):
+        recipe = Recipe((Equalize(by),))
+        models[by] = compress(copy.deepcopy(model), recipe, structure, runner.example, None, runner.statistics)
+    readers = {name for _, names in structure.pairs for name in names}
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
-    norms = folded_norms(model, structure)
     found: dict[str, dict[str, float]] = {}
     for layer in structure.layers:
         levels = {(4, 0.0), (8, 0.0)}  # those of the files that the overhead is fitted to
@@ -199,24 +206,25 @@ def nonzero_shares(
                 choices.get(("weight_bits", layer.name), ()), choices.get(("sparsity", layer.name), (0.0,))
             )
         )
-        weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
-        count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
-        every = max(1, len(weight) // count)
-        weight = weight[::every]
-        for bits, zeros in sorted(levels, key=str):
-            for scheme in dict.fromkeys(("symmetric", *choices.get(("scheme", layer.name), ()))):
-                if not 1 < bits <= 8:
-                    continue
-                method = Method(pattern=zeros if isinstance(zeros, str) else "", scheme=scheme)
-                norm = norms.get(layer.name) if scheme == "affine" else None
-                factor = channel_factors(norm)[::every] if norm is not None else None
-                made = library.shaped(weight, bits, zeros_of(zeros), method, factor=factor)
-                assert made.scale is not None
-                kept, step = weight if made.mask is None else weight * made.mask, made.scale.clamp_min(1e-12)
-                if scheme == "affine":
-                    step = (step / (1 if factor is None else factor)).expand(len(weight))
-                share = float(codes(kept, step, bits, made.zero).count_nonzero()) / kept.numel()
-                found.setdefault(layer.name, {})[cost.level(bits, zeros, scheme == "affine")] = share
+        for by, network in models.items():
+            if by != "none" and layer.name not in readers:
+                continue
+            weight = network.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
+            every = max(1, len(weight) // max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel()))
+            weight, norm = weight[::every], folded_norms(network, structure).get(layer.name)
+            schemes = dict.fromkeys(("symmetric", *choices.get(("scheme", layer.name), ())))
+            for (bits, zeros), scheme in itertools.product(sorted(levels, key=str), schemes):
+                if 1 < bits <= 8:
+                    affine = scheme == "affine"
+                    method = Method(pattern=zeros if isinstance(zeros, str) else "", scheme=scheme)
+                    factor = channel_factors(norm)[::every] if affine and norm is not None else torch.ones(len(weight))
+                    made = runner.library.shaped(weight, bits, zeros_of(zeros), method, factor=factor)
+                    assert made.scale is not None
+                    kept = weight if made.mask is None else weight * made.mask
+                    step = made.scale.clamp_min(1e-12) / (factor if affine else 1)
+                    whole = codes(kept, step, bits, made.zero)
+                    share = float(whole.count_nonzero()) / whole.numel()
+                    found.setdefault(layer.name, {})[cost.level(bits, zeros, by, affine)] = share
     return found
 
 

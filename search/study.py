@@ -232,7 +232,9 @@ class Study:
 
     def _snapshot(self) -> dict[str, Any]:
         """What must not change when a study goes on: all that decides which recipes come and how they are judged."""
-        structure = json.dumps(plain(replace(self.runner.structure, students=())), sort_keys=True, default=list)
+        # Pairs follow from the network, and studies that are older than them go on.
+        bare = replace(self.runner.structure, students=(), pairs=(), unpaired=())
+        structure = json.dumps(plain(bare), sort_keys=True, default=list)
         recipe = {
             "task": self.task.name,
             "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
@@ -344,7 +346,7 @@ class Study:
                 raise TaskError(f"student {name!r} cannot be taught: {error}; set a lower learning_rate than {student.learning_rate:g} in "
                                 "space.students, or leave it out") from error  # fmt: skip
             own = [axis for axis in self.axes if axis.student == name]
-            shares = nonzero_shares(model, self.runner.library, self.runner.structure.named(name), own)
+            shares = nonzero_shares(self.runner, model, self.runner.structure.named(name), own)
             self.overheads[name] = replace(self.overheads[name], nonzero=shares)
 
     def _packed_baseline(self) -> bytes:

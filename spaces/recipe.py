@@ -81,6 +81,7 @@ RANGES = ("mse", "minmax", "percentile", "entropy")
 ACTIVATIONS = ("static", "dynamic")
 SCHEMES = ("symmetric", "affine")
 GROUP_SIZES = (16, 32, 64, 128, 256)
+EQUALIZATIONS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,18 @@ class LowRank:
 
     layer: str
     rank: int
+
+
+@dataclass(frozen=True)
+class Equalize:
+    """Divide channels where they are made and multiply them where they are read, so that their ranges become alike (Nagel et al. 2019).
+
+    Wherever only functions with f(s x) = s f(x) lie between (ReLU, pooling); the network computes what it did. by: weights, the
+    paper's way: the largest weights on both sides; activations: the largest values on the calibration images and the
+    largest weights that read them.
+    """
+
+    by: str = "weights"
 
 
 @dataclass(frozen=True)
@@ -214,9 +227,9 @@ class Ensemble:
         return [Recipe.from_json(text) for text in self.members]
 
 
-Step = Student | Prune | LowRank | Sparsify | Cluster | Quantize | Recover | Ensemble
+Step = Student | Prune | LowRank | Equalize | Sparsify | Cluster | Quantize | Recover | Ensemble
 # The order of surgery: a step may rely on all that stand before it. (Beside an ensemble no other stands.)
-ORDER: tuple[type, ...] = (Student, Prune, LowRank, Sparsify, Cluster, Quantize, Recover, Ensemble)
+ORDER: tuple[type, ...] = (Student, Prune, LowRank, Equalize, Sparsify, Cluster, Quantize, Recover, Ensemble)
 _NAMES = {kind.__name__.lower(): kind for kind in ORDER}
 _Kind = TypeVar("_Kind")
 _METHODS = ("batchnorm", "statistics", "finetune")
@@ -282,6 +295,8 @@ def _check(step: Step) -> None:
             raise RecipeError(f"prune {group}: keep = {keep}; at least 1 channel must stay")
         case LowRank(layer, rank) if rank < 1:
             raise RecipeError(f"lowrank {layer}: rank = {rank}; at least 1 must stay")
+        case Equalize(by) if by not in EQUALIZATIONS:
+            raise RecipeError(f"equalize: by = {by!r}; choose from {', '.join(EQUALIZATIONS)}")
         case Cluster(layer, bits) if not 2 <= bits <= 8:
             raise RecipeError(f"cluster {layer}: bits = {bits}; choose from 2..8")
         case Sparsify(layer, ratio) if not 0 < ratio < 1:
@@ -433,6 +448,10 @@ class Recipe:
                 "recover: batchnorm or statistics beside finetune; BatchNorm is re-estimated after training anyway"
             )
         _check_gradual(steps, trained)
+        if any(isinstance(step, Equalize) for step in steps) and any(step.features for step in trained):
+            raise RecipeError(
+                "recover: features beside equalize, which gives channels another scale than they have in the teacher; leave one out"
+            )
         steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -518,6 +537,7 @@ class Recipe:
             parts.append(f"{len(prunes)} group{'s' * (len(prunes) > 1)} narrowed")
         if factored := self.of(LowRank):
             parts.append(f"{len(factored)} layer{'s' * (len(factored) > 1)} of low rank")
+        parts += [f"ranges equalised (by {step.by})" for step in self.of(Equalize)]
         if sparse := self.of(Sparsify):
             ways = _other((step.pattern for step in sparse), "") + _other(
                 (step.criterion for step in sparse), "magnitude"

@@ -24,11 +24,13 @@ from ..errors import ConfigError, RecipeError
 from .recipe import (
     ACTIVATIONS,
     CRITERIA,
+    EQUALIZATIONS,
     GROUP_SIZES,
     RANGES,
     ROUNDINGS,
     SCHEMES,
     Cluster,
+    Equalize,
     LowRank,
     Prune,
     Quantize,
@@ -42,7 +44,7 @@ from .recipe import (
     pattern_of,
     zeros_of,
 )
-from .structure import Layer, Structure, inside, kept_channels, kept_rank, shapes, sides
+from .structure import Layer, Structure, inside, kept_channels, kept_rank, no_pairs, shapes, sides
 
 KINDS = ("conv", "depthwise", "grouped", "linear")
 # By technique: whether a number is a possible choice, and which ones are.
@@ -115,7 +117,9 @@ class Space:
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate. students: the
-    networks to begin with, `Student` with a factory, or None for the original one, which is the only one when empty.
+    networks to begin with, `Student` with a factory, or None for the original one, which is the only one when empty. equalize:
+    whether ranges of channels are equalised: none, weights, activations (see `Equalize`); without effect where nothing is
+    sparse, clustered or quantized, and refused beside recovery that compares features.
     """
 
     weight_bits: tuple[Rule, ...] = ()
@@ -135,6 +139,7 @@ class Space:
     group_size: tuple[Rule, ...] = later(())
     scheme: tuple[Rule, ...] = later(())
     students: tuple[Student | None, ...] = later(())
+    equalize: tuple[str, ...] = later(("none",))
 
     def networks(self, structure: Structure) -> list[tuple[str, Structure]]:
         """The networks that recipes may begin with, by name ("" is the original one), and their structures.
@@ -173,6 +178,11 @@ class Space:
         axes = [Axis("width", "width", tuple(groups), self.width)] if groups else []
         depth = tuple(d for d in self.depth if d <= len(structure.blocks)) or (0,)
         axes.append(Axis("depth", "depth", structure.blocks, depth))
+        if set(self.equalize) - {"none"}:
+            if structure.pairs:
+                axes.append(Axis("equalize", "equalize", (), self.equalize))
+            else:
+                idle["equalize"] = f"equalize: {no_pairs(structure.unpaired)}"
         axes += _rule_axes("channels", self.channels, groups, structure, idle)
         axes += _rule_axes("sparsity", self.sparsity, layers, structure, idle)
         axes += _rule_axes("weight_bits", self.weight_bits, layers, structure, idle)
@@ -207,6 +217,14 @@ class Space:
                     f"{kind}.{number}.choices: {problem}; choose from {', '.join(allowed_names)}{own}"
                     for problem in problems
                 ]
+        choices = ("none", *EQUALIZATIONS)
+        problems = [f"{value!r} is not possible" for value in self.equalize if value not in choices]
+        problems = problems if self.equalize else ["no choice"]
+        found += [f"equalize: {problem}; choose from {', '.join(choices)}" for problem in problems]
+        if set(self.equalize) - {"none"} and any(choice and choice.features for choice in self.recovery):
+            found.append(
+                "equalize: recovery compares features, and equalised channels have another scale than the original's; leave out one"
+            )
         if any(student is not None and (not student.factory or student.drop) for student in self.students):
             found.append("students: a student is Student(factory=NAME); which blocks are left out is `depth`")
         names = [student.factory if student else "the network itself" for student in self.students]
@@ -232,7 +250,7 @@ class Space:
             if axis.student not in (network, None):
                 continue
             chosen = axis.choices[picks.get(axis.name, 0)]
-            if axis.kind in ("student", "width", "depth", "recovery"):
+            if axis.kind in ("student", "width", "depth", "equalize", "recovery"):
                 single[axis.kind] = chosen
             else:
                 value.update({(axis.kind, target): chosen for target in axis.targets})
@@ -269,7 +287,10 @@ class Space:
                 continue
             if bits < 32:
                 steps.append(quantize(layer.name, bits, value.get(("activation_bits", layer.name), 32), methods))
-        return Recipe((*steps, *self.recoveries(single["recovery"], growing))) if steps else Recipe()
+        recovery = self.recoveries(single["recovery"], growing)
+        if (by := single.get("equalize", "none")) != "none" and _has_effect(steps, structure):
+            steps.append(Equalize(by))
+        return Recipe((*steps, *recovery)) if steps else Recipe()
 
     def as_ladder(self) -> Space:
         """The space with its choices of recovery as a ladder, untrained at its foot.
@@ -337,6 +358,9 @@ class Space:
                     wanted = {dropped}
                 elif axis.kind == "recovery":
                     wanted = {recovery if recipe.steps else axis.choices[0]}
+                elif axis.kind == "equalize":
+                    chosen = next((step.by for step in recipe.of(Equalize)), "none")
+                    wanted = {chosen} if _has_effect(recipe.steps, structure) else set()
                 elif axis.kind == "channels":
                     wanted = _common(axis, (_ratios(axis, structure, t, width, keep) for t in targets))
                 elif axis.kind == "sparsity":
@@ -377,6 +401,13 @@ class Space:
                 if self.recipe(whole, picks) == recipe:
                     return picks
         return None
+
+
+def _has_effect(steps: Sequence[Step], structure: Structure) -> bool:
+    """Whether `Equalize` has an effect beside these steps."""
+    dropped = tuple(name for step in steps if isinstance(step, Student) for name in step.drop)
+    rounded = any(isinstance(step, Sparsify | Cluster | Quantize) for step in steps)
+    return rounded and structure.equalizable(dropped)
 
 
 def _common(axis: Axis, possible: Iterable[set[Any]]) -> set[Any]:

@@ -7,6 +7,7 @@ bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError
@@ -61,7 +62,8 @@ class Structure:
 
     refused: `(module name, reason)` for what cannot be compressed. folds: `(layer, batchnorm)` pairs that are folded
     into one layer when the network is exported. students: by name the structures of other networks that a recipe may
-    begin with, each of which knows its own name as `student`.
+    begin with, each of which knows its own name as `student`. pairs: `(layer, readers)` whose channels `Equalize` may scale;
+    unpaired: `(layer, reason)` for the others.
     """
 
     layers: tuple[Layer, ...]
@@ -72,6 +74,8 @@ class Structure:
     input_shape: tuple[int, ...] = field(default=())
     students: tuple[Structure, ...] = later(())
     student: str = later("")
+    pairs: tuple[tuple[str, tuple[str, ...]], ...] = later(())
+    unpaired: tuple[tuple[str, str], ...] = later(())
 
     def of(self, recipe: Recipe) -> Structure:
         """The structure of the network that a recipe begins with: this one, or that of the student that it names."""
@@ -95,11 +99,25 @@ class Structure:
                 return layer
         raise RecipeError(f"this network has no layer {name!r} that can be compressed")
 
+    def equalizable(self, dropped: tuple[str, ...] = ()) -> bool:
+        """Whether there is a pair for `Equalize` when these blocks are left out."""
+        return any(not any(inside(name, dropped) for name in (layer, *readers)) for layer, readers in self.pairs)
+
     def group(self, name: str) -> Group:
         for group in self.groups:
             if group.name == name:
                 return group
         raise RecipeError(f"this network has no group of channels {name!r} that can be narrowed")
+
+
+def no_pairs(reasons: Iterable[tuple[str, str]]) -> str:
+    """What to say of a network without a pair for `Equalize`, from its `unpaired`."""
+    listed = [f"{layer}: {reason}" for layer, reason in reasons]
+    more = f"; and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return (
+        "no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and reshapes; leave it out. "
+        f"Outputs of {'; '.join(listed[:3])}{more}"
+    )
 
 
 def inside(name: str, blocks: tuple[str, ...]) -> bool:

@@ -20,6 +20,7 @@ from ..hooks import attached
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # A channel that hardly varies any more has lost its input; blown up it would be noise.
 _MOST = 2.0
+DIVIDED = "divided_by"  # the buffer of a layer whose output channels were divided, by what (`equalize`)
 Moments = dict[str, tuple[Tensor, Tensor]]  # by layer: mean and variance of each output channel
 
 
@@ -79,7 +80,7 @@ def match_moments(
 
     def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
         found[name].append(_moments(layer, output))
-        factor, shift = _affine([found[name][-1]], [wanted[name]], name in one_factor)
+        factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
         shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else output.ndim - 2))
         return output * factor.view(shape) + shift.view(shape)
 
@@ -90,7 +91,8 @@ def match_moments(
             model.eval()(batch)
     factors = {}
     for name, layer in layers.items():
-        factor, shift = _affine(found[name], [moments[name] for moments in expected], name in one_factor)
+        own = [_divided(layer, moments[name]) for moments in expected]
+        factor, shift = _affine(found[name], own, name in one_factor)
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         assert isinstance(bias, Tensor)
@@ -98,6 +100,13 @@ def match_moments(
         bias.copy_(bias * factor + shift)
         factors[name] = factor
     return factors
+
+
+def _divided(layer: nn.Module, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the moments of the original's channels are in a layer whose channels were divided."""
+    mean, variance = moments
+    by = getattr(layer, DIVIDED, torch.ones(()))
+    return mean / by, variance / by.square()
 
 
 def _affine(

@@ -71,6 +71,7 @@ def test_a_space_becomes_rules():
                 "channels": [{"layers": ["layer1.*", "last"], "choices": [0.25]}],
                 "width": [1, 0.5],
                 "depth": [0, 2],
+                "equalize": ["none", "activations"],
                 "students": ["teacher", "small", {"name": "tiny", "epochs": 4}],
                 "recovery": [
                     None,
@@ -91,6 +92,7 @@ def test_a_space_becomes_rules():
         channels=(Rule((0.25,), ("layer1.*", "last")),),
         width=(1.0, 0.5),
         depth=(0, 2),
+        equalize=("none", "activations"),
         students=(None, Student(factory="small"), Student(factory="tiny", epochs=4)),
         recovery=(
             None,

@@ -198,9 +198,15 @@ def test_an_overhead_that_an_older_study_stored_still_counts():
 def test_many_recipes_at_once_cost_what_each_does(seed):
     plain = structure_of(network())
     structure = Structure(
-        plain.layers, (*plain.groups[:2], Group("c", 6, 4)), ("3", "1"), (), (("2", "bn"), ("5", "bn"))
+        plain.layers,
+        (*plain.groups[:2], Group("c", 6, 4)),
+        ("3", "1"),
+        (),
+        (("2", "bn"), ("5", "bn")),
+        pairs=(("2", ("5",)),),
     )
     space = Space(
+        equalize=("none", "weights", "activations"),
         weight_bits=(Rule((32, 1, 2, 3, 8, 16)), Rule((4, 8), ("last",))),
         activation_bits=(Rule((8, 32), ("conv",)), Rule((32, 8), ("linear", "depthwise"), share=True)),
         cluster_bits=(Rule((32, 2, 8)), Rule((4, 32), ("linear", "3"), share=True)),
@@ -221,13 +227,14 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
     names = [layer.name for layer in structure.layers]
     shares = {
         name: {
-            level(bits, ratio, affine): random.random()
+            level(bits, ratio, affine=affine): random.random()
             for bits in (2, 3, 4, 8)
             for ratio in (0.0, 0.3, 0.9)
             for affine in (False, True)
         }
         for name in names[1:]
     }
+    shares["5"] |= {level(bits, 0.3, "weights"): random.random() for bits in (2, 3)}
     overhead = FileOverhead(1234.5, 10.25, 100.125, 70.5, 30.25, 200.5, -40.125, shares, 90.25)
     picks = random.integers(0, [len(axis.choices) for axis in axes], (20, len(axes)))
     found = many(structure, axes, overhead)(picks)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import VisionTransformer
@@ -14,7 +15,7 @@ from paretorch.objectives.cost import macs, size_bytes
 from paretorch.runners import packing
 from paretorch.runners.compress import compress
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import export_float, operators, session
+from paretorch.runners.onnx_export import export_float, session
 from paretorch.runners.operators.attention import open_attention
 from paretorch.runners.simulate import agreement
 from paretorch.runners.target import as_target
@@ -138,13 +139,45 @@ def test_its_products_run_in_int8_where_the_target_is_faster_so(left_float, prod
     names = [layer.name for layer in runner.structure.layers if layer.name != f"body.layers.0.self_attn.{left_float}"]
     recipe = Recipe(tuple(Quantize(name, 8, 8) for name in names))
     packed = runner.build(recipe)
-    counts = [operators(packing.unpack(file)) for file in (packed, here.build(recipe))]
-    kinds = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
-    assert [sum(count.get(kind, 0) for kind in kinds) for count in counts] == [len(names) + products, len(names)]
+    counts = []
+    for file in (packed, here.build(recipe)):
+        nodes = packing.unpack(file).graph.node
+        maker = {name: node.op_type for node in nodes for name in node.output}
+        read = [[maker.get(name) for name in node.input[:2]] for node in nodes if node.op_type in ("MatMul", "Gemm")]
+        counts.append(sum(kinds == ["DequantizeLinear"] * 2 for kinds in read))
+    assert counts == [len(names) + products, len(names)]
     same, _, outputs = agreement(packed, [x])
     assert same.agree >= 0.995
     assert same.mean_difference < 1e-4
     assert (outputs.argmax(1) == model(x).argmax(1)).float().mean() > 0.95
+
+
+def test_tokens_are_rounded_around_zero_and_ahead_of_moves_where_products_are(tmp_path):
+    """The output of attention is moved twice before a layer reads it; what a ReLU makes has no negative half to spare."""
+    torch.manual_seed(0)
+    model, x = Classifier().eval(), torch.randn(256, 6, 12)
+    data = TensorDataset(x, model(x).argmax(1))
+    there = replace(as_target("onnxruntime"), name="there", int8_products=True)
+    runner = LocalRunner(Task("encoder", lambda: model, data, data), tmp_path, target=there)
+    recipe = Recipe(tuple(Quantize(layer.name, 8, 8) for layer in runner.structure.layers))
+    graph = packing.unpack(runner.build(recipe)).graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+    zeros, behind = {}, {}
+    for node in graph.node:
+        if node.op_type == "MatMul" and "weight" in node.input[1]:
+            layer, before = node.input[1].removesuffix(".weight_dq"), maker[node.input[0]]
+            zero = constants[before.input[2]]
+            zeros[layer] = (zero.dtype.name, int(zero))
+            behind[layer] = []
+            while before is not None and before.op_type not in ("MatMul", "Add"):
+                behind[layer].append(before.op_type)
+                before = maker.get(before.input[0])
+    rounding = ["DequantizeLinear", "QuantizeLinear"]
+    for layer in (f"body.layers.{number}" for number in range(2)):
+        assert behind[f"{layer}.self_attn.out_proj"] == [*rounding, "Reshape", *rounding, "Transpose", *rounding]
+        assert zeros[f"{layer}.self_attn.out_proj"] == zeros[f"{layer}.self_attn.q_proj"] == ("int8", 0)
+        assert zeros[f"{layer}.linear2"] == ("uint8", 0)
 
 
 class Pair(nn.Module):

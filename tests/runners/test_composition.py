@@ -18,7 +18,7 @@ from paretorch.runners.onnx_export import operators, quantized_graph, session
 from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
 from paretorch.runners.recover import finetune
 from paretorch.runners.trace import trace
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.structure import largest_rank, shapes, sides
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches")
@@ -74,6 +74,8 @@ def recipes(draw, structure):
     for group in structure.groups:
         if group.name in made and draw(st.integers(0, 2)) == 0:
             steps.append(Prune(group.name, draw(st.integers(1, group.channels))))
+    if structure.equalizable(dropped) and draw(st.booleans()):
+        steps.append(Equalize())
     sizes = shapes(structure, Recipe(tuple(steps)))
     for layer in alive:
         rows, columns = sides(layer, sizes[layer.name])

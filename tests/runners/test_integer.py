@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -82,7 +82,7 @@ def agree(model, inputs, kinds):
     (found,) = ReferenceEvaluator(fused, new_ops=OPS).run(None, inputs)
     (expected,) = session(model).run(None, inputs)
     np.testing.assert_array_equal(found, expected)
-    assert len(np.unique(expected)) > 3, "all is saturated, which would agree anyway"
+    assume(len(np.unique(expected)) > 3)  # what is saturated would agree anyway
 
 
 def clamped(graph, name, which):

@@ -1,5 +1,7 @@
 """Bytes by arithmetic against the packed file, for any recipe of networks of several kinds."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from paretorch.objectives import cost
 from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.search.preflight import measure_overhead
-from paretorch.spaces.recipe import SCHEMES, Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import inside
 
@@ -19,6 +21,7 @@ SPACE = Space(
     weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),), activations=ACTIVATIONS,
     scheme=(Rule(SCHEMES),),
 )  # fmt: skip
+EQUALIZE = ("none", "weights", "activations")
 NETWORKS = {"residual": (24, 48), "mobile": (48, 192), "perceptron": (256, 160), "tokens": (96,)}
 # A file of 20 kB or more is foretold within 1%. Of a smaller one the deflated graph is too large a share for that: unlike
 # recipes' graphs differ by up to 300 bytes from what the fit says.
@@ -36,7 +39,8 @@ def foretold(network, task_of, tmp_path_factory):
             runner = LocalRunner(
                 task, tmp_path_factory.mktemp(name), calibration_images=64, library=LayerLibrary(limit=0)
             )
-            axes = SPACE.axes(runner.structure)
+            space = replace(SPACE, equalize=EQUALIZE) if runner.structure.pairs else SPACE
+            axes = space.axes(runner.structure)
             made[name] = runner, measure_overhead(runner, len(runner.build(Recipe())), axes)
         return made[name]
 
@@ -53,6 +57,8 @@ def recipes(draw, structure):
     if draw(st.booleans()):
         keeps = {g: draw(st.integers(1, g.channels // g.round_to)) * g.round_to for g in structure.groups}
         steps += [Prune(g.name, keep) for g, keep in keeps.items() if g.name in made and keep < g.channels]
+    if structure.equalizable(drop) and (by := draw(st.sampled_from(EQUALIZE))) != "none":
+        steps.append(Equalize(by))
     late = st.sampled_from(("static", "dynamic"))
     level = st.tuples(
         st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late, st.sampled_from((0, 32)),

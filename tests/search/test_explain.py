@@ -11,7 +11,7 @@ from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.task import Task
 from paretorch.search.explain import decisions, explain, untrained
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.structure import Group, Structure
 
 
@@ -72,11 +72,12 @@ def test_the_suggestion_is_milder_and_trains_as_before(runner):
 
 def test_what_is_taken_back():
     structure = Structure((), (Group("a", 32, 8),), ("block1", "block2"), ())
-    recipe = Recipe((Student(("block1", "block2")), Prune("a", 16), Sparsify("b", 0.5), Quantize("b", 4, 8), Quantize("c", 16), Recover("batchnorm")))  # fmt: skip
+    recipe = Recipe((Student(("block1", "block2")), Prune("a", 16), Equalize(), Sparsify("b", 0.5), Quantize("b", 4, 8), Quantize("c", 16), Recover("batchnorm")))  # fmt: skip
     found = {decision.what: decision for decision in decisions(recipe, structure)}
-    assert set(found) == {"block1: left out", "block2: left out", "a: 16 of 32 channels", "b: 50% zeros", "b: weights of 4 bits", "c: weights of 16 bits", "activations of 8 bits"}  # fmt: skip
+    assert set(found) == {"block1: left out", "block2: left out", "a: 16 of 32 channels", "ranges equalised (by weights)", "b: 50% zeros", "b: weights of 4 bits", "c: weights of 16 bits", "activations of 8 bits"}  # fmt: skip
     assert found["block1: left out"].without.of(Student) == [Student(("block2",))]
     assert found["a: 16 of 32 channels"].milder.of(Prune) == [Prune("a", 24)]
+    assert not found["ranges equalised (by weights)"].without.of(Equalize)
     assert found["b: weights of 4 bits"].without.of(Quantize)[0] == Quantize("b", 8, 8)
     assert found["c: weights of 16 bits"].without.of(Quantize) == [Quantize("b", 4, 8)]
     assert found["activations of 8 bits"].without.of(Quantize)[0] == Quantize("b", 4, 32)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import paretorch.runners.recover as recover_module
+import paretorch.runners.trace as trace_module
 import paretorch.search.study as study_module
 from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, TaskError
 from paretorch.objectives import cost
@@ -27,7 +28,7 @@ from paretorch.runners.task import Task
 from paretorch.search import finalists
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Quiet, Study, open_front
-from paretorch.spaces.recipe import Recover
+from paretorch.spaces.recipe import Equalize, Quantize, Recover
 from paretorch.spaces.space import Rule, Space, anchors
 
 SPACE = Space(
@@ -435,6 +436,27 @@ def test_another_configuration_is_refused(tmp_path, fake, change, told):
     assert {
         path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
     } == before
+
+
+def test_a_study_that_knew_of_no_pairs_goes_on(tmp_path, fake, monkeypatch):
+    """One of an earlier version, which did not look for layers to equalise."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(trace_module, "find_pairs", lambda model, example: ([], {}))
+        first = study(tmp_path)
+        first.run(2)
+        assert first.runner.structure.pairs == ()
+    again = study(tmp_path)
+    again.run(3)
+    assert again.runner.structure.pairs == (("0", ("4",)),)
+    assert recipes(again)[:2] == recipes(first)
+
+
+def test_equalisation_is_searched(tmp_path, fake):
+    found = study(tmp_path, space=replace(TINY, equalize=("none", "weights", "activations")), budget=())
+    found.run(20)
+    bits = {4, 8}
+    ways = {(step.by, recipe.of(Quantize)[0].weight_bits) for recipe in recipes(found) for step in recipe.of(Equalize)}
+    assert ways == {(by, count) for by in ("weights", "activations") for count in bits}
 
 
 def test_other_weights_are_refused(tmp_path, fake):

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from paretorch.errors import RecipeError
 from paretorch.spaces.recipe import (
     CRITERIA,
+    EQUALIZATIONS,
     ORDER,
     RANGES,
     ROUNDINGS,
     Cluster,
     Ensemble,
+    Equalize,
     LowRank,
     Prune,
     Quantize,
@@ -55,14 +57,20 @@ def identity(step):
 
 
 def one_kind_of_weights(found):
-    """No layer that is both clustered and quantized."""
+    """No layer that is both clustered and quantized, no features that are compared with equalised ones."""
     taken = {step.layer for step in found if isinstance(step, Cluster)}
-    return [step for step in found if not (isinstance(step, Quantize) and step.layer in taken)]
+    features = any(isinstance(step, Recover) and step.features for step in found)
+    return [
+        step
+        for step in found
+        if not (isinstance(step, Quantize) and step.layer in taken) and not (isinstance(step, Equalize) and features)
+    ]
 
 
 low_rank = st.builds(LowRank, st.sampled_from(NAMES), st.integers(1, 512))
 cluster = st.builds(Cluster, st.sampled_from(NAMES), st.integers(2, 8))
-every = quantize | sparsify | prune | student | recover | low_rank | cluster
+equalize = st.builds(Equalize, st.sampled_from(EQUALIZATIONS))
+every = quantize | sparsify | prune | student | recover | low_rank | cluster | equalize
 steps = st.lists(every, max_size=12, unique_by=identity).map(one_kind_of_weights)
 
 
@@ -143,6 +151,7 @@ def test_the_key_is_stable_across_versions_of_this_code():
         (LowRank("fc", 0.5), "rank = 0.5; it must be a whole number"),
         (Cluster("fc", 1), "bits = 1; choose from 2..8"),
         (Cluster("fc", 16), "bits = 16; choose from 2..8"),
+        (Equalize("rows"), "by = 'rows'; choose from weights, activations"),
         (Quantize("fc", 0), "choose from 1..8, 16"),
         (Quantize("fc", 1, ranges="minmax"), "the scale of signs is their mean magnitude, leave ranges out"),
         (Quantize("fc", 32), "leave the step out for 32"),
@@ -226,6 +235,11 @@ def test_a_layer_is_clustered_or_quantized():
         Recipe((Cluster("stem", 4), Cluster("a", 4), Cluster("fc", 4), Quantize("fc", 8), Quantize("stem", 16)))
 
 
+def test_features_are_not_compared_with_equalised_ones():
+    with pytest.raises(RecipeError, match="features beside equalize"):
+        Recipe((Equalize(), Recover("finetune", 1, features=1.0)))
+
+
 def test_two_kinds_for_one_target_are_not():
     assert len(Recipe((Cluster("fc", 8), Sparsify("fc", 0.5), LowRank("fc", 5))).steps) == 3
     assert len(Recipe((Quantize("fc", 8), Sparsify("fc", 0.5), Prune("fc", 5))).steps) == 3
@@ -283,6 +297,7 @@ def test_diff_names_what_changed():
         ((Sparsify("a", 0.25), Sparsify("b", 0.5)), "2 layers 25-50% sparse"),
         ((Prune("a", 8), Prune("b", 8)), "2 groups narrowed"),
         ((Cluster("a", 4), LowRank("b", 8), Cluster("b", 2)), "1 layer of low rank, 2 layers in 2-4-bit codebooks"),
+        ((Equalize(), Quantize("a", 4)), "ranges equalised (by weights), weights 4 bit"),
         ((Student(("l.1", "l.0")), Recover("batchnorm")), "without l.0 l.1, BatchNorm re-estimated"),
         ((Recover("statistics"),), "BatchNorm re-estimated, biases corrected"),
         ((Recover("finetune", 0.4),), "0.4 epochs of recovery"),

@@ -9,7 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student, plain
+from paretorch.spaces.recipe import (
+    Cluster,
+    Equalize,
+    LowRank,
+    Prune,
+    Quantize,
+    Recipe,
+    Recover,
+    Sparsify,
+    Student,
+    plain,
+)
 from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
 from paretorch.spaces.structure import (
     Group,
@@ -52,7 +63,8 @@ def residual(blocks=2, channels=16, round_to=4, *, grouped=True, droppable=None,
 def structures(draw):
     blocks = draw(st.integers(0, 3))
     order = draw(st.permutations([f"blocks.{number}" for number in range(blocks)]))
-    return residual(
+    paired = draw(st.sets(st.integers(0, max(0, blocks - 1)))) if blocks else ()
+    made = residual(
         blocks,
         draw(st.sampled_from((1, 3, 8, 10, 16, 36, 64))),
         draw(st.sampled_from((1, 4, 8))),
@@ -61,6 +73,7 @@ def structures(draw):
         depthwise=draw(st.booleans()),
         folds=draw(st.booleans()),
     )
+    return replace(made, pairs=tuple((f"blocks.{n}.conv1", (f"blocks.{n}.conv2",)) for n in sorted(paired)))
 
 
 def some(values):
@@ -99,6 +112,7 @@ def spaces(draw, structure):
         width=draw(some((1.0, 0.75, 0.5, 0.1))),
         depth=draw(some((0, 1, 2, 3))),
         recovery=draw(some((None, Recover("batchnorm"), Recover("finetune", 1), Recover("finetune", 0.5)))),
+        equalize=draw(some(("none", "weights", "activations"))) if structure.pairs else ("none",),
     )
 
 
@@ -236,6 +250,24 @@ def test_methods_are_searched_and_written_only_where_they_have_an_effect():
     assert space.encode(structure, recipe) == space.encode(structure, recipe) | both | {"sparsity/fc": 2}
     nothing = {"weight_bits/stem": 2, "weight_bits/fc": 2}
     assert space.recipe(structure, {**both, **nothing}) == Recipe()
+
+
+def test_ranges_are_equalised_only_where_that_has_an_effect():
+    structure = replace(residual(), pairs=(("blocks.0.conv1", ("blocks.0.conv2",)),))
+    space = Space(
+        weight_bits=(Rule((4, 32), ("fc",)),), depth=(0, 1, 2), equalize=("none", "weights", "activations"),
+    )  # fmt: skip
+    picks = {"equalize": 2, "weight_bits/fc": 0}
+    assert space.recipe(structure, picks).steps == (Equalize("activations"), Quantize("fc", 4))
+    assert space.encode(structure, space.recipe(structure, picks))["equalize"] == 2
+    for other in ({"weight_bits/fc": 1}, {"depth": 1}):
+        without = space.recipe(structure, picks | other)
+        assert not without.of(Equalize), other
+        assert without == space.recipe(structure, picks | other | {"equalize": 0})
+    with pytest.raises(ConfigError, match=r"equalize: no layer's outputs reach only other layers.* stem: add"):
+        space.axes(replace(residual(), unpaired=(("stem", "add reads them"),)))
+    with pytest.raises(ConfigError, match="equalize: recovery compares features"):
+        replace(space, recovery=(Recover("finetune", 1, features=1),)).axes(structure)
 
 
 def test_a_space_without_methods_is_written_as_before_there_were_any():
@@ -415,6 +447,7 @@ def test_all_problems_come_at_once():
         width=(0.0, 1.0),
         depth=(0, -1, 0.5),
         recovery=(Recover("pray"),),
+        equalize=("none", "all"),
     )
     with pytest.raises(ConfigError) as caught:
         space.axes(residual())
@@ -429,12 +462,13 @@ def test_all_problems_come_at_once():
         "sparsity.0.choices: 'half' is not possible", "rounding.0.choices: 'up' is not possible",
         "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
         "channels.0.layers: pattern 'fc' selects no group", "width: 0.0 is not possible",
+        "equalize: 'all' is not possible", "equalize: no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and reshapes",
         "depth: -1 is not possible", "depth: 0.5 is not possible", "recover: method 'pray', epochs 0.0",
     ]  # fmt: skip
     assert keys == sorted(expected)
 
 
-@pytest.mark.parametrize("field", ["width", "depth", "recovery"])
+@pytest.mark.parametrize("field", ["width", "depth", "recovery", "equalize"])
 def test_no_choice_at_all_is_refused(field):
     with pytest.raises(ConfigError, match=f"{field}: no choice"):
         Space(**{field: ()}).axes(residual())
