@@ -81,7 +81,7 @@ def by_hand(task: Task, structure: Any, overhead: Any, base: tuple[float, float]
         with torch.inference_mode():
             for name, width in bits.items():
                 weight = model.get_submodule(name).weight
-                _, scale, _ = shaped(weight, width, 0.0)
+                scale = shaped(weight, width, 0.0).scale
                 weight.copy_(codes(weight, scale, width) * scale.view(-1, *[1] * (weight.ndim - 1)))
         reestimate_batchnorms(model, calibration)
         with torch.inference_mode():

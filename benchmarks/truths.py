@@ -136,7 +136,7 @@ def trained(channels: tuple[int, ...], strides: tuple[int, ...], seed: int) -> N
 
 def compressed(weight: Tensor, bits: int, sparsity: float) -> Tensor:
     """The weight as it would ship, of at most 8 bits."""
-    mask, scale, _ = shaped(weight, bits, sparsity)
+    mask, scale, *_ = shaped(weight, bits, sparsity)
     assert scale is not None
     weight = weight if mask is None else weight * mask
     return codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1))

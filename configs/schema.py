@@ -198,6 +198,7 @@ Criterion = Annotated[
 Rounding = Literal["nearest", "gptq", "adaround"]
 Ranges = Literal["mse", "minmax", "percentile", "entropy"]
 Activations = Literal["static", "dynamic"]
+Scheme = Literal["symmetric", "affine"]
 GroupSize = Literal[0, 16, 32, 64, 128, 256]
 # A share or a pattern, told apart by a function, so that only the form that was meant reports its mistake.
 Zeros = Annotated[
@@ -315,6 +316,13 @@ class GroupRule(MethodRule):
     """0 (all of them), 16, 32, 64, 128, 256; other than 0 for linear layers only. Required."""
 
 
+class SchemeRule(MethodRule):
+    """Whether the integers of the selected layers' weights have scales for each output channel, or one and a zero point."""
+
+    choices: Choices[Scheme]
+    """symmetric, affine. Required."""
+
+
 class ShareRule(LayerRule):
     """Shares of the selected groups' channels that may be removed."""
 
@@ -366,6 +374,11 @@ ActivationsRules = Annotated[
 
 GroupRules = Annotated[
     Annotated[Choices[GroupSize], Tag("<choices>")] | Annotated[tuple[GroupRule, ...], Tag("<rules>")], _FORMS
+]
+
+
+SchemeRules = Annotated[
+    Annotated[Choices[Scheme], Tag("<choices>")] | Annotated[tuple[SchemeRule, ...], Tag("<rules>")], _FORMS
 ]
 
 
@@ -455,6 +468,10 @@ class SpaceConfig(Strict):
     group_size: GroupRules | None = None
     """How many weights of an output channel share a scale: 0 (all of them), 16, 32, 64, 128, 256. Has an effect where
     activations are float, and is for linear layers only: `{layers: linear, choices: [0, 64]}`. Default: 0."""
+    scheme: SchemeRules | None = None
+    """symmetric, a scale for each output channel; affine, one scale and one zero point for the whole weight, BatchNorm folded into
+    it (2 to 8 bits, ranges other than entropy), for devices that know no other. Choices (one for all layers) or rules. Without
+    effect on signs and groups. Default: symmetric."""
     cluster_bits: ClusterRules | None = None
     """Bits of indices into a layer's own codebook of floats: 2..8, or 32 for none. Where a layer has a codebook,
     `weight_bits` and `activation_bits` do not count: it runs as float. Choices or rules."""
@@ -741,6 +758,7 @@ def to_space(space: SpaceConfig) -> Space:
         ranges=_rules(space.ranges, share=True),
         activations=_rules(space.activations, share=True),
         group_size=_rules(space.group_size, share=True),
+        scheme=_rules(space.scheme, share=True),
         channels=_rules(space.channels),
         width=space.width,
         depth=space.depth,

@@ -24,6 +24,8 @@ from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, 
 # codebook with a BatchNorm's factors beside it: about the same in every network, so that no file is written to learn it.
 _SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _SECOND_DYNAMIC, _FACTORS = 35.0, 58.0, 115.0, 76.0, 14.0
 _GROUPED = 55.0  # what spreads the scales of groups over a weight
+# What one scale and a zero point take around a weight, more than scales of the channels do: a node and a number, or a list less.
+_AFFINE_FLOAT, _AFFINE_QUANTIZED, _AFFINE_DYNAMIC = 14.0, -9.0, 8.0
 _DYNAMIC = -8  # in place of a layer's activation bits: 8, with ranges found at run time
 
 # A whole number, or an array of them: for one recipe, or for many at once.
@@ -55,10 +57,13 @@ class FileOverhead:
         """The bytes outside the layers' tensors of a file with such contents."""
         return sum(getattr(self, name) * amount for name, amount in vars(contents).items())
 
-    def kept(self, layer: str, bits: int, zeros: float | str, equalized: str = "none") -> float | None:
+    def kept(
+        self, layer: str, bits: int, zeros: float | str, equalized: str = "none", affine: bool = False
+    ) -> float | None:
         """The share of a layer's weights that are not zero in the file, where it was measured."""
         shares = self.nonzero.get(layer, {})
-        return shares.get(level(bits, zeros, equalized), shares.get(level(bits, zeros)))
+        plain = shares.get(level(bits, zeros, affine=affine))
+        return shares.get(level(bits, zeros, equalized, affine), plain)
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,13 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     )
 
 
-def level(bits: int, zeros: float | str, equalized: str = "none") -> str:
+def level(bits: int, zeros: float | str, equalized: str = "none", affine: bool = False) -> str:
     """The name of a level of compression, which JSON can have as a key.
 
-    >>> level(2, 0.5), level(2, 0.5, "weights")
-    ('2 bits, 0.5 zeros', '2 bits, 0.5 zeros, equalised by weights')
+    >>> level(2, 0.5), level(2, 0.5, "weights"), level(4, 0.0, affine=True)
+    ('2 bits, 0.5 zeros', '2 bits, 0.5 zeros, equalised by weights', '4 bits, 0 zeros, affine')
     """
-    made = f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros"
+    made = f"{bits} bits, {zeros if isinstance(zeros, str) else f'{zeros:g}'} zeros" + ", affine" * affine
     return made if equalized == "none" else f"{made}, equalised by {equalized}"
 
 
@@ -158,13 +163,15 @@ def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
     return dense_bytes(nonzero, low) + dense_bytes(nonzero + (count - 1 >> low), 1) + dense_bytes(nonzero, bits)
 
 
-def weight_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
+def weight_bytes(count: Whole, bits: Whole, nonzero: Whole, affine: Any = False) -> Whole:
     """Bytes of a packed weight, in the way that takes the fewest (see `runners.packing`).
+
+    affine: whether all `2^bits` codes are used, where it is one less: 2 bits are then not ternary.
 
     >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 900), (1, 1000), (8, 500), (4, 100))]
     [375, 200, 125, 625, 116]
     """
-    few = np.less_equal(bits, 2)
+    few = np.less_equal(bits, 2) & np.logical_not(affine)
     value = np.where(few, 1, bits)  # a number of {-1, 1} is a bit
     dense = np.where(few & (nonzero < count), ternary_bytes(count), dense_bytes(count, value))
     sparse = np.minimum(bitmap_bytes(count, value, nonzero), index_bytes(count, value, nonzero))
@@ -201,6 +208,7 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
     bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
     clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
     grouped = {step.layer: step.group_size for step in recipe.of(Quantize) if step.group_size}
+    affine = {step.layer for step in recipe.of(Quantize) if step.scheme == "affine"}
     ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
     sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
     overhead = overhead or FileOverhead()
@@ -214,15 +222,17 @@ def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | N
         rows, columns = sides(layer, sizes[name])
         channels = sizes[name][1]
         rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
-        share = overhead.kept(name, width, zeros, equalized)
+        share = overhead.kept(name, width, zeros, equalized, name in affine)
         for outputs, inputs, read in [(rank, columns, channels), (rows, rank, rank)] if rank else [(rows, columns, channels)]:  # fmt: skip
             count = outputs * inputs
             nonzero = int(nonzero_weights(count, read, zeros))
             if name in clustered:
                 total += int(shared_bytes(count, clustered[name], nonzero))
             else:
-                total += int(weight_bytes(count, width, nonzero if share is None else round(count * share)))
-                total += 4 * outputs * -(-inputs // grouped.get(name, inputs)) * (width <= 8)
+                nonzero = nonzero if share is None else round(count * share)
+                total += int(weight_bytes(count, width, nonzero, name in affine))
+                scales = 1 if name in affine else outputs * -(-inputs // grouped.get(name, inputs))
+                total += 4 * scales * (width <= 8)
         # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
         total += 4 * rows * (layer.bias + (name in clustered and name in folded))
     return total
@@ -245,6 +255,10 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8} - dynamic
     weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
     rest += _GROUPED * sum(1 + (step.layer in ranks) for step in recipe.of(Quantize) if step.group_size)
+    for step in recipe.of(Quantize):
+        if step.scheme == "affine":
+            static = _AFFINE_QUANTIZED if step.layer in quantized else _AFFINE_FLOAT
+            rest += (_AFFINE_DYNAMIC if step.layer in dynamic else static) * (1 + (step.layer in ranks))
     rest += _FACTORS * len(clustered.intersection(layer for layer, _ in structure.folds))
     rest += _SECOND_QUANTIZED * len(ranks & quantized) + _SECOND_WEIGHT_ONLY * len(ranks & weight_only)
     rest += _SECOND_DYNAMIC * len(ranks & dynamic) + _SECOND_FLOAT * len(ranks - quantized - dynamic - weight_only)
@@ -315,10 +329,13 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
         return np.array(listed(kind, target, default), dtype=float)
 
     def kept_table(name: str) -> NDArray[np.float64]:
-        """By equalisation, bits and zeros the share that was measured, NaN where none was."""
+        """By scheme (affine or not), equalisation, bits and zeros the share that was measured, NaN where none was."""
         zeros, bits = listed("sparsity", name, 0.0), listed("weight_bits", name, 32)
         ways = equalizers.choices if equalizers else ("none",)
-        return np.array([[[overhead.kept(name, b, z, by) for z in zeros] for b in bits] for by in ways], dtype=float)
+        shares = [
+            [[[overhead.kept(name, b, z, by, a) for z in zeros] for b in bits] for by in ways] for a in (False, True)
+        ]
+        return np.array(shares, dtype=float)
 
     def keep_table(name: str) -> NDArray[np.int64]:
         group = structure.group(name)
@@ -391,16 +408,20 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
             few = (bits < 32) | clustered
             size_of = np.array(listed("group_size", layer.name, 0))[pick(picks, "group_size", layer.name)]
             size_of = np.where((bits <= 8) & (activations == 32) & ~clustered, size_of, 0)
+            affine = np.array(listed("scheme", layer.name, 0.0))[pick(picks, "scheme", layer.name)] == "affine"
+            affine &= (bits > 1) & (bits <= 8) & ~clustered & (size_of == 0)
             second = np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT)
             second = np.where(eight, _SECOND_QUANTIZED, np.where(late, _SECOND_DYNAMIC, second))
             second = second + _GROUPED * (size_of > 0)
+            grid = np.where(eight, _AFFINE_QUANTIZED, np.where(late, _AFFINE_DYNAMIC, _AFFINE_FLOAT)) * affine
             own = (
                 np.where(whole, 0.0, second)
+                + grid * np.where(whole, 1, 2)
                 + _GROUPED * (size_of > 0)
                 + _FACTORS * factors
                 + 4 * rows * (int(layer.bias) + factors)
             )
-            share = kept[layer.name][way, bit, zero]
+            share = kept[layer.name][affine.astype(np.int64), way, bit, zero]
             matrices = [(np.where(whole, rows, rank), columns, inputs)]
             if ("rank", layer.name) in owner:
                 matrices.append((np.where(whole, 0, rows), rank, np.maximum(rank, 1)))
@@ -411,7 +432,8 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
                 nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
                 nonzero = np.where(bits == 1, some, nonzero)  # a sign is never zero
                 groups = np.where(size_of > 0, -(-row // np.maximum(size_of, 1)), 1)
-                plain = weight_bytes(some, bits, nonzero) + 4 * out * groups * (bits <= 8)
+                scales = np.where(affine, 1, out * groups)
+                plain = weight_bytes(some, bits, nonzero, affine) + 4 * scales * (bits <= 8)
                 if clustered.any():
                     plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)
                 own += np.where(count > 0, plain, 0)

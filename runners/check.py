@@ -66,6 +66,7 @@ def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
     widths = ((16, 32), (8, 32), (4, 32), (8, 8), (4, 8))
     kinds: list[tuple[Step, ...]] = [(), (Sparsify("3", 0.5),), (Prune("0", 8),)]
     kinds += [tuple(Quantize(layer, *bits) for layer in ("0", "3")) for bits in widths]
+    kinds += [tuple(Quantize(layer, *bits, scheme="affine") for layer in ("0", "3")) for bits in ((4, 32), (8, 8))]
     with tempfile.TemporaryDirectory() as folder:
         runner = LocalRunner(Task("check", lambda: model, data, data), Path(folder), calibration_images=32)
         recipes = [Recipe(steps) for steps in kinds]

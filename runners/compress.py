@@ -8,7 +8,7 @@ trains what will ship; `freeze` then turns them into indices, integers and scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from .calibration import Calibration
 from .library import LayerLibrary, Method, shaped
 from .operators.cluster import SharedWeights, shared
 from .operators.equalize import channel_peaks, equalizing_scales, find_pairs, scale_channels
+from .operators.fold import channel_factors
 from .operators.lowrank import factored, parts
 from .operators.moments import DIVIDED
 from .operators.prune import prune_channels
-from .operators.quantize import FakeQuantize, codes, spread
+from .operators.quantize import FakeQuantize, codes
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class FrozenWeight:
     """A layer's weight as it ships: integer codes (float tensor) and a scale per output channel, or just its width.
 
     group_size: then there is a scale for each group of so many weights of a row.
+
+    zero: the zero point of an affine grid; then the scale is one for the whole weight, codes are counted from the zero point, and a
+    channel's step was `scale / factor`, where factor is what folding multiplied the output channels by, None for no folding.
 
     codebook: `[values]`; then the codes are indices into it. dynamic: the range of 8-bit activations is found at run time.
     """
@@ -46,6 +50,8 @@ class FrozenWeight:
     codebook: Tensor | None = None
     dynamic: bool = False
     group_size: int = 0
+    zero: int | None = None
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,18 +137,40 @@ def shape_weights(patient: _Patient) -> None:
             statistics = calibration.after(model)
         else:
             statistics = calibration.of(model) if recipe.of(Equalize) else calibration.untouched
+    norms = folded_norms(model, patient.structure)
     for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
         evidence = statistics[name] if statistics else None
-        made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence)
+        norm = norms.get(name) if method.scheme == "affine" else None
+        factor = channel_factors(norm) if norm is not None else None
+        made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence, factor=factor)
         if made.weight is not None:
             weight.copy_(made.weight)
-        shows: nn.Module = FakeQuantize(weight, bits, made.mask, made.scale, method.pattern, method.group_size)
+        shows: nn.Module = FakeQuantize(
+            weight, bits, made.mask, made.scale, method.pattern, method.group_size, made.zero, norm
+        )
         if name in clustered:
             indices, codebook = shared(weight, clustered[name], made.mask)
             shows = SharedWeights(indices, codebook, clustered[name], zero=made.mask is not None)
         parametrize.register_parametrization(layer, "weight", shows, unsafe=True)
+
+
+def folded_norms(model: nn.Module, structure: Structure) -> dict[str, nn.Module]:
+    """By layer the BatchNorm that will be folded into it; of a layer of low rank, into its second part."""
+    modules = dict(model.named_modules())
+    there = [(layer, norm) for layer, norm in structure.folds if layer in modules and norm in modules]
+    return {parts(model, layer)[-1]: modules[norm] for layer, norm in there}
+
+
+def one_factor(frozen: Mapping[str, FrozenWeight], model: nn.Module, structure: Structure) -> set[str]:
+    """The layers whose weights have one scale for all channels, and the names of the BatchNorms behind these.
+
+    What comes after `freeze` must multiply all output channels of such a layer by the same factor.
+    """
+    whole = {name for name, weight in frozen.items() if weight.zero is not None}
+    behind = set(map(id, (norm for layer, norm in folded_norms(model, structure).items() if layer in whole)))
+    return whole | {name for name, module in model.named_modules() if id(module) in behind}
 
 
 def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, float, Method]:
@@ -150,7 +178,7 @@ def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, fl
     return (
         codes.weight_bits,
         zeros.ratio,
-        Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges, codes.group_size),
+        Method(zeros.criterion, zeros.pattern, codes.rounding, codes.ranges, codes.group_size, codes.scheme),
     )
 
 
@@ -279,11 +307,11 @@ def freeze(model: nn.Module, recipe: Recipe) -> dict[str, FrozenWeight]:
             weight = weight * fake.mask
         if fake.scale is not None:
             scale = fake.scale.detach().clamp_min(1e-12)
-            wide = spread(scale, weight, fake.group_size)
+            wide = fake.step(scale, weight)
             step = steps[name]
             frozen[name] = FrozenWeight(
-                fake.bits, step.activation_bits, codes(weight, wide, fake.bits), scale.clone(),
-                dynamic=step.activations == "dynamic", group_size=fake.group_size,
+                fake.bits, step.activation_bits, codes(weight, wide, fake.bits, fake.zero), scale.clone(),
+                dynamic=step.activations == "dynamic", group_size=fake.group_size, zero=fake.zero, factor=fake.factor,
             )  # fmt: skip
         elif fake.bits == 16:
             frozen[name] = FrozenWeight(16)

@@ -22,11 +22,11 @@ def zstd_bytes(model: onnx.ModelProto, packed: bytes, level: int) -> int:
         data = b"".join(parts)
         return len(zstd.compress(data)) if data else 0
 
-    raws = [raw for _, raw in large_tensors(model)]
-    integers = [raw for raw in raws if raw.dtype == np.int8]
-    floats = coded([raw.tobytes() for raw in raws if raw.dtype != np.int8])
+    tensors = [(raw, zero) for _, raw, zero in large_tensors(model)]
+    integers = [(raw, zero) for raw, zero in tensors if raw.dtype == np.int8]
+    floats = coded([raw.tobytes() for raw, _ in tensors if raw.dtype != np.int8])
     rest = len(packed) - payload_size(packed) + floats
-    whole = coded([raw.tobytes() for raw in integers])
-    split = coded([np.packbits(raw != 0).tobytes() for raw in integers])
-    split += coded([raw[raw != 0].tobytes() for raw in integers])
+    whole = coded([raw.tobytes() for raw, _ in integers])
+    split = coded([np.packbits(raw != zero).tobytes() for raw, zero in integers])
+    split += coded([raw[raw != zero].tobytes() for raw, zero in integers])
     return min(len(packed), coded([packed]), rest + min(whole, split))

@@ -110,9 +110,9 @@ def _bias(
 
 
 def _fits(node: onnx.NodeProto, weight: Sequence[str], constants: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether a layer has a weight of 8-bit whole numbers without zero points, and is nothing but a product and a sum."""
+    """Whether a layer has a weight of 8-bit whole numbers with one zero point for all, and is nothing but a product and a sum."""
     values, scale, zero = (constants.get(name) for name in weight[:3])
-    if values is None or values.dtype != np.int8 or scale is None or scale.ndim > 1 or zero is None or zero.any():
+    if values is None or values.dtype != np.int8 or scale is None or scale.ndim > 1 or zero is None or np.ptp(zero):
         return False
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA")
@@ -154,10 +154,9 @@ class _Layer(OpRun):  # type: ignore[misc]
         given = held(attributes)
         axis = _outputs(name, given, w.ndim)
         others = tuple(n for n in range(w.ndim) if n != axis)
+        w = w.astype(np.int64) - int(wz.flat[0])
         reach = max(int(xz) - np.iinfo(x.dtype).min, np.iinfo(x.dtype).max - int(xz))
-        largest = reach * np.abs(w.astype(np.int64)).sum(others).max() + (
-            0 if bias is None else np.abs(bias.astype(np.int64)).max()
-        )
+        largest = reach * np.abs(w).sum(others).max() + (0 if bias is None else np.abs(bias.astype(np.int64)).max())
         kind = np.float32 if largest < _EXACT else np.float64
         total = OPERATORS[name]([torch.from_numpy(x.astype(kind) - kind(xz)), torch.from_numpy(w.astype(kind))], given)
         shape = [1] * total.ndim

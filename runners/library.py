@@ -40,7 +40,7 @@ from .operators.adaround import adaround
 from .operators.gptq import gptq
 from .operators.lowrank import basis
 from .operators.obs import obs, order, sweepable
-from .operators.quantize import spread, weight_scales
+from .operators.quantize import affine_grid, spread, weight_scales
 from .operators.sparsify import activation_scores, input_norms, mask_of, random_scores
 from .task import Criterion
 
@@ -60,11 +60,14 @@ class Method:
     rounding: str = "nearest"
     ranges: str = "mse"
     group_size: int = 0
+    scheme: str = "symmetric"
 
     def at(self, bits: int, ratio: float) -> Method:
         """The same without what has no effect at this level, so that equal layers are one entry."""
         zeros = self if ratio else replace(self, criterion="magnitude", pattern="")
-        return zeros if bits <= 8 else replace(zeros, rounding="nearest", ranges="mse", group_size=0)
+        return (
+            zeros if bits <= 8 else replace(zeros, rounding="nearest", ranges="mse", group_size=0, scheme="symmetric")
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,12 +100,13 @@ class Evidence:
 
 
 class Shaped(NamedTuple):
-    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` gives it, or
-    None above 8 bits. weight: in place of the layer's own, or None."""
+    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` or `affine_grid` gives
+    it, or None above 8 bits. weight: in place of the layer's own, or None. zero: the zero point of an affine grid, or None."""
 
     mask: Tensor | None
     scale: Tensor | None
     weight: Tensor | None
+    zero: int | None = None
 
 
 def shaped(
@@ -112,12 +116,14 @@ def shaped(
     method: Method = PLAIN,
     evidence: Evidence | None = None,
     sweep: Callable[[Tensor, Tensor, str], Tensor] = order,
+    factor: Tensor | None = None,
 ) -> Shaped:
     """A layer at a level: zeros first, because the scale must not see what is zeroed, then the rounding.
 
-    evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order` gives.
+    evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order` gives. factor: what folding multiplies
+    the output channels by, over which an affine grid is laid; no other needs it.
 
-        >>> mask, scale, _ = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
+        >>> mask, scale, *_ = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
         >>> mask.tolist(), scale.shape
         ([[1.0, 0.0, 0.0, 1.0]], torch.Size([1]))
     """
@@ -126,7 +132,7 @@ def shaped(
         raise ValueError(
             f"{method} needs the {', '.join(sorted(method.needs))} of the layer: give compress() a calibration"
         )
-    mask, scale, adjusted = None, None, None
+    mask, scale, adjusted, zero = None, None, None, None
     if ratio and method.criterion == "obs":
         hessian = evidence.hessian()  # type: ignore[union-attr]
         places = sweep(weight, hessian, method.pattern) if sweepable(weight) else None
@@ -135,12 +141,18 @@ def shaped(
         mask = mask_of(_scores(weight, method, evidence), ratio, method.pattern)
     current = weight if adjusted is None else adjusted
     if bits <= 8:
-        scale = weight_scales(current if mask is None else current * mask, bits, method.ranges, method.group_size)
+        kept = current if mask is None else current * mask
+        if method.scheme == "affine":
+            factor = torch.ones(len(weight)) if factor is None else factor
+            scale, zero = affine_grid(kept * spread(factor, kept), bits, method.ranges)
+            wide = spread(scale / factor, kept)
+        else:
+            scale = weight_scales(kept, bits, method.ranges, method.group_size)
+            wide = spread(scale, current, method.group_size)
         if method.rounding != "nearest":
             assert evidence is not None
-            wide = spread(scale, current, method.group_size)
-            adjusted = ROUNDINGS[method.rounding](current, wide, bits, evidence.hessian(), mask)
-    return Shaped(mask, scale, adjusted)
+            adjusted = ROUNDINGS[method.rounding](current, wide, bits, evidence.hessian(), mask, zero=zero)
+    return Shaped(mask, scale, adjusted, zero)
 
 
 def _scores(weight: Tensor, method: Method, evidence: Evidence | None) -> Tensor:
@@ -182,7 +194,7 @@ def _own_scores(weight: Tensor, name: str, evidence: Evidence) -> Tensor:
     return found
 
 
-ROUNDINGS = {"gptq": gptq, "adaround": adaround}
+ROUNDINGS: dict[str, Callable[..., Tensor]] = {"gptq": gptq, "adaround": adaround}
 
 
 def default_folder() -> Path | None:
@@ -203,7 +215,7 @@ class LayerLibrary:
 
         >>> library = LayerLibrary(limit=0)
         >>> weight = torch.randn(8, 4)
-        >>> mask, scale, _ = library.shaped(weight, 4, 0.5)
+        >>> mask, scale, *_ = library.shaped(weight, 4, 0.5)
         >>> torch.equal(scale, shaped(weight, 4, 0.5)[1])
         True
     """
@@ -218,7 +230,13 @@ class LayerLibrary:
         self._unpruned = limit  # bytes written since the folder was measured, which it has never been
 
     def shaped(
-        self, weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None
+        self,
+        weight: Tensor,
+        bits: int,
+        ratio: float,
+        method: Method = PLAIN,
+        evidence: Evidence | None = None,
+        factor: Tensor | None = None,
     ) -> Shaped:
         """What the function `shaped` gives, bit for bit; the tensors are the caller's own.
 
@@ -228,9 +246,13 @@ class LayerLibrary:
         if bits == 32 and not ratio:
             return Shaped(None, None, None)
         plain, method = weight.detach().cpu().contiguous(), method.at(bits, ratio)
+        affine = method.scheme == "affine"
+        factor = factor.cpu() if affine and factor is not None else None
         if "function" in method.needs:
-            return Shaped(*(None if t is None else t.to(weight) for t in shaped(plain, bits, ratio, method, evidence)))
-        key = _key(plain, bits, ratio, method, evidence)
+            made = shaped(plain, bits, ratio, method, evidence, order, factor)
+            mask, scale, adjusted = (None if tensor is None else tensor.to(weight) for tensor in made[:3])
+            return Shaped(mask, scale, adjusted, made.zero)
+        key = _key(plain, bits, ratio, method, evidence, factor)
         entry = self._recall(key)
         if entry is None:
             wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -238,12 +260,14 @@ class LayerLibrary:
                 wanted["mask"] = (torch.uint8, (-(-plain.numel() // 8),))
             if bits <= 8:
                 groups = (-(-plain[0].numel() // method.group_size),) if method.group_size else ()
-                wanted["scale"] = (plain.dtype, (len(plain), *groups))
+                wanted["scale"] = (plain.dtype, (1,) if affine else (len(plain), *groups))
+            if affine:
+                wanted["zero"] = (torch.uint8, (1,))
             if method.adjusts:
                 wanted["weight"] = (plain.dtype, tuple(plain.shape))
             entry = self.find(key, wanted)
             if entry is None:
-                entry = _entry(shaped(plain, bits, ratio, method, evidence, partial(self._order, evidence)))
+                entry = _entry(shaped(plain, bits, ratio, method, evidence, partial(self._order, evidence), factor))
                 self.put(key, entry)
             self._remember(key, entry)
         mask = scale = adjusted = None
@@ -254,7 +278,7 @@ class LayerLibrary:
             scale = entry["scale"].to(weight.device, copy=True)  # a scale is trained in place
         if method.adjusts:
             adjusted = entry["weight"].to(weight.device, copy=True)
-        return Shaped(mask, scale, adjusted)
+        return Shaped(mask, scale, adjusted, int(entry["zero"]) if affine else None)
 
     def _order(self, evidence: Evidence | None, weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
         """What `operators.obs.order` gives: one sweep for all levels of a layer."""
@@ -374,11 +398,20 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def _key(weight: Tensor, bits: int, ratio: float, method: Method = PLAIN, evidence: Evidence | None = None) -> str:
+def _key(
+    weight: Tensor,
+    bits: int,
+    ratio: float,
+    method: Method = PLAIN,
+    evidence: Evidence | None = None,
+    factor: Tensor | None = None,
+) -> str:
     about: tuple[object, ...] = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
     if method != PLAIN:
-        *fields, group_size = astuple(method)
+        *fields, group_size, scheme = astuple(method)
         about = (*about, *fields, *([group_size] if group_size else []))
+        if scheme != "symmetric":
+            about = (*about, scheme, "" if factor is None else digest(factor))
     if evidence is not None and method.needs:
         about = (*about, evidence.seed if method.needs == {"seed"} else evidence.key)
     found = hashlib.sha256(repr(about).encode() + b"\0")
@@ -392,6 +425,8 @@ def _entry(made: Shaped) -> _Entry:
         entry["mask"] = torch.from_numpy(np.packbits(made.mask.flatten().to(torch.uint8).numpy()))
     if made.scale is not None:
         entry["scale"] = made.scale
+    if made.zero is not None:
+        entry["zero"] = torch.tensor([made.zero], dtype=torch.uint8)
     if made.weight is not None:
         entry["weight"] = made.weight.contiguous()
     return entry

@@ -32,7 +32,7 @@ from ..spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
 from . import packing
 from .calibration import Calibration
-from .compress import chunks, compress, freeze
+from .compress import chunks, compress, freeze, one_factor
 from .distill import WORTH, answers
 from .ensemble import merge
 from .entropy import zstd_bytes
@@ -303,11 +303,13 @@ class LocalRunner:
             comparable = not operated and not any(step.epochs for step in steps)
             model.to(memory_format=_layout(self.calibration))  # type: ignore[call-overload]
             known = self.calibration_bias if comparable else None
-            reestimate_batchnorms(model, self.calibration_parts, known)
+            together = one_factor(frozen, model, self.structure.of(recipe))
+            reestimate_batchnorms(model, self.calibration_parts, known, one_factor=together)
             if any(step.method == "statistics" for step in steps):
                 moments = self.output_moments if source is self.model else self._moments(source, recipe)
-                factors = match_moments(model, self.calibration_parts, moments)
-                reestimate_batchnorms(model, self.calibration_parts, known)  # of what lies behind such layers
+                factors = match_moments(model, self.calibration_parts, moments, together)
+                # of what lies behind such layers
+                reestimate_batchnorms(model, self.calibration_parts, known, one_factor=together)
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         report("exporting", {})
         factors |= fold_batchnorms(model, self.structure.of(recipe).folds)

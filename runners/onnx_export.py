@@ -9,6 +9,9 @@ activation ranges are measured on this graph too.
   Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and runs at full speed. Codebooks are read
   by a Gather, which is folded too. A file with INT2 is of opset 25, all others are of opset 21.
 - The scales of groups of a row are spread over the weight (Expand, Reshape), which is folded at loading as well.
+- An affine weight has one scale and one zero point, in the signed types too: 0..15 are stored as -8..7, for uint8 by int8 is what runs
+  fast. Products take the zero point at no cost; convolutions then run as products (ONNX Runtime's own kernel for them wants a
+  zero point of 0) and take 1.2 to 1.8 times as long, in OpenVINO as floats (`benchmarks/affine.py`). Such layers do not stay packed.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
@@ -241,6 +244,7 @@ class _Int8Layer:
     scales: NDArray[np.float32]
     axis: int
     group_size: int = 0  # then scales are `[outputs, groups]`
+    zero: int | None = None  # the zero point of an affine weight; then scales are `[1]`
 
 
 class _Graph:
@@ -306,11 +310,18 @@ class _Graph:
             self._add("Cast", [f"{name}_f16"], f"{name}_dq", to=TensorProto.FLOAT)
             return
         codes, scale = weight.codes.clone(), weight.scale.clone()
-        if factor is not None:
+        zero = None if weight.zero is None else weight.zero - (1 << weight.weight_bits - 1)
+        if zero is not None:
+            if factor is not None and bool(
+                factor.any()
+            ):  # the same for all channels, those that are switched off aside
+                scale *= (factor if weight.factor is None else factor / weight.factor)[factor != 0].median()
+            codes = codes * bool(scale >= 1e-12) + zero
+        elif factor is not None:
             codes *= torch.where(factor < 0, -1.0, 1.0).view(-1, *[1] * (codes.ndim - 1))
             scale *= factor.abs().view(-1, *[1] * (scale.ndim - 1))
         # A scale of zero (BatchNorm switched a channel off) is not allowed; then every code is zero, but a sign is never.
-        if weight.weight_bits > 1:
+        if weight.weight_bits > 1 and zero is None:
             codes *= spread(scale, codes, weight.group_size) >= 1e-12
         values = codes.to(torch.int8).numpy()
         scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
@@ -322,14 +333,14 @@ class _Graph:
             transposed = True
         if transposed:
             values = np.ascontiguousarray(values.T)
-        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed), weight.group_size)
+        made = _Int8Layer(name, weight.weight_bits, values, scales, int(transposed), weight.group_size, zero)
         if weight.activation_bits == 8 and weight.dynamic:
             self._multiply_dynamic(layer, node, made)
             return
         if weight.activation_bits == 8:
             self.int8[number] = made
             return
-        if block := _block(node, made):
+        if zero is None and (block := _block(node, made)):
             self._multiply_packed(node, made, block)
             return
         self._add_codes(made)
@@ -338,7 +349,12 @@ class _Graph:
         else:
             self._add_tensor(numpy_helper.from_array(_along(made, scales), f"{name}_s"))
         self._add("Cast", [f"{name}_q"], f"{name}_c", to=TensorProto.FLOAT)
-        self._add("Mul", [f"{name}_c", f"{name}_s"], f"{name}_dq")
+        counted = f"{name}_c"
+        if made.zero is not None:
+            counted = f"{name}_n"
+            self._add_tensor(numpy_helper.from_array(np.array(made.zero, np.float32), f"{name}_z"))
+            self._add("Sub", [f"{name}_c", f"{name}_z"], counted)
+        self._add("Mul", [counted, f"{name}_s"], f"{name}_dq")
 
     def _spread_scales(self, layer: str, made: _Int8Layer) -> None:
         """The scales of groups as large as the weight `[inputs, outputs]`: each repeated, and the last group cut off."""
@@ -367,12 +383,15 @@ class _Graph:
             self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
             source = f"{name}_c"
         self._add_tensor(numpy_helper.from_array(made.scales, f"{name}_s"))
+        if made.zero is not None:
+            self._add_tensor(numpy_helper.from_array(np.array(made.zero, np.int8), f"{name}_z"))
         # Among the nodes of the network, so that it reads what all others read where the layer before is quantized.
         quantize = helper.make_node(
             "DynamicQuantizeLinear", [node.input[0]], [f"{name}_x{part}" for part in ("", "s", "z")]
         )
         self.nodes.append(quantize)
-        self._add("MatMulInteger", [f"{name}_x", source, f"{name}_xz"], f"{name}_i")
+        zero = [] if made.zero is None else [f"{name}_z"]
+        self._add("MatMulInteger", [f"{name}_x", source, f"{name}_xz", *zero], f"{name}_i")
         self._add("Cast", [f"{name}_i"], f"{name}_f", to=TensorProto.FLOAT)
         self._add("Mul", [f"{name}_xs", f"{name}_s"], f"{name}_m")
         bias = node.input[2] if len(node.input) > 2 else ""
@@ -519,24 +538,30 @@ class _Graph:
         inputs = node.input[0]
         input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
         bias = np.zeros(1) if len(node.input) < 3 else numpy_helper.to_array(self.tensors[node.input[2]])
-        scales = np.maximum(layer.scales, (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32))
+        least = (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32)
+        scales = np.maximum(layer.scales, least if layer.zero is None else least.max())
         if layer.bits > 1:
-            layer.values = np.rint(layer.values * _along(layer, layer.scales / scales)).astype(np.int8)
+            zero = layer.zero or 0
+            layer.values = (np.rint((layer.values.astype(np.int32) - zero) * _along(layer, layer.scales / scales)) + zero).astype(np.int8)  # fmt: skip
         kind = self._add_codes(layer)
         source, name = f"{layer.weight}_q", layer.weight
         if kind != TensorProto.INT8:
             self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
             source = f"{name}_c"
+        zeros = np.zeros(len(scales), np.int8)
+        if layer.zero is not None:
+            scales, zeros = scales.reshape(()), np.array(layer.zero, np.int8)
         self._add_tensor(numpy_helper.from_array(scales, f"{name}_s"))
-        self._add_tensor(numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}_z"))
-        self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], f"{name}_dq", axis=layer.axis)
+        self._add_tensor(numpy_helper.from_array(zeros, f"{name}_z"))
+        axis = {"axis": layer.axis} if layer.zero is None else {}
+        self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], f"{name}_dq", **axis)
         if len(node.input) > 2:
             steps = np.rint(bias.astype(np.float64) / (input_scale * scales)).astype(np.int32)
             base = f"{node.output[0]}_bias"
             self._add_tensor(numpy_helper.from_array(steps, f"{base}_q"))
             # The product is folded at loading: a scale per channel less in the file.
             self._add("Mul", [f"{inputs}_scale", f"{name}_s"], f"{base}_s")
-            self._add("DequantizeLinear", [f"{base}_q", f"{base}_s"], base, axis=0)
+            self._add("DequantizeLinear", [f"{base}_q", f"{base}_s"], base, **({"axis": 0} if axis else {}))
             node.input[2] = base
 
     def _ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -12,8 +12,10 @@ of them are not zero, and how wide they are. So `objectives.cost` can say before
   Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With zero
   out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
 
+Where the graph gives integers a zero point, that is what counts as zero: those of a sparse affine weight.
+
 Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and integers
-in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, and only files that hold some say so.
+in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with zero points, and only files that hold some say so.
 
 The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
 its parts, written again, give the same bytes.
@@ -37,7 +39,7 @@ from ..errors import ArtifactError
 from ..objectives.cost import bitmap_bytes, dense_bytes, index_bytes, position_bits, ternary_bytes
 
 FORMAT = "paretorch.packed"
-VERSION = 3
+VERSION = 4
 _SMALLEST = 16  # numbers; a smaller tensor stays in the graph
 _FLOATS: dict[int, type] = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.INT32: np.uint32}
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.int16)
@@ -155,20 +157,20 @@ _SIZES: dict[str, Callable[[int, int, int], Any]] = {
 }
 
 
-def _encode(raw: NDArray[Any]) -> tuple[list[Any], bytes]:
+def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
     """A tensor's numbers in the fewest bytes, after the way, the bits of a number, and how many are not zero if it matters.
 
-    raw: int8, or the bits of floats as unsigned integers.
+    raw: int8, or the bits of floats as unsigned integers. zero: the one that counts as zero.
     """
     integer = raw.dtype == np.int8
-    places = np.flatnonzero(raw)
+    places = np.flatnonzero(raw != zero)
     found = raw[places]
     if not len(found):
         return ["zeros", 1], b""
     wide = narrow = raw.dtype.itemsize * 8
     if integer:
-        wide, narrow = width(raw), width(found - (found > 0))
-        found = (found - (found > 0)).view(np.uint8) & np.uint8(2**narrow - 1)
+        wide, narrow = width(raw), width(found - (found > zero))
+        found = (found - (found > zero)).view(np.uint8) & np.uint8(2**narrow - 1)
     bits = {"dense": wide, "bitmap": narrow, "index": narrow}
     if integer and raw.min() >= -1 and raw.max() <= 1:
         bits["ternary"] = 2
@@ -184,18 +186,20 @@ def _encode(raw: NDArray[Any]) -> tuple[list[Any], bytes]:
         case "sign":
             data = pack_bits((raw > 0).astype(np.uint8), 1)
         case "bitmap":
-            data = pack_bits((raw != 0).astype(np.uint8), 1) + _body(found, narrow)
+            data = pack_bits((raw != zero).astype(np.uint8), 1) + _body(found, narrow)
         case _:
             data = pack_positions(places, len(raw)) + _body(found, narrow)
     return [kind, bits[kind], *([len(found)] if kind in ("bitmap", "index") else [])], data
 
 
-def _decode(kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool) -> NDArray[Any]:
-    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: positive ones stand one lower among nonzeros."""
+def _decode(
+    kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool, zero: int = 0
+) -> NDArray[Any]:
+    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among nonzeros."""
     integer = dtype == np.int8
     stored = np.uint8 if integer else dtype
     if kind == "zeros":
-        return np.zeros(count, dtype)
+        return np.full(count, zero, dtype)
     if kind == "ternary":
         return unpack_ternary(data, count)
     if kind == "sign":
@@ -212,8 +216,8 @@ def _decode(kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: 
     found = _values(data[head:], bits, len(places), stored)
     if integer:
         found = _signed(found, bits)
-        found = found + (found >= 0) if moved else found
-    values = np.zeros(count, dtype)
+        found = found + (found >= zero) if moved else found
+    values = np.full(count, zero, dtype)
     values[places] = found
     return values
 
@@ -224,53 +228,72 @@ def pack(model: onnx.ModelProto) -> bytes:
     skeleton.CopyFrom(model)
     index: list[list[Any]] = []
     parts: list[bytes] = []
-    for position, raw in large_tensors(model):
-        way, data = _encode(raw)
+    for position, raw, zero in large_tensors(model):
+        way, data = _encode(raw, zero)
         skeleton.graph.initializer[position].ClearField("raw_data")
         index.append([position, *way])
         parts.append(data)
     graph = zlib.compress(skeleton.SerializeToString(deterministic=True), 9)
     listing = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
-    return _file({"graph": graph, "index": listing, "payload": b"".join(parts)}, _version(index))
+    return _file({"graph": graph, "index": listing, "payload": b"".join(parts)}, _version(index, _zero_points(model)))
 
 
-def _version(index: Sequence[Any]) -> int:
+def _version(index: Sequence[Any], zeros: Mapping[str, int]) -> int:
     """The least version that knows all ways in which the tensors are stored."""
-    return 3 if any(kind == "sign" for _, kind, *_ in index) else 2
+    return 4 if zeros else 3 if any(kind == "sign" for _, kind, *_ in index) else 2
 
 
-def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any]]]:
-    """The tensors that are stored outside the graph: position, and the numbers.
+def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], int]]:
+    """The tensors that are stored outside the graph: position, the numbers, and which of them counts as zero.
 
     Integers are int8, floats their bits as unsigned integers.
     """
-    nibbles = _nibbles(model)
+    nibbles, zeros = _nibbles(model), _zero_points(model)
     for position, tensor in enumerate(model.graph.initializer):
         if int(np.prod(tensor.dims)) < _SMALLEST or not tensor.HasField("raw_data"):
             continue
         if tensor.data_type in _CODES:
-            yield position, numpy_helper.to_array(tensor).astype(np.int8).reshape(-1)
+            yield position, numpy_helper.to_array(tensor).astype(np.int8).reshape(-1), zeros.get(tensor.name, 0)
         elif tensor.name in nibbles:
-            yield position, nibbles_to_codes(tensor.raw_data)
+            yield position, nibbles_to_codes(tensor.raw_data), 0
         elif tensor.data_type in _FLOATS:
             floats: NDArray[Any] = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1)
-            yield position, floats.view(_FLOATS[tensor.data_type])
+            yield position, floats.view(_FLOATS[tensor.data_type]), 0
 
 
 def tensor_bytes(data: bytes) -> dict[bytes, int]:
     """What each tensor that a packed file stores outside its graph takes, by a hash of its type, shape and numbers."""
     model = unpack(data)
     found = {}
-    for position, raw in large_tensors(model):
+    for position, raw, zero in large_tensors(model):
         tensor = model.graph.initializer[position]
         about = f"{tensor.data_type} {list(tensor.dims)} ".encode()
-        found[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw)[1])
+        found[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw, zero)[1])
     return found
 
 
 def _nibbles(model: onnx.ModelProto) -> set[str]:
     """The tensors that are weights of MatMulNBits: bytes to ONNX, but two numbers of 4 bits in each."""
     return {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
+
+
+# Operators that subtract a zero point, and the places of the numbers and of the zero point among their inputs.
+_SUBTRACT = {"DequantizeLinear": (0, 2), "Sub": (0, 1), "MatMulInteger": (1, 3)}
+
+
+def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
+    """By tensor of integers the zero point that the graph gives all of its numbers, where that is not 0."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    single = {name: numpy_helper.to_array(t).item() for name, t in tensors.items() if t.dims in ([], [1])}
+    cast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    found = {}
+    for node in model.graph.node:
+        what, by = _SUBTRACT.get(node.op_type, (0, len(node.input)))
+        zero = single.get(node.input[by], 0) if by < len(node.input) else 0
+        name = cast.get(node.input[what], node.input[what]) if zero else ""
+        if name in tensors and tensors[name].data_type in _CODES and zero in range(-128, 128):
+            found[name] = int(zero)
+    return found
 
 
 def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:
@@ -330,9 +353,9 @@ def unpack(data: bytes) -> onnx.ModelProto:
 
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
     """Give the graph's tensors their numbers back, in place."""
-    nibbles = _nibbles(model)
-    if version > 1 and version != _version(index):  # the digest does not cover it
-        raise ValueError(f"version {version} of a file of version {_version(index)}")
+    nibbles, zeros = _nibbles(model), _zero_points(model)
+    if version > 1 and version != _version(index, zeros):  # the digest does not cover it
+        raise ValueError(f"version {version} of a file of version {_version(index, zeros)}")
     offset = 0
     for position, kind, bits, *rest in index:
         tensor = model.graph.initializer[position]
@@ -344,7 +367,7 @@ def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, versi
         offset += size
         integer = half_bytes or tensor.data_type in _CODES
         dtype = np.int8 if integer else _FLOATS[tensor.data_type]
-        values = _decode(kind, bits, part, count, dtype, nonzero, moved=version > 1)
+        values = _decode(kind, bits, part, count, dtype, nonzero, version > 1, zeros.get(tensor.name, 0))
         if half_bytes:
             tensor.raw_data = codes_to_nibbles(values)
         else:

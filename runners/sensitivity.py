@@ -33,7 +33,7 @@ from ..objectives.cost import layer_bytes
 from ..spaces.recipe import Recipe, Step, zeros_of
 from ..spaces.space import METHODS, Space, quantize, sparsify
 from ..spaces.structure import Layer, Structure
-from .compress import compress, freeze
+from .compress import compress, freeze, one_factor
 from .local import LocalRunner
 from .operators.fold import batchnorms, reestimate_batchnorms
 
@@ -280,10 +280,10 @@ class _Bench:
     def divergence(self, layer: Layer, recipe: Recipe) -> float:
         runner = self.runner
         compress(self.model, recipe, runner.structure, runner.example, runner.library, runner.statistics)
-        freeze(self.model, recipe)
+        together = one_factor(freeze(self.model, recipe), self.model, runner.structure)
         if self.norms:
             live = [name for name in self.norms if name not in self.prefix.replayed]
-            reestimate_batchnorms(self.model, self.prefix.feed(1), self.bias, live)
+            reestimate_batchnorms(self.model, self.prefix.feed(1), self.bias, live, together)
         outputs = torch.cat([self.model(part) for part in self.prefix.feed(0)])
         self.restore(layer.name)
         return divergence(self.dense, outputs)

@@ -11,7 +11,7 @@ What each one is good for, and its traps (all measured, on x86 with VNNI and AMX
 - `openvino`: large networks; an int8 resnet18 takes about 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime, floats
   the same (`benchmarks/targets.py`). Left to itself it computes floats in bfloat16, and the activations of weight-only
   linear layers in int8, whatever the file says; both are turned off here, and whoever deploys must do the same. A call
-  costs about 0.02 ms. It fuses a convolution with the Add behind it, without the rounding between the two, so that
+  costs about 0.02 ms. Convolutions with affine weights compute in floats there. It fuses a convolution with the Add behind it, without the rounding between the two, so that
   outputs of int8 networks with skips differ by about 1% of the largest.
 - `torch`, `torch-cuda`: the float file node by node, as a program in eager PyTorch runs; twice to four times as long as in
   ONNX Runtime. There are no int8 kernels there, so 8-bit activations are refused; weights of few bits are unpacked when

@@ -13,15 +13,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.compress import compress
+from ..runners.compress import compress, folded_norms
 from ..runners.library import Method
 from ..runners.local import LocalRunner
+from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
 from ..runners.target import Target, everything
 from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
@@ -90,11 +92,15 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
         weights, activations = (
             [axis for axis in own if axis.kind == kind] for kind in ("weight_bits", "activation_bits")
         )
+        pairs = []
         for i in range(max((len(axis.choices) for axis in weights), default=0)):
-            for j in range(max((len(axis.choices) for axis in activations), default=0)):
+            for j in range(max((len(axis.choices) for axis in activations), default=1)):
                 pair = [*((axis, i) for axis in weights), *((axis, j) for axis in activations)]
-                picks.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+                pairs.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
+        picks += pairs
         for axis in own:
+            if axis.kind == "scheme":  # which has an effect on some widths only
+                picks += [pair | {axis.name: i} for pair in pairs for i in range(len(axis.choices))]
             if axis.kind == "activations":  # which has an effect on 8 bits only
                 eight = {a.name: a.choices.index(8) for a in activations if 8 in a.choices}
                 picks += [begin | eight | {axis.name: i} for i in range(len(axis.choices))]
@@ -182,9 +188,9 @@ def nonzero_shares(
 ) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own. Nearest rounding stands for the other
-    ways to round, and zeros of least magnitude for the other criteria, which leave about as many. Where ranges may be
-    equalised, also of the weights that are then multiplied.
+    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these. Nearest
+    rounding stands for the other ways to round, and zeros of least magnitude for the other criteria, which leave about as
+    many. Where ranges may be equalised, also of the weights that are then multiplied.
     """
     models = {"none": model}
     for by in (by for axis in axes if axis.kind == "equalize" for by in axis.choices if by != "none"):
@@ -204,17 +210,21 @@ def nonzero_shares(
             if by != "none" and layer.name not in readers:
                 continue
             weight = network.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
-            count = max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel())
-            weight = weight[:: max(1, len(weight) // count)]
-            for bits, zeros in sorted(levels, key=str):
+            every = max(1, len(weight) // max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel()))
+            weight, norm = weight[::every], folded_norms(network, structure).get(layer.name)
+            schemes = dict.fromkeys(("symmetric", *choices.get(("scheme", layer.name), ())))
+            for (bits, zeros), scheme in itertools.product(sorted(levels, key=str), schemes):
                 if 1 < bits <= 8:
-                    method = Method(pattern=zeros if isinstance(zeros, str) else "")
-                    made = runner.library.shaped(weight, bits, zeros_of(zeros), method)
+                    affine = scheme == "affine"
+                    method = Method(pattern=zeros if isinstance(zeros, str) else "", scheme=scheme)
+                    factor = channel_factors(norm)[::every] if affine and norm is not None else torch.ones(len(weight))
+                    made = runner.library.shaped(weight, bits, zeros_of(zeros), method, factor=factor)
                     assert made.scale is not None
                     kept = weight if made.mask is None else weight * made.mask
-                    whole = codes(kept, made.scale.clamp_min(1e-12), bits)
+                    step = made.scale.clamp_min(1e-12) / (factor if affine else 1)
+                    whole = codes(kept, step, bits, made.zero)
                     share = float(whole.count_nonzero()) / whole.numel()
-                    found.setdefault(layer.name, {})[cost.level(bits, zeros, by)] = share
+                    found.setdefault(layer.name, {})[cost.level(bits, zeros, by, affine)] = share
     return found
 
 

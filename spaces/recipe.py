@@ -79,6 +79,7 @@ def known_criterion(name: str) -> bool:
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("mse", "minmax", "percentile", "entropy")
 ACTIVATIONS = ("static", "dynamic")
+SCHEMES = ("symmetric", "affine")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 EQUALIZATIONS = ("weights", "activations")
 
@@ -167,6 +168,8 @@ class Quantize:
     activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run time, the
     inputs of the call themselves (linear layers only).
     group_size: 0, or a scale for every so many inputs of an output channel (linear layers of float activations only).
+    scheme: symmetric, a scale for each output channel and zero as code 0; affine, one scale and one zero point for the whole
+    weight, BatchNorm folded into it before (Jacob et al. 2018), 2 to 8 bits.
     """
 
     layer: str
@@ -176,6 +179,7 @@ class Quantize:
     ranges: str = later("mse")
     activations: str = later("static")
     group_size: int = later(0)
+    scheme: str = later("symmetric")
 
 
 @dataclass(frozen=True)
@@ -341,6 +345,18 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"quantize {layer}: group_size = {size} with weight_bits = {bits}, activation_bits = {activation_bits}; choose from 0, "
                 f"{', '.join(map(str, GROUP_SIZES))}, with at most 8 bits and float activations (32)"
+            )
+        case Quantize(layer, bits, scheme=scheme) if scheme not in SCHEMES or (
+            scheme == "affine" and not 2 <= bits <= 8
+        ):
+            raise RecipeError(
+                f"quantize {layer}: scheme = {scheme!r} with weight_bits = {bits}; choose from {', '.join(SCHEMES)}, affine with 2 to 8 "
+                "bits only: a sign and a float16 have no zero point"
+            )
+        case Quantize(layer, ranges=ranges, group_size=size, scheme="affine") if size or ranges == "entropy":
+            raise RecipeError(
+                f"quantize {layer}: scheme = 'affine' with group_size = {size}, ranges = {ranges!r}; it has one scale for the whole weight, "
+                "and no ranges by entropy: choose group_size = 0 and mse, minmax or percentile, or scheme = 'symmetric'"
             )
         case Recover(method, epochs) if method not in _METHODS or epochs < 0 or (method == "finetune") != (epochs > 0):
             raise RecipeError(
@@ -535,6 +551,7 @@ class Recipe:
             ways = _other((step.rounding for step in quantized), "nearest") + _other(
                 (s.ranges for s in quantized), "mse"
             )
+            ways += _other((step.scheme for step in quantized), "symmetric")
             ways += [f"groups of {size}" for size in sorted({step.group_size for step in quantized} - {0})]
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit" + _in_brackets(ways))
             int8 = sum(step.activation_bits == 8 for step in quantized)

@@ -28,6 +28,7 @@ from .recipe import (
     GROUP_SIZES,
     RANGES,
     ROUNDINGS,
+    SCHEMES,
     Cluster,
     Equalize,
     LowRank,
@@ -62,7 +63,13 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
 }
 # By field of `Sparsify` and `Quantize`: what may be asked for, the default first.
-METHODS = {"criterion": CRITERIA, "rounding": ROUNDINGS, "ranges": RANGES, "activations": ACTIVATIONS}
+METHODS = {
+    "criterion": CRITERIA,
+    "rounding": ROUNDINGS,
+    "ranges": RANGES,
+    "activations": ACTIVATIONS,
+    "scheme": SCHEMES,
+}
 # Inputs of one group: its Hessian then takes 512 MiB in double precision, its inverse and a factor as much again.
 LARGEST_HESSIAN = 8192
 _BY_HESSIAN = ("activation", "obs", "gptq", "adaround")
@@ -105,7 +112,8 @@ class Space:
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
     nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding, ranges: which weights become zero,
     how they are rounded, how their range is found (see `Sparsify` and `Quantize`). activations: static or dynamic ranges of
-    8-bit activations. group_size: how many weights of a row share a scale, 0 for all of them. channels: shares of a dependency
+    8-bit activations. group_size: how many weights of a row share a scale, 0 for all of them. scheme: symmetric
+    or affine, without effect on signs and groups. channels: shares of a dependency
     group's channels that are removed. width: shares of all
     channels that stay. depth: how many blocks are left out, least important first. recovery: `Recover` or None; with
     `ladder` each choice that trains goes on from those before it, instead of from the untrained candidate. students: the
@@ -129,6 +137,7 @@ class Space:
     ranges: tuple[Rule, ...] = later(())
     activations: tuple[Rule, ...] = later(())
     group_size: tuple[Rule, ...] = later(())
+    scheme: tuple[Rule, ...] = later(())
     students: tuple[Student | None, ...] = later(())
     equalize: tuple[str, ...] = later(("none",))
 
@@ -366,6 +375,7 @@ class Space:
                         "ranges": signs,
                         "activations": set(quantized) - eight,
                         "group_size": eight,
+                        "scheme": signs | {t for t, step in quantized.items() if step.group_size},
                     }[axis.kind]
                     integers = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
                     wanted = {getattr(step, axis.kind) for step in integers}
@@ -413,11 +423,12 @@ def sparsify(layer: str, zeros: float | str, methods: Mapping[str, Any]) -> Spar
 
 
 def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, Any]) -> Quantize:
-    """The step for a choice of bits below 32, with what of `METHODS` and group sizes was chosen; what has no effect above 8, on signs, or on float activations is left out."""
+    """The step for a choice of bits below 32, with what of `METHODS` and group sizes was chosen; what has no effect above 8, on signs, groups, or float activations is left out."""
     if bits > 8:
         return Quantize(layer, bits)
     eight = activation_bits == 8
     effective = {"rounding": True, "ranges": bits > 1, "activations": eight, "group_size": not eight}
+    effective["scheme"] = bits > 1 and (eight or not methods.get("group_size"))
     chosen = {kind: methods[kind] for kind in effective if kind in methods and effective[kind]}
     return Quantize(layer, bits, activation_bits, **chosen)
 
@@ -455,6 +466,13 @@ def _refusals(axes: Sequence[Axis], structure: Structure) -> list[str]:
                     found.setdefault(f"{axis.kind}: {choice!r} is not possible everywhere", []).append(
                         f"{target}: {why}"
                     )
+    entropy, affine = (
+        {target for axis in axes if choice in axis.choices for target in axis.targets}
+        for choice in ("entropy", "affine")
+    )
+    if both := [layer.name for layer in structure.layers if layer.name in entropy & affine]:
+        problem = "ranges: 'entropy' with scheme: 'affine', which it has no ranges for; leave one of them out"
+        found[problem] = both
     return [
         f"{problem}; write a rule of its own for such layers; {'; '.join(layers[:3])}"
         + (f"; and {len(layers) - 3} more" if len(layers) > 3 else "")

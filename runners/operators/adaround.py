@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hessian import better, damped, output_error, rows
-from .quantize import codes, largest, spread
+from .quantize import codes, limits, spread
 
 # Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
 STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
@@ -20,21 +20,24 @@ _LOW, _HIGH = -0.1, 1.1  # the sigmoid is stretched to these and cut off at 0 an
 
 
 @torch.no_grad()
-def adaround(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None) -> Tensor:
+def adaround(
+    weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None, zero: int | None = None
+) -> Tensor:
     """The weight on the grid `scale * codes`, every code beside the exact quotient, chosen for the layer's outputs.
 
     Shapes as for `gptq`. Nothing is drawn: the same arguments give the same weight. Each row has at most the error that
     nearest rounding gives it.
     """
-    groups, top, gap = len(hessian), largest(bits), 2 if bits == 1 else 1  # from -1 the next sign is 1
+    groups, gap = len(hessian), 2 if bits == 1 else 1  # from -1 the next sign is 1
+    low, high = limits(bits, zero)
     target = rows(weight, groups).float()
     wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
     steps = rows(wide, groups).float()
     keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
-    near = rows(codes(weight, scale, bits) * wide, groups).float() * keep
+    near = rows(codes(weight, scale, bits, zero) * wide, groups).float() * keep
     curvature = damped(hessian).float()
-    quotient = (target / steps).clamp(-top, top)
-    floor = quotient.floor().clamp(-top, top - gap)
+    quotient = (target / steps).clamp(low, high)
+    floor = quotient.floor().clamp(low, high - gap)
     # The error of each row in units of what nearest rounding does to it, so that all rows weigh the same.
     unit = output_error(near - target, curvature).float().clamp_min(1e-20).unsqueeze(-1)
     share = ((quotient - floor) / gap).clamp(0.01, 0.99)

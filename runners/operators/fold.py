@@ -25,6 +25,12 @@ def fold_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return factor, shift
 
 
+def channel_factors(norm: nn.Module) -> Tensor:
+    """The factors of `fold_factors`, to divide by: those of channels that are switched off are not quite zero."""
+    factor = fold_factors(norm)[0].detach()
+    return torch.where(factor.abs() < 1e-12, 1e-12, factor)
+
+
 @torch.no_grad()
 def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     """Fold each `(layer, batchnorm)` pair in place; returns by layer the factor its output channels were scaled by.
@@ -61,17 +67,20 @@ def reestimate_batchnorms(
     batches: Iterable[Tensor],
     bias: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     only: Collection[str] | None = None,
+    one_factor: Collection[str] = (),
 ) -> None:
     """Replace the running statistics by the averages over the batches; all else stays in evaluation mode.
 
     It repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh 2022).
     bias: from `calibration_bias`; with it the statistics move only by what compression changed. only: the names of the
-    BatchNorms that are estimated; all when None.
+    BatchNorms that are estimated; all when None. one_factor: the names of those behind weights that have one scale for all
+    channels; their variances move by a common factor (the geometric mean), and so does what folding multiplies the weight by.
     """
     norms = {name: norm for name, norm in batchnorms(model).items() if only is None or name in only}
     if not norms:
         return
     model.eval()
+    before = {name: norm.running_var + norm.eps for name, norm in norms.items()}  # type: ignore[operator]
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()
@@ -87,6 +96,11 @@ def reestimate_batchnorms(
             assert norm.running_var is not None
             norm.running_mean += offset
             norm.running_var *= factor
+        if name in one_factor:
+            assert norm.running_var is not None
+            # A channel that hardly varies any more, or never did, must not move the others.
+            change = ((norm.running_var + norm.eps) / before[name]).clamp(0.25, 4).log().mean().exp()
+            norm.running_var = before[name] * change - norm.eps
     model.eval()
 
 

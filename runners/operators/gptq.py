@@ -17,12 +17,18 @@ _COLUMNS = 128  # rounded before what follows is brought up to date: the same nu
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None, act_order: bool = True
+    weight: Tensor,
+    scale: Tensor,
+    bits: int,
+    hessian: Tensor,
+    mask: Tensor | None = None,
+    act_order: bool = True,
+    zero: int | None = None,
 ) -> Tensor:
     """The weight on the grid `scale * codes`, with little error of the layer's outputs.
 
     weight: as the layer's, output channels first. scale: `[output channels]`, or as the weight. hessian: `[groups, inputs, inputs]`. mask:
-    1 and 0; what is 0 stays zero, and is made good too. act_order: the inputs of the largest norm first. Each row has at
+    1 and 0; what is 0 stays zero, and is made good too. act_order: the inputs of the largest norm first. zero: as for `codes`. Each row has at
     most the error that nearest rounding gives it: where greed does worse, that is taken.
 
         >>> weight, x = torch.randn(8, 16), torch.randn(16, 4) @ torch.randn(4, 500)
@@ -49,12 +55,12 @@ def gptq(
         end = min(start + _COLUMNS, inputs)
         errors = torch.zeros_like(left[..., start:end])
         for j in range(start, end):
-            column = rounded(left[..., j], steps[..., j], bits)
+            column = rounded(left[..., j], steps[..., j], bits, zero)
             found[..., j] = column if keep is None else column * keep[..., j]
             errors[..., j - start] = (left[..., j] - found[..., j]) / factor[:, None, j, j]
             left[..., j:end] -= errors[..., j - start, None] * factor[:, None, j, j:end]
         left[..., end:] -= torch.bmm(errors, factor[:, start:end, end:])
     solved = torch.zeros_like(target).scatter(2, across.expand_as(target), found.to(weight.dtype))
-    near = codes(weight, scale, bits) * wide
+    near = codes(weight, scale, bits, zero) * wide
     near = rows(near if mask is None else near * mask, groups)
     return better(near, solved, target, hessian).reshape(weight.shape)

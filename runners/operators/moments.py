@@ -56,12 +56,15 @@ def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collect
 
 
 @torch.no_grad()
-def match_moments(model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Moments]) -> dict[str, Tensor]:
+def match_moments(
+    model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Moments], one_factor: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Give layers the moments that `output_moments` found in the original network, in place.
 
     In one pass over the batches, as BatchNorm is re-estimated: within each a layer is put right before the next one runs,
     and what remains is put right for all of them together. Returns by layer the factor that its output channels, and so
-    its weights, were multiplied by. Layers that are missing or lost channels are left as they are.
+    its weights, were multiplied by. Layers that are missing or lost channels are left as they are. one_factor: layers whose
+    weights have one scale for all channels, which are then multiplied by the same (the geometric mean).
     """
     modules = dict(model.named_modules())
     layers = {
@@ -77,7 +80,7 @@ def match_moments(model: nn.Module, batches: Sequence[Tensor], expected: Sequenc
 
     def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
         found[name].append(_moments(layer, output))
-        factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])])
+        factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
         shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else output.ndim - 2))
         return output * factor.view(shape) + shift.view(shape)
 
@@ -88,7 +91,8 @@ def match_moments(model: nn.Module, batches: Sequence[Tensor], expected: Sequenc
             model.eval()(batch)
     factors = {}
     for name, layer in layers.items():
-        factor, shift = _affine(found[name], [_divided(layer, moments[name]) for moments in expected])
+        own = [_divided(layer, moments[name]) for moments in expected]
+        factor, shift = _affine(found[name], own, name in one_factor)
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         assert isinstance(bias, Tensor)
@@ -105,9 +109,13 @@ def _divided(layer: nn.Module, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     return mean / by, variance / by.square()
 
 
-def _affine(found: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _affine(
+    found: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]], together: bool
+) -> tuple[Tensor, Tensor]:
     """`(factor, shift)` per channel that turn the found moments into the wanted ones, on average over batches."""
     mean, variance = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
     target, spread = (torch.stack(values).mean(0) for values in zip(*wanted, strict=True))
     factor = (spread / variance.clamp_min(1e-12)).sqrt().clamp(1 / _MOST, _MOST)
+    if together:
+        factor = factor.log().mean().exp().expand_as(factor)
     return factor, target - factor * mean

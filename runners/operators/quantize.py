@@ -2,9 +2,14 @@
 
 One bit is a sign: -1 or 1, and never 0.
 
+Or affine: one scale and one zero point for the whole weight, and all 2^bits codes (Jacob et al., CVPR 2018, section 2.1). Codes are
+counted from the zero point here too, so that 0 is zero, and only their limits differ. Such a grid is laid over the weight as it
+ships, BatchNorm folded into it; or else what ships would have a scale per channel again. So the step of a channel of the unfolded
+weight is `scale / factor`, by whatever the BatchNorm's factor is at the moment.
+
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
-2020) but for the factor in front. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
+2020) but for the factor in front; a zero point stays what it was. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fold import channel_factors
+
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
 _BINS = 1024  # of the histogram of a channel's magnitudes
@@ -23,6 +30,15 @@ _BINS = 1024  # of the histogram of a channel's magnitudes
 def largest(bits: int) -> int:
     """The largest code: `2^(bits-1) - 1`, of a sign 1; its negative is the smallest."""
     return max(1, (1 << (bits - 1)) - 1)
+
+
+def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
+    """The smallest and the largest code; with a zero point 0 and `2^bits - 1`, counted from there.
+
+    >>> limits(4), limits(4, 5)
+    ((-7, 7), (-5, 10))
+    """
+    return (-largest(bits), largest(bits)) if zero is None else (-zero, (1 << bits) - 1 - zero)
 
 
 @torch.no_grad()
@@ -109,30 +125,66 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }  # fmt: skip
 
 
-def codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `largest(bits)`; the sign of 0 is 1.
+@torch.no_grad()
+def affine_grid(weight: Tensor, bits: int, ranges: str = "mse") -> tuple[Tensor, int]:
+    """`(scale, zero point)` of a whole weight, `[1]` and a number of 0..`2^bits - 1`, by one of `RANGES` but entropy.
 
-    scale: of each output channel, or one that broadcasts.
+    minmax: from the smallest to the largest weight and zero, as torch's `MinMaxObserver` has it. percentile: between half a per cent
+    at either end. mse: the least squared error, of ranges that are shortened at both ends, then at each.
+
+        >>> scale, zero = affine_grid(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), 2, "minmax")
+        >>> scale.tolist(), zero, codes(torch.tensor([[-1.0, 0.4, 2.0]]), scale, 2, zero).tolist()
+        ([1.0], 1, [[-1.0, 0.0, 2.0]])
     """
-    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits)
+    flat = weight.detach().flatten()
+    low, high = flat.min().clamp_max(0), flat.max().clamp_min(0)
+    if ranges == "percentile":
+        rank = max(1, round(0.005 * len(flat)))
+        ends = flat.kthvalue(rank).values.clamp_max(0), flat.kthvalue(len(flat) + 1 - rank).values.clamp_min(0)
+        low, high = ends if bool(ends[0] < ends[1]) else (low, high)  # a weight of few numbers that are not zero
+    if ranges != "mse":
+        return _grid(low, high, bits)
+
+    def error(begin: float, end: float) -> float:
+        scale, zero = _grid(low * begin, high * end, bits)
+        return float((codes(flat, scale, bits, zero) * scale - flat).square().sum())
+
+    begin = end = min(_CLIPPED, key=lambda share: error(share, share))
+    begin = min((begin, *_CLIPPED[::2]), key=lambda share: error(share, end))
+    end = min((end, *_CLIPPED[::2]), key=lambda share: error(begin, share))
+    return _grid(low * begin, high * end, bits)
 
 
-def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, int]:
+    scale = ((high - low) / ((1 << bits) - 1)).clamp_min(1e-12)
+    return scale.view(1), int((-low / scale).round().clamp(0, (1 << bits) - 1))
+
+
+def codes(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
+    """The integers (as floats) of a weight: rounded half to even, saturated at `limits(bits, zero)`; the sign of 0 is 1.
+
+    scale: of each output channel, or one that broadcasts. zero: the zero point, from which codes are counted, or None.
+    """
+    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits, zero)
+
+
+def rounded(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
     """The nearest `scale * code` to each number, for a scale that broadcasts."""
-    return _nearest(weight / scale, bits) * scale
+    return _nearest(weight / scale, bits, zero) * scale
 
 
-def _nearest(quotient: Tensor, bits: int) -> Tensor:
+def _nearest(quotient: Tensor, bits: int, zero: int | None) -> Tensor:
     if bits == 1:
         return torch.where(quotient < 0, -1.0, 1.0).to(quotient.dtype)
-    return torch.round(quotient).clamp(-largest(bits), largest(bits))
+    return torch.round(quotient).clamp(*limits(bits, zero))
 
 
 class FakeQuantize(nn.Module):
     """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
 
-    scale: of each output channel, or group of one; `weight_scales` of the masked weight when None. pattern: of the mask, see
-    `Sparsify`.
+    scale: of each output channel, or group of one, or with a zero point of the whole weight; `weight_scales` of the masked
+    weight when None. pattern: of the mask, see `Sparsify`. norm: the BatchNorm that the weight will be folded with, where
+    there is a zero point.
     """
 
     mask: Tensor | None
@@ -145,9 +197,12 @@ class FakeQuantize(nn.Module):
         scale: Tensor | None = None,
         pattern: str = "",
         group_size: int = 0,
+        zero: int | None = None,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.pattern, self.group_size = bits, pattern, group_size
+        self.bits, self.pattern, self.group_size, self.zero = bits, pattern, group_size, zero
+        self._norm = (norm,)  # the network's own, no part of this
         self.register_buffer("mask", mask)
         self.scale: nn.Parameter | None = None
         if bits <= 8:
@@ -155,12 +210,21 @@ class FakeQuantize(nn.Module):
                 scale = weight_scales(weight if mask is None else weight * mask, bits, group_size=group_size)
             self.scale = nn.Parameter(scale)
 
+    @property
+    def factor(self) -> Tensor | None:
+        """What folding would multiply each output channel by just now, where that changes the grid."""
+        return None if self._norm[0] is None else channel_factors(self._norm[0])
+
+    def step(self, scale: Tensor, weight: Tensor) -> Tensor:
+        """The step from code to code, in a shape that broadcasts over the (unfolded) weight."""
+        factor = self.factor
+        return spread(scale if factor is None else scale / factor, weight, self.group_size)
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.mask is not None:
             weight = weight * self.mask
         if self.scale is None:
             return weight.half().float() if self.bits == 16 and not self.training else weight
-        top = largest(self.bits)
         fixed = self.scale.detach()
         # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
         # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
@@ -169,13 +233,14 @@ class FakeQuantize(nn.Module):
         if self.group_size:
             missing = -squares.shape[1] % self.group_size
             squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]
-        balance = fixed.square() / squares.sum(-1).clamp_min(1e-12)
+        total = squares.sum(-1) if self.zero is None else squares.sum().view(1)
+        balance = fixed.square() / total.clamp_min(1e-12)
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships
-        scale = spread(scale, weight, self.group_size)
+        scale = self.step(scale, weight)
         if self.bits == 1:
             # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which a
             # clip would hold for good.
             return codes(weight.detach(), scale, 1) * scale + (weight - weight.detach())
-        level = (weight / scale).clamp(-top, top)
+        level = (weight / scale).clamp(*limits(self.bits, self.zero))
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown

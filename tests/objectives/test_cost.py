@@ -216,6 +216,7 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
         rounding=(Rule(("nearest", "gptq")),),
         activations=(Rule(("static", "dynamic"), ("linear",)),),
         group_size=(Rule((0, 16, 64), ("linear",)),),
+        scheme=(Rule(("affine", "symmetric")),),
         channels=(Rule((0.0, 0.25, 0.6)),),
         width=(1.0, 0.75, 0.5),
         depth=(0, 1, 2),
@@ -225,7 +226,12 @@ def test_many_recipes_at_once_cost_what_each_does(seed):
     random = np.random.default_rng(seed)
     names = [layer.name for layer in structure.layers]
     shares = {
-        name: {level(bits, ratio): random.random() for bits in (2, 3, 4, 8) for ratio in (0.0, 0.3, 0.9)}
+        name: {
+            level(bits, ratio, affine=affine): random.random()
+            for bits in (2, 3, 4, 8)
+            for ratio in (0.0, 0.3, 0.9)
+            for affine in (False, True)
+        }
         for name in names[1:]
     }
     shares["5"] |= {level(bits, 0.3, "weights"): random.random() for bits in (2, 3)}

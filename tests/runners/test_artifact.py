@@ -21,9 +21,12 @@ from paretorch.errors import ArtifactError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.runners import artifact, packing
 from paretorch.runners.artifact import card, inspect, load, verify, write
+from paretorch.runners.library import LayerLibrary
+from paretorch.runners.local import LocalRunner
 from paretorch.runners.onnx_export import export_float, session
 from paretorch.runners.record import Protocol, Record, rows
-from paretorch.spaces.recipe import Quantize, Recipe, Recover
+from paretorch.runners.simulate import Simulation
+from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
          "artifact.json")  # fmt: skip
@@ -73,6 +76,27 @@ def test_an_artifact_holds_all_that_is_needed(written, packed):
     assert "2.00x faster" in text
     assert "a CPU (onnxruntime 1.22)" in text
     assert list(written.parent.iterdir()) == [written]
+
+
+@pytest.mark.parametrize("activations", [8, 32])
+def test_affine_weights_ship_whatever_else_was_done(activations, network, task_of, tmp_path):
+    """Few channels, low rank, zeros, GPTQ, training: read back it is the same network, of one scale for each layer."""
+    model, x = network("residual")
+    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    names = [layer.name for layer in runner.structure.layers]
+    steps = [Quantize(name, 4, activations, "gptq", scheme="affine") for name in names]
+    steps += [Sparsify(name, 0.5) for name in names[::2]]
+    steps += [LowRank("layer1.1.conv1", 8), Prune(runner.structure.groups[-1].name, 24)]
+    packed = runner.build(Recipe((*steps, Recover("finetune", 0.5, 0.01))))
+    shipped = packing.unpack(packed)
+    scales = [t for t in shipped.graph.initializer if t.name.endswith(".weight_s")]
+    assert len(scales) == len(names) + 1
+    assert {int(np.prod(t.dims)) for t in scales} == {1}
+    module = load(written_to(tmp_path / "affine", packed))
+    expected = session(shipped).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_array_equal(module(x).numpy(), expected)
+    simulated = Simulation(shipped)(x).numpy()
+    assert np.abs(simulated - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_a_loaded_artifact_computes_what_was_measured(written, packed, network):

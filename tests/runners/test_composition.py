@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from paretorch.errors import RecipeError
 from paretorch.objectives import cost
 from paretorch.runners import packing
-from paretorch.runners.compress import compress, freeze
+from paretorch.runners.compress import compress, freeze, one_factor
 from paretorch.runners.onnx_export import operators, quantized_graph, session
 from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
 from paretorch.runners.recover import finetune
@@ -32,7 +32,8 @@ def built(model, x, recipe, structure, task=None):
             finetune(live, model, step, task, seed=0)
     frozen = freeze(live, recipe)
     if recipe.of(Recover):
-        reestimate_batchnorms(live, [x[:64], x[64:128]])
+        together = one_factor(frozen, live, structure)
+        reestimate_batchnorms(live, [x[:64], x[64:128]], one_factor=together)
     reference = copy.deepcopy(live)
     graph = quantized_graph(live, x[:2], frozen, fold_batchnorms(live, structure.folds), x[:64].split(32))
     onnx.checker.check_model(graph, full_check=True)
@@ -94,6 +95,8 @@ def recipes(draw, structure):
             how = {"activations": "dynamic"} if kind == "dynamic" else {}
             if kind == "weights" and layer.kind == "linear":
                 how = {"group_size": draw(st.sampled_from((0, 16)))}
+            if 1 < bits <= 8 and not how.get("group_size") and draw(st.integers(0, 2)) == 0:
+                how["scheme"] = "affine"
             steps.append(Quantize(layer.name, bits, 8 if kind in ("int8", "dynamic") else 32, **how))
     recovery = draw(st.sampled_from((None, Recover("batchnorm"), Recover("finetune", 0.25, 0.01))))
     return Recipe((*steps, *([recovery] if recovery else [])))

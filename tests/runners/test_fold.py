@@ -95,6 +95,25 @@ def test_an_untouched_network_keeps_its_statistics_whatever_the_calibration_imag
     assert not torch.allclose(model.state_dict()["4.running_var"], before["4.running_var"], rtol=0.1)
 
 
+def test_variances_behind_one_scale_move_together(settle):
+    """The means of all channels are re-estimated, the variances by the geometric mean of their changes; untouched ones stay."""
+    torch.manual_seed(0)
+    model, _ = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 8, 8), 64)
+    other = [1.7 * torch.randn(16, 3, 8, 8) + 0.4 for _ in range(3)]
+    bias, before = calibration_bias(model, other), copy.deepcopy(model[1])
+    reestimate_batchnorms(model, other, bias, one_factor={"1"})
+    torch.testing.assert_close(model[1].running_var, before.running_var, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model[0].weight *= torch.linspace(0.8, 1.4, 8).view(-1, 1, 1, 1)
+    free = copy.deepcopy(model)
+    reestimate_batchnorms(free, other, bias)
+    reestimate_batchnorms(model, other, bias, one_factor={"1"})
+    torch.testing.assert_close(model[1].running_mean, free[1].running_mean)
+    change = (model[1].running_var + 1e-5) / (before.running_var + 1e-5)
+    mean = float(torch.linspace(0.8, 1.4, 8).square().log().mean().exp())
+    torch.testing.assert_close(change, torch.full((8,), mean), rtol=1e-3, atol=0)
+
+
 def test_a_shifted_layer_is_repaired_by_exactly_its_shift(settle):
     torch.manual_seed(0)
     model, x = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 8, 8), 64)

@@ -42,17 +42,24 @@ class Graph:
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *about], [f"{name}_d"]))
         return f"{name}_d"
 
-    def weight(self, name, shape, axis):
+    def weight(self, name, shape, axis, zero=0):
+        """Per channel, or with a zero point of one scale for all."""
+        if zero:
+            values = self.random.integers(-LARGEST, LARGEST + 1, shape, dtype=np.int8)
+            inputs = [self.constant(name, values), self.scale(name), self.constant(f"{name}_z", np.int8(zero))]
+            self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_d"]))
+            return f"{name}_d"
         values = self.random.integers(-LARGEST, LARGEST + 1, shape, dtype=np.int8)
         inputs = [self.constant(name, values), self.scale(name, shape[axis]), self.constant(f"{name}_z", np.zeros(shape[axis], np.int8))]  # fmt: skip
         self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_d"], axis=axis))
         return f"{name}_d"
 
-    def bias(self, x, name, count):
+    def bias(self, x, name, count, zero=0):
         """As whole numbers at the scale of the sums."""
         self.nodes.append(helper.make_node("Mul", [f"{x}_s", f"{name}_s"], [f"{name}_bias_s"]))
         values = self.constant(f"{name}_bias", self.random.integers(-5000, 5000, count, dtype=np.int32))
-        self.nodes.append(helper.make_node("DequantizeLinear", [values, f"{name}_bias_s"], [f"{name}_bias_d"], axis=0))
+        axis = {} if zero else {"axis": 0}
+        self.nodes.append(helper.make_node("DequantizeLinear", [values, f"{name}_bias_s"], [f"{name}_bias_d"], **axis))
         return f"{name}_bias_d"
 
     def node(self, kind, inputs, output, **attributes):
@@ -88,30 +95,32 @@ def clamped(graph, name, which):
 
 
 CLAMPS = st.sampled_from(("", "Relu", "Clip"))
+POINTS = st.sampled_from((0, -40, 25))  # zero points of weights
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 2, 4)), st.integers(1, 3), st.booleans(), CLAMPS)
-def test_a_convolution(seed, groups, stride, bias, clamp):
+@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 2, 4, 8)), st.integers(1, 3), st.booleans(), CLAMPS, POINTS)
+def test_a_convolution(seed, groups, stride, bias, clamp, zero):
     graph, random = Graph(seed), np.random.default_rng(seed)
     inputs = {"x": random.normal(size=(2, 8, 9, 7)).astype(np.float32)}
     x = graph.quantized("x")
-    given_bias = [graph.bias("x", "w", 12)] if bias else []
-    w = graph.weight("w", (12, 8 // groups, 3, 3), 0)
+    outputs = 16 if groups == 8 else 12
+    given_bias = [graph.bias("x", "w", outputs, zero)] if bias else []
+    w = graph.weight("w", (outputs, 8 // groups, 3, 3), 0, zero)
     y = graph.node("Conv", [x, w, *given_bias], "y", group=groups, strides=[stride] * 2, pads=[1, 0, 1, 2], kernel_shape=[3, 3])  # fmt: skip
-    y = graph.quantized(clamped(graph, y, clamp), 8)
+    y = graph.quantized(clamped(graph, y, clamp), 40 if zero else 8)
     agree(graph.model(inputs, y, 4), inputs, ["IntegerConv"])
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.booleans(), CLAMPS)
-def test_a_linear_layer(seed, bias, clamp):
+@given(st.integers(0, 2**32 - 1), st.booleans(), CLAMPS, POINTS)
+def test_a_linear_layer(seed, bias, clamp, zero):
     graph, random = Graph(seed), np.random.default_rng(seed)
     inputs = {"x": random.normal(size=(5, 40)).astype(np.float32)}
     x = graph.quantized("x")
-    given_bias = [graph.bias("x", "w", 9)] if bias else []
-    y = graph.node("Gemm", [x, graph.weight("w", (9, 40), 0), *given_bias], "y", transB=1)
-    y = graph.quantized(clamped(graph, y, clamp), 8)
+    given_bias = [graph.bias("x", "w", 9, zero)] if bias else []
+    y = graph.node("Gemm", [x, graph.weight("w", (9, 40), 0, zero), *given_bias], "y", transB=1)
+    y = graph.quantized(clamped(graph, y, clamp), 40 if zero else 8)
     agree(graph.model(inputs, y, 2), inputs, ["IntegerGemm"])
 
 
@@ -150,14 +159,16 @@ def test_sums_that_float32_cannot_hold_are_added_up_in_float64():
     np.testing.assert_array_equal(found, session(model).run(None, inputs)[0])
 
 
-@pytest.mark.parametrize("change", ["two users", "a result", "no Quantize", "alpha", "a zero point of the weight"])
+@pytest.mark.parametrize(
+    "change", ["two users", "a result", "no Quantize", "alpha", "several zero points of the weight"]
+)
 def test_what_is_no_quantized_layer_stays_as_it_is(change):
     graph = Graph(0)
     inputs = {"x": np.zeros((2, 6), np.float32)}
     x = graph.quantized("x")
     w = graph.weight("w", (6, 6), 0)
-    if change == "a zero point of the weight":
-        graph.constants[-1].CopyFrom(numpy_helper.from_array(np.ones(6, np.int8), "w_z"))
+    if change == "several zero points of the weight":
+        graph.constants[-1].CopyFrom(numpy_helper.from_array(np.arange(6, dtype=np.int8), "w_z"))
     y = graph.node("Gemm", [x, w], "y", transB=1, alpha=0.5 if change == "alpha" else 1.0)
     out = y if change == "no Quantize" else graph.quantized(y)
     if change == "two users":
@@ -168,13 +179,15 @@ def test_what_is_no_quantized_layer_stays_as_it_is(change):
     assert fuse(model).graph.node == model.graph.node
 
 
-@pytest.mark.parametrize("bits", [7, 4, 2])
+@pytest.mark.parametrize(
+    ("bits", "scheme"), [(7, "symmetric"), (4, "symmetric"), (2, "symmetric"), (7, "affine"), (3, "affine")]
+)
 @pytest.mark.parametrize("name", ["residual", "mobile"])
-def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, network, task_of, tmp_path):
+def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, scheme, network, task_of, tmp_path):
     """All but the last layer, which writes floats: sums of 64 of them may come out in another order."""
     model, x = network(name)
     runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
-    steps = [Quantize(layer.name, bits, 8) for layer in runner.structure.layers]
+    steps = [Quantize(layer.name, bits, 8, scheme=scheme) for layer in runner.structure.layers]
     groups = [Prune(g.name, g.channels // 2) for g in runner.structure.groups[:1]]
     graph = packing.unpack(runner.build(Recipe((*steps, *groups, Recover("batchnorm")))))
     assert {"Conv", "Add"} & {node.op_type.removeprefix("Integer") for node in fuse(graph).graph.node if node.domain == DOMAIN}  # fmt: skip

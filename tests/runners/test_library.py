@@ -26,8 +26,8 @@ def weights(seed=0, shape=(6, 5, 3, 3), dtype=torch.float32):
 
 def same(found, expected):
     for mine, theirs in zip(found, expected, strict=True):
-        if theirs is None:
-            assert mine is None
+        if theirs is None or isinstance(theirs, int):
+            assert mine == theirs
         else:
             assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
             assert torch.equal(mine, theirs)
@@ -100,9 +100,35 @@ def test_one_sweep_serves_all_levels(tmp_path, monkeypatch, limit):
 
 def test_what_is_given_away_is_never_given_again(tmp_path):
     library, weight = LayerLibrary(tmp_path), weights()
-    mask, scale, _ = library.shaped(weight, 4, 0.5)
+    mask, scale, *_ = library.shaped(weight, 4, 0.5)
     mask.zero_(), scale.zero_()
     same(library.shaped(weight, 4, 0.5), shaped(weight, 4, 0.5))
+
+
+def test_affine_grids_are_kept_by_the_factors_that_they_are_laid_over(tmp_path, counted):
+    weight, evidence = (
+        weights(shape=(6, 8)),
+        Evidence("inputs", 0, lambda: torch.eye(8)[None], lambda: pytest.fail("nobody asked")),
+    )
+    factors = [None, torch.full((6,), 2.0), torch.linspace(-3, 3, 6)]
+    methods = [
+        Method(scheme="affine"),
+        Method(scheme="affine", ranges="minmax"),
+        Method(scheme="affine", rounding="gptq"),
+    ]
+    for _ in range(2):
+        library = LayerLibrary(tmp_path)
+        for factor in factors:
+            for method in methods:
+                expected = shaped(weight, 4, 0.5, method, evidence, factor=factor)
+                same(library.shaped(weight, 4, 0.5, method, evidence, factor), expected)
+                assert expected.scale.shape == (1,)
+                assert 0 <= expected.zero < 16
+    assert len(counted) == len(factors) * len(methods)
+    same(
+        library.shaped(weight, 4, 0.5, factor=factors[1]), library.shaped(weight, 4, 0.5)
+    )  # without effect, and one entry
+    assert len(counted) == len(factors) * len(methods) + 1
 
 
 def test_the_version_counts(tmp_path, counted, monkeypatch):
@@ -115,7 +141,7 @@ def test_the_version_counts(tmp_path, counted, monkeypatch):
 def test_who_changes_the_algorithm_must_raise_the_version():
     """Numbers that every platform computes alike. When this fails on purpose, raise `library.VERSION`, then mend it."""
     weight = torch.tensor([[8.0, -4.0, 2.0, 1.0], [1.0, 1.0, 1.0, -64.0]])
-    mask, scale, _ = shaped(weight, 3, 0.25)
+    mask, scale, *_ = shaped(weight, 3, 0.25)
     assert mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
     torch.testing.assert_close(scale, torch.tensor([2.4177778, 64 / 3]), rtol=1e-6, atol=0)
     assert module.VERSION == 2

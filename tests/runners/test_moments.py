@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretorch.runners import packing
-from paretorch.runners.compress import compress, freeze
+from paretorch.runners.compress import compress, freeze, one_factor
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.onnx_export import session
 from paretorch.runners.operators.moments import match_moments, output_moments
@@ -60,6 +60,21 @@ def test_the_untouched_network_stays_as_it_is():
     assert all(torch.allclose(factor, torch.ones(()), atol=1e-5) for factor in factors.values())
     with torch.no_grad():
         torch.testing.assert_close(student(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_of_one_scale_gets_the_means_and_one_factor():
+    model, x = plain_network(), torch.randn(64, 3, 6, 6)
+    recipe = Recipe(tuple(Quantize(layer.name, 3, scheme="affine") for layer in trace(model, x).layers))
+    student = compress(copy.deepcopy(model), recipe, trace(model, x), x[:2])
+    frozen = freeze(student, recipe)
+    names = one_factor(frozen, student, trace(model, x))
+    assert len(names) == 5
+    factors = match_moments(student, [x], output_moments(model, [x]), names)
+    wanted, found = statistics_of(model, x), statistics_of(student, x)
+    for name, (mean, _) in wanted.items():
+        torch.testing.assert_close(found[name][0], mean, atol=1e-4, rtol=1e-3)
+        assert len(factors[name].unique()) == 1
+        assert float(factors[name][0]) != 1
 
 
 def test_layers_that_run_twice_or_have_no_bias_or_lost_channels_are_left_alone():

@@ -31,7 +31,7 @@ from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.simulate import Simulation
 from paretorch.runners.torch_graph import OPERATORS
 from paretorch.runners.trace import trace
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import SCHEMES, Prune, Quantize, Recipe, Sparsify, Student
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 INT8 = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
@@ -336,6 +336,78 @@ def test_large_linear_layers_of_3_and_4_bits_stay_packed(outputs, bits, tmp_path
     assert {node.op_type for node in running.graph.node} >= ({"MatMulNBits"} if stays else {"FusedGemm"})
     largest = max(len(tensor.raw_data) for tensor in running.graph.initializer)
     assert largest == (weights // 2 if stays else weights * 4)
+
+
+@pytest.mark.parametrize(("activations", "how"), [(32, "static"), (8, "static"), (8, "dynamic")])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_affine_weights_have_one_scale_and_one_zero_point(name, activations, how, traced, tmp_path):
+    """Zeros stay zero, the kernels are those of symmetric weights, and nothing is left to be unpacked at run time."""
+    model, x, structure = traced(name)
+    layers = [layer for layer in structure.layers if how == "static" or layer.kind == "linear"]
+    if not layers:
+        return
+    bits = (3, 7, 4, 2, 5)
+    plans = {
+        scheme: Recipe(tuple(
+            step for i, layer in enumerate(layers)
+            for step in (Quantize(layer.name, bits[i % 5], activations, activations=how, scheme=scheme), Sparsify(layer.name, 0.5))
+        ))
+        for scheme in SCHEMES
+    }  # fmt: skip
+    symmetric, _ = export(model, x, plans["symmetric"], structure)
+    graph, reference = export(model, x, plans["affine"], structure)
+    assert operators(graph) == operators(symmetric)
+    data = packing.pack(graph)
+    assert packing.unpack(data) == graph
+
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    for i, layer in enumerate(layers):
+        values, scale, zero = (tensors[f"{layer.name}.weight_{part}"] for part in "qsz")
+        assert scale.size == zero.size == 1
+        assert -(2 ** (bits[i % 5] - 1)) <= int(values.astype(int).min())
+        assert int(values.astype(int).max()) < 2 ** (bits[i % 5] - 1)
+        assert int((values.astype(int) == int(zero)).sum()) >= round(0.5 * values.size)
+
+    found = run(graph, x, sizes=())
+    simulated = Simulation(graph)(x).numpy()
+    if activations == 32:
+        with torch.no_grad():
+            expected = reference(x).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(simulated, expected, atol=1e-4 * np.abs(expected).max())
+        return
+    if how == "dynamic":  # ranges are those of a batch, and the simulation takes 16 inputs at a time
+        found, simulated = run(graph, x[:16], sizes=()), simulated[:16]
+    assert agreement(found, simulated) >= 0.99
+    assert np.abs(found - simulated).mean() <= 1e-3 * np.abs(found).max()
+
+
+@pytest.mark.parametrize("off", [5, 6])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_channels_that_are_switched_off_do_not_move_the_one_scale(off, activations, settle):
+    model, x = settle(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3)), (3, 8, 8))
+    with torch.no_grad():
+        model[1].weight[:off] = 0
+        model[1].bias += 1
+    graph, reference = export(model, x, Recipe(tuple(Quantize(name, 8, activations, scheme="affine") for name in "03")))
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    assert np.abs(run(graph, x) - expected).mean() <= 5e-3 * np.abs(expected).max()
+
+
+def test_a_bias_that_is_too_large_for_the_steps_of_affine_weights():
+    """The whole weight takes the smallest scale at which the bias fits into int32, and what the bias is stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with torch.no_grad():
+        model[0].weight *= 1e-12
+        model[0].bias.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    x = torch.randn(64, 3, 8, 8)
+    names = tuple(Quantize(name, 8, 8, scheme="affine") for name in "02")
+    graph, reference = export(model, x, Recipe(names))
+    with torch.no_grad():
+        expected = reference(x).numpy()
+    np.testing.assert_allclose(run(graph, x), expected, atol=2e-2 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("packed", [False, True])

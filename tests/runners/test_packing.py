@@ -196,6 +196,40 @@ def test_only_a_file_of_signs_asks_for_version_3():
         assert [*numpy_helper.to_array(unpack(packed).graph.initializer[0])] == numbers
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(16, 2000),
+    st.integers(2, 8),
+    st.floats(0, 1) | st.sampled_from((0.5, 0.9, 1.0)),
+    st.sampled_from(("DequantizeLinear", "Sub", "MatMulInteger")),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_zeros_of_an_affine_weight_are_found_by_its_zero_point(count, bits, zeros, how, cast, seed):
+    """All 2^bits codes around any zero point, in the bytes that are foretold; only such files are of version 4."""
+    rng = np.random.default_rng(seed)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero = int(rng.integers(low, high + 1))
+    values = rng.integers(low, high + 1, count).astype(np.int8)
+    values[rng.random(count) < zeros] = zero
+    values[:3] = low, high, high - 1  # so that all bits are needed
+    kind = TensorProto.INT2 if bits == 2 else TensorProto.INT4 if bits <= 4 else TensorProto.INT8
+    weight = helper.make_tensor("w", kind, [count], codes_to_raw(values, kind), raw=True)
+    point = numpy_helper.from_array(np.array(zero, np.float32 if how == "Sub" else np.int8), "z")
+    name = "c" if cast or how == "Sub" else "w"
+    inputs = {"DequantizeLinear": [name, "s", "z"], "Sub": [name, "z"], "MatMulInteger": ["x", name, "xz", "z"]}[how]
+    model = model_of([weight, point])
+    model.graph.node.append(helper.make_node(how, inputs, ["y"]))
+    if name == "c":
+        model.graph.node.append(helper.make_node("Cast", ["w"], ["c"], to=TensorProto.INT8))
+    data = pack(model)
+    assert unpack(data) == model
+    assert header_of(data)[0]["__metadata__"]["version"] == ("4" if zero else "2")
+    taken = weight_bytes(count, bits, int((values != zero).sum()), affine=True)
+    few = bits == 2 and zero == 0  # then -2 can be all that tells from ternary, and codes around 0 need a bit less
+    assert payload_of(model) <= taken if few else payload_of(model) == taken
+
+
 def test_a_file_of_version_1_still_loads():
     """There integers in a bitmap are two's complement as they are, and an index entry has four numbers."""
     values = np.array([0, 3, -4, 1, 0, 0, -1, 2] * 3, np.int8)
@@ -306,7 +340,7 @@ def test_a_forgery_with_a_fitting_digest_is_an_artifact_error_too(data):
 
 def test_a_newer_version_and_a_foreign_format_are_named():
     header, body = header_of(SMALL)
-    for key, value, word in (("version", "4", "version 4"), ("format", "other", "'other'")):
+    for key, value, word in (("version", "5", "version 5"), ("format", "other", "'other'")):
         changed = header | {"__metadata__": header["__metadata__"] | {key: value}}
         with pytest.raises(ArtifactError, match=word):
             unpack(with_header(changed, body))

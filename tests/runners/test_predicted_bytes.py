@@ -10,7 +10,7 @@ from paretorch.objectives import cost
 from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.search.preflight import measure_overhead
-from paretorch.spaces.recipe import Equalize, Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import inside
 
@@ -18,8 +18,9 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 ZEROS = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95)
 ACTIVATIONS = (Rule(("static", "dynamic"), ("linear",)),)
 SPACE = Space(
-    weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),), activations=ACTIVATIONS
-)
+    weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),), activations=ACTIVATIONS,
+    scheme=(Rule(SCHEMES),),
+)  # fmt: skip
 EQUALIZE = ("none", "weights", "activations")
 NETWORKS = {"residual": (24, 48), "mobile": (48, 192), "perceptron": (256, 160), "tokens": (96,)}
 # A file of 20 kB or more is foretold within 1%. Of a smaller one the deflated graph is too large a share for that: unlike
@@ -60,18 +61,20 @@ def recipes(draw, structure):
         steps.append(Equalize(by))
     late = st.sampled_from(("static", "dynamic"))
     level = st.tuples(
-        st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late, st.sampled_from((0, 32))
-    )
+        st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late, st.sampled_from((0, 32)),
+        st.sampled_from(SCHEMES),
+    )  # fmt: skip
     shared = draw(st.none() | level)
     for layer in alive:
-        bits, activations, zeros, how, size = shared or draw(level)
+        bits, activations, zeros, how, size, scheme = shared or draw(level)
         if zeros and bits > 1:
             steps.append(Sparsify(layer.name, zeros))
         if bits < 32:
             activations = activations if bits <= 8 else 32
             how = how if activations == 8 and layer.kind == "linear" else "static"
             groups = size if bits <= 8 and activations == 32 and layer.kind == "linear" else 0
-            steps.append(Quantize(layer.name, bits, activations, activations=how, group_size=groups))
+            scheme = scheme if 1 < bits <= 8 and not groups else "symmetric"
+            steps.append(Quantize(layer.name, bits, activations, activations=how, group_size=groups, scheme=scheme))
     return Recipe(tuple(steps))
 
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.ao.quantization import MinMaxObserver
 
 from paretorch.errors import RecipeError
-from paretorch.runners.compress import compress, freeze
-from paretorch.runners.operators.quantize import FakeQuantize, codes, weight_scales
+from paretorch.runners.compress import compress, freeze, one_factor
+from paretorch.runners.operators.fold import fold_batchnorms, fold_factors, reestimate_batchnorms
+from paretorch.runners.operators.quantize import FakeQuantize, affine_grid, codes, weight_scales
 from paretorch.runners.operators.sparsify import magnitude_mask
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.structure import Layer, Structure
@@ -132,6 +134,79 @@ def test_a_group_of_a_row_is_quantized_and_trained_as_a_weight_of_its_own(inputs
         torch.testing.assert_close(alone.scale.grad, whole.scale.grad[:, number], rtol=1e-4, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=80)
+@given(weights(), st.integers(2, 8), st.sampled_from(["minmax", "mse", "percentile"]))
+def test_affine_weights_lie_within_half_a_step_and_zero_is_exact(weight, bits, ranges):
+    top = 2**bits - 1
+    scale, zero = affine_grid(weight, bits, ranges)
+    assert scale.shape == (1,)
+    assert 0 <= zero <= top
+    found = codes(weight, scale, bits, zero)
+    assert torch.equal(found, found.round())
+    assert -zero <= float(found.min())
+    assert float(found.max()) <= top - zero
+    away = (found * scale - weight).double().abs() / scale
+    inside = (found > -zero) & (found < top - zero) if ranges != "minmax" else torch.ones_like(found, dtype=torch.bool)
+    assert not inside.any() or float(away[inside].max()) <= 0.5 + 1e-3
+    assert bool((codes(torch.zeros(5), scale, bits, zero) == 0).all())  # times any scale it is zero
+    least = affine_grid(weight, bits, "minmax")
+    error = (codes(weight, *least[:1], bits, least[1]) * least[0] - weight).double().square().sum()
+    assert ranges != "mse" or float((found * scale - weight).double().square().sum()) <= float(error) * (1 + 1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(weights().filter(lambda weight: weight.abs().max() > 1e-3), st.integers(2, 8))
+def test_the_affine_grid_of_minima_and_maxima_is_that_of_torch(weight, bits):
+    observer = MinMaxObserver(torch.quint8, torch.per_tensor_affine, quant_min=0, quant_max=2**bits - 1, eps=1e-30)
+    expected_scale, expected_zero = observer(weight) is weight and observer.calculate_qparams()
+    scale, zero = affine_grid(weight, bits, "minmax")
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    assert zero == int(expected_zero)
+    theirs = torch.fake_quantize_per_tensor_affine(weight, float(scale), zero, 0, 2**bits - 1)
+    ours = codes(weight, scale, bits, zero) * scale
+    # torch multiplies by the reciprocal, and what lies between two codes may fall to the other side.
+    border = ((weight / scale) % 1 - 0.5).abs() < 1e-3
+    torch.testing.assert_close(ours[~border], theirs[~border], rtol=1e-6, atol=0)
+    assert float((ours - theirs).abs().max()) <= float(scale) * 1.001
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_the_affine_grid_of_least_error_comes_close_to_the_best(shift):
+    weight = torch.randn(2000, generator=torch.Generator().manual_seed(0)) + shift
+    for bits in (2, 3, 4):
+        scale, zero = affine_grid(weight, bits)
+        ours = float((codes(weight, scale, bits, zero) * scale - weight).square().sum())
+        every = [((codes(weight, step, bits, z) * step - weight).square().sum(), float(step), z)
+                 for z in range(2**bits) for step in torch.linspace(0.02, 3, 300)[:, None]]  # fmt: skip
+        assert ours <= float(min(every)[0]) * 1.1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(2, 8))
+def test_gradients_of_affine_weights_are_those_of_lsq(seed, bits):
+    """As above with one scale for all, other limits, and a channel's step divided by its BatchNorm's factor; the zero point is fixed."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, upstream = (torch.randn(3, 4, 2, generator=generator) for _ in range(2))
+    norm = nn.BatchNorm1d(3).eval()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.3, -0.4, 2.0]))
+    factor = (norm.weight / (1 + norm.eps) ** 0.5).detach()
+    scale, zero = affine_grid(weight * factor.view(3, 1, 1), bits, "minmax")
+    fake = FakeQuantize(weight, bits, None, 0.6 * scale, zero=zero, norm=norm)  # so that some weights lie outside
+    assert [name for name, _ in fake.named_parameters()] == ["scale"], "the BatchNorm is the network's"
+    trained = weight.clone().requires_grad_()
+    (fake(trained) * upstream).sum().backward()
+
+    v = (weight * factor.view(3, 1, 1) / fake.scale.detach()).double()
+    low, high = -zero, 2**bits - 1 - zero
+    inside = (v > low) & (v < high)
+    by_scale = torch.where(inside, v.round() - v, v.clamp(low, high)) / factor.view(3, 1, 1)
+    expected = (by_scale * upstream).sum() * fake.scale.detach().double().square() / weight.square().sum()
+    torch.testing.assert_close(fake.scale.grad.double(), expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(trained.grad, upstream * inside, rtol=1e-4, atol=1e-6)
+    assert norm.weight.grad is None
+
+
 def structure_of(model):
     found = [(name, m) for name, m in model.named_modules() if hasattr(m, "weight")]
     return Structure(tuple(Layer(name, "linear", tuple(m.weight.shape), m.weight.numel()) for name, m in found))
@@ -157,6 +232,45 @@ def test_what_is_frozen_is_codes_times_scale(bits, ratio):
     assert not hasattr(model[0], "parametrizations")
     assert int((frozen.codes == 0).sum()) >= round(63 * ratio)
     assert bits > 1 or bool((frozen.codes.abs() == 1).all())
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_what_is_folded_is_one_scale_times_codes(epochs, settle):
+    """Factors of both signs, one of zero, re-estimated statistics, and training that moves all of them."""
+    torch.manual_seed(0)
+    model, x = settle(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)), (3, 8, 8), 64
+    )
+    with torch.no_grad():
+        model[1].weight[1:3] = torch.tensor([-0.7, 0.0])
+    layers = tuple(Layer(n, "conv", tuple(model[int(n)].weight.shape), model[int(n)].weight.numel()) for n in "03")
+    structure = Structure(layers, folds=(("0", "1"),))
+    recipe = Recipe((Quantize("0", 4, scheme="affine"), Quantize("3", 3, scheme="affine"), Sparsify("0", 0.4)))
+    compress(model, recipe, structure, x[:2])
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        (model.train()(x) - 1).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    shown, factor = model[0].weight.detach().clone(), fold_factors(model[1])[0]
+    frozen = freeze(model, recipe)
+    torch.testing.assert_close(shown, model[0].weight, rtol=1e-5, atol=1e-7)
+    together = one_factor(frozen, model, structure)
+    assert together == {"0", "1", "3"}
+    reestimate_batchnorms(model, [x * 1.5], one_factor=together)
+    change = fold_factors(model[1])[0] / factor
+    torch.testing.assert_close(change[[0, 1, 3, 4, 5]], change[:1].expand(5))
+    factors = fold_batchnorms(model, structure.folds)
+    weight, scale = frozen["0"], frozen["0"].scale * change[0]
+    for channel in (0, 1, 3, 4, 5):
+        torch.testing.assert_close(model[0].weight[channel], weight.codes[channel] * scale, rtol=1e-4, atol=1e-6)
+    assert not model[0].weight[2].any()
+    assert float(weight.codes.min()) >= -weight.zero
+    assert float(weight.codes.max()) <= 15 - weight.zero
+    assert int((weight.codes == 0).sum()) >= round(0.4 * weight.codes.numel())
+    assert float(factors["0"][1]) < 0
+    assert torch.equal(model[3].weight, frozen["3"].codes * frozen["3"].scale)
 
 
 def test_signs_have_no_zeros():

@@ -14,7 +14,7 @@ from paretorch.runners.operators.adaround import adaround
 from paretorch.runners.operators.gptq import gptq
 from paretorch.runners.operators.hessian import damped, gram, groups_of, inverse_factor, output_error, patches, rows
 from paretorch.runners.operators.obs import obs, order, refit
-from paretorch.runners.operators.quantize import codes, largest, spread, weight_scales
+from paretorch.runners.operators.quantize import affine_grid, codes, largest, spread, weight_scales
 from paretorch.runners.operators.sparsify import activation_scores, magnitude_mask, mask_of
 
 LAYERS = {
@@ -159,6 +159,27 @@ def test_groups_are_rounded_for_the_whole_row(bits, seed, size, sparse):
         found = method(weight, wide, bits, hessian, mask)
         assert bool((error(found, weight, hessian) <= error(near, weight, hessian) * (1 + 1e-9)).all())
         assert torch.equal(codes(found, wide, bits) * wide, found)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 4), st.integers(0, 999), st.booleans())
+def test_affine_weights_are_rounded_on_the_grid_of_the_folded_weight(bits, seed, sparse):
+    """One scale and zero point for what a BatchNorm of factors of both signs makes of the weight; no row worse than nearest."""
+    weight, hessian = case(4, 20, seed)
+    factor = torch.tensor([1.0, -0.5, 3.0, -1e-3])
+    mask = mask_of(weight.abs(), 0.5) if sparse else torch.ones_like(weight)
+    scale, zero = affine_grid(weight * mask * factor[:, None], bits)
+    wide = (scale / factor)[:, None].expand_as(weight)
+    near = codes(weight, wide, bits, zero) * wide * mask
+    for method in (gptq, adaround):
+        found = method(weight, wide, bits, hessian, mask, zero=zero)
+        assert bool((error(found, weight, hessian) <= error(near, weight, hessian) * (1 + 1e-9)).all())
+        assert float(error(found, weight, hessian).sum()) < float(error(near, weight, hessian).sum())
+        steps = found * factor[:, None] / scale
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+        assert float(steps.min().round()) >= -zero
+        assert float(steps.max().round()) <= 2**bits - 1 - zero
+        assert bool((found[mask == 0] == 0).all())
 
 
 def test_adaround_rounds_up_or_down():

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from paretorch.errors import ArtifactError, ConfigError, RecipeError
 from paretorch.objectives.cost import layer_bytes
 from paretorch.runners import sensitivity as module
-from paretorch.runners.compress import chunks, compress, freeze
+from paretorch.runners.compress import chunks, compress, freeze, one_factor
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.sensitivity import KL, SQUARED, Prefix, Row, Sensitivity, divergence, levels, measure_sensitivity
-from paretorch.spaces.recipe import Quantize, Recipe, Sparsify
+from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Sparsify
 from paretorch.spaces.space import Rule, Space
 
 SPACE = Space(weight_bits=(Rule((2, 8)),), sparsity=(Rule((0.0, 0.5)),))
@@ -106,21 +106,23 @@ def plainly(runner, recipe):
     """The divergence of a recipe the way `LocalRunner.build` makes it, on a copy of the network."""
     dense, model = runner.comparable(), runner.comparable()
     compress(model, recipe, runner.structure, runner.example)
-    freeze(model, recipe)
+    together = one_factor(freeze(model, recipe), model, runner.structure)
     parts = runner.calibration_parts
-    reestimate_batchnorms(model, parts, runner.calibration_bias)
+    reestimate_batchnorms(model, parts, runner.calibration_bias, one_factor=together)
     with torch.no_grad():
         return divergence(torch.cat([dense(p) for p in parts]), torch.cat([model(p) for p in parts]))
 
 
-def test_it_is_the_layer_alone_after_batchnorm(network, task_of, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_is_the_layer_alone_after_batchnorm(scheme, network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "residual", 200)  # two batches of unequal length
     before = {name: value.clone() for name, value in runner.model.state_dict().items()}
-    found = measure_sensitivity(runner, Space(weight_bits=(Rule((2, 4, 16)),)))
+    found = measure_sensitivity(runner, Space(weight_bits=(Rule((2, 4, 16)),), scheme=(Rule((scheme,)),)))
     assert found.images == 200
     for layer in ("stem", "layer1.1.conv2", "fc"):
         for bits in (2, 4, 16):
-            expected = plainly(runner, Recipe((Quantize(layer, bits),)))
+            step = Quantize(layer, bits, scheme=scheme if bits < 16 else "symmetric")
+            expected = plainly(runner, Recipe((step,)))
             assert found.divergence(layer, bits) == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert all(torch.equal(before[name], value) for name, value in runner.model.state_dict().items())
 

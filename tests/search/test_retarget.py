@@ -92,6 +92,21 @@ def test_only_some_pairs_of_widths_are_refused():
     check_supported(replace(space, weight_bits=(Rule((4, 8, 32)),), activation_bits=(Rule((8,)),)), STRUCTURE, NPU)
 
 
+def test_a_target_is_asked_about_affine_weights_at_the_widths_that_have_them():
+    """The first width of a space, at which the others are tried, has none here."""
+
+    def supports(step):
+        return "no zero points" if isinstance(step, Quantize) and step.scheme == "affine" else None
+
+    space = Space(weight_bits=(Rule((32, 1, 4)),), scheme=(Rule(("symmetric", "affine"), share=True),))
+    target = replace(as_target("onnxruntime"), name="old", supports=supports)
+    with pytest.raises(
+        ConfigError, match=r"weights 4 bit \(affine\) on a, b, c and 2 more: no zero points; leave that out"
+    ):
+        check_supported(space, STRUCTURE, target)
+    check_supported(replace(space, weight_bits=(Rule((32, 1, 16)),)), STRUCTURE, target)
+
+
 def test_a_derived_space_leaves_out_what_cannot_run():
     derived = default_space(STRUCTURE, 1000)
     kept, gone = within(derived, STRUCTURE, NPU)

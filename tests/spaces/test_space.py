@@ -103,6 +103,7 @@ def spaces(draw, structure):
         criterion=rules(("magnitude", "obs", "random"), layers),
         rounding=rules(("nearest", "gptq", "adaround"), layers),
         ranges=rules(("mse", "minmax"), layers),
+        scheme=rules(("symmetric", "affine"), layers),
         group_size=(Rule(draw(some((0, 16, 64))), ("linear",), draw(st.booleans())),) if draw(st.booleans()) else (),
         activations=(Rule(draw(some(("static", "dynamic"))), ("linear",), draw(st.booleans())),)
         if draw(st.booleans())
@@ -224,6 +225,10 @@ def test_each_choice_arrives_at_each_target(case):
             size = chosen.get(("group_size", layer.name), 0)
             assert quantized[layer.name].group_size == (0 if eight else size)
             assert quantized[layer.name].activations == (how if eight else "static")
+            scheme = chosen.get(("scheme", layer.name), "symmetric")
+            assert quantized[layer.name].scheme == (
+                "symmetric" if bits == 1 or quantized[layer.name].group_size else scheme
+            )
             assert quantized[layer.name].rounding == chosen.get(("rounding", layer.name), "nearest")
             assert quantized[layer.name].ranges == (chosen.get(("ranges", layer.name), "mse") if bits > 1 else "mse")
     for group in structure.groups:
@@ -301,6 +306,13 @@ def test_choices_that_some_layers_cannot_have_are_refused_with_these_layers():
     assert "dw: pattern 2:4" in pattern
     assert "fc: criterion obs needs a Hessian of 25088 x 25088" in criterion
     assert "write a rule of its own" in rounding
+    both = Space(
+        ranges=(Rule(("mse", "entropy"), ("fc", "dw")),), scheme=(Rule(("symmetric", "affine"), ("stem", "dw")),)
+    )
+    with pytest.raises(
+        ConfigError, match=r"ranges: 'entropy' with scheme: 'affine', .* leave one of them out; .* such layers; dw$"
+    ):
+        both.axes(structure)
     own = Space(
         sparsity=(Rule((0.0, "2:4"), ("fc",)),), criterion=(Rule(("obs",), ("conv", "depthwise")),),
         rounding=(Rule(("nearest", "gptq"), share=True), Rule(("nearest",), ("fc",))),
