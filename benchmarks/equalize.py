@@ -7,7 +7,7 @@ Digits: four networks of convolutions, depthwise convolutions and linear layers,
 `moments.py`. *Uneven*: the same networks, computing the same, each channel multiplied by 10^U(-1, 1) where it is made and divided where it is
 read, which is what training with other tools or from other beginnings may well give. Exported files in ONNX Runtime on 719
 noisy images that were not trained on, points against the untouched network of the same seed, mean and standard error over
-seeds, in brackets the mean divergence of the softmax (KL, nats). CIFAR-10: on the 10,000 test images, a seed draws the calibration images.
+seeds, in brackets the mean divergence of the softmax (KL, nats). *affine*: one scale for a whole weight. CIFAR-10: on the 10,000 test images, a seed draws the calibration images.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +35,7 @@ from paretorch.spaces.recipe import EQUALIZATIONS
 from paretorch.spaces.structure import Structure
 
 CIFAR10 = Path(__file__).parent / "cifar10"
-LEVELS = ((8, 8), (4, 32), (4, 8), (3, 8))
+LEVELS = ((8, 8), (4, 32), (4, 8), (3, 8), (8, 8, "affine"), (4, 8, "affine"))
 
 
 def normed(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -58,9 +59,10 @@ def recipes(structure: Structure, recovery: Recover) -> Iterator[tuple[str, str,
         for by in ("", *EQUALIZATIONS):
             first = (Equalize(by),) if by else ()
             row = f"{f'by {by}' if by else 'not equalised'}{f', {recovery.method}' if recovered else ''}"
-            for bits, activations in LEVELS:
+            for bits, activations, *scheme in LEVELS:
                 steps = (Quantize(layer.name, bits, activations) for layer in structure.layers)
-                yield row, f"W{bits}A{activations}", Recipe((*first, *steps, *recovered))
+                steps = (replace(step, scheme=name) for step in steps for name in scheme or ["symmetric"])
+                yield row, " ".join([f"W{bits}A{activations}", *scheme]), Recipe((*first, *steps, *recovered))
 
 
 def uneven(network: nn.Module, example: Tensor, seed: int) -> nn.Module:

@@ -7,7 +7,7 @@ fifty layers that is 0.3% of the largest output, which is many answers of a netw
 `fuse` puts one node in the place of `Dequantize, operator, activation, Quantize`, with the points of requantisation and the
 rounding that ONNX Runtime's kernels have:
 
-    layers       q = clamp(round(float(sum(x - x_zero) * w + bias) * (x_scale * w_scale / y_scale))) + y_zero
+    layers       q = round(float(sum(x - x_zero) * (w - w_zero) + bias) * (x_scale * w_scale / y_scale)) + y_zero
     Add          q = round(a * (a_scale / y_scale) + (b * (b_scale / y_scale) + rest)), rest of the zero points, two fused products
     averages     q = round(float(sum(x - x_zero)) * (x_scale / (y_scale * count))) + y_zero
 
@@ -82,11 +82,11 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             inputs += bias
         elif any(constants.get(name, np.zeros(2)).size != 1 for name in inputs if name in constants):
             continue
-        bounds = [_bounds(clamp, end, constants) for clamp in chain[1:]]
-        low, high = max((b[0] for b in bounds), default=-256), min((b[1] for b in bounds), default=256)
+        if not all(_absorbed(clamp, end, constants) for clamp in chain[1:]):
+            continue
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         replaced[place[id(end)]] = helper.make_node(
-            f"Integer{node.op_type}", inputs, end.output, domain=DOMAIN, low=low, high=high, **attributes
+            f"Integer{node.op_type}", inputs, end.output, domain=DOMAIN, **attributes
         )
         gone |= {number, *(place[id(clamp)] for clamp in chain[1:])}
     fused = onnx.ModelProto()
@@ -118,12 +118,14 @@ def _fits(node: onnx.NodeProto, weight: Sequence[str], constants: Mapping[str, N
     return given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA")
 
 
-def _bounds(clamp: onnx.NodeProto, end: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
-    """Where a Relu or a Clip cuts off, in quantized numbers; rounding keeps the order, so that it may come after."""
+def _absorbed(clamp: onnx.NodeProto, end: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a Relu or a Clip cuts off nothing that the Quantize after it would keep; else a runtime computes it on floats."""
     scale, zero = (constants[name] for name in end.input[1:3])
-    cuts = [0.0, None] if clamp.op_type == "Relu" else [_cut(clamp, n, constants) for n in (1, 2)]
-    steps = [None if cut is None else int(np.rint(np.float32(cut) / np.float32(scale))) + int(zero) for cut in cuts]
-    return -256 if steps[0] is None else steps[0], 256 if steps[1] is None else steps[1]
+    limits = np.iinfo(zero.dtype)
+    lowest, highest = (np.float32(scale) * np.float32(edge - int(zero)) for edge in (limits.min, limits.max))
+    low, high = (0.0, None) if clamp.op_type == "Relu" else (_cut(clamp, n, constants) for n in (1, 2))
+    least = np.finfo(np.float32).eps
+    return (low is None or low - lowest <= least) and (high is None or highest - high <= least)
 
 
 def _cut(clamp: onnx.NodeProto, number: int, constants: Mapping[str, NDArray[Any]]) -> float | None:
@@ -131,10 +133,10 @@ def _cut(clamp: onnx.NodeProto, number: int, constants: Mapping[str, NDArray[Any
     return float(constants[name]) if name else None
 
 
-def _back(values: Tensor, zero: NDArray[Any], low: int, high: int) -> NDArray[Any]:
-    """Round half to even, saturate, clamp: `[...]` of the zero point's type."""
+def _back(values: Tensor, zero: NDArray[Any]) -> NDArray[Any]:
+    """Round half to even, saturate: `[...]` of the zero point's type."""
     limits = np.iinfo(zero.dtype)
-    found = values.round_().add_(int(zero)).clamp_(max(limits.min, low), min(limits.max, high))
+    found = values.round_().add_(int(zero)).clamp_(limits.min, limits.max)
     return found.numpy().astype(zero.dtype)  # type: ignore[no-any-return]
 
 
@@ -149,7 +151,7 @@ class _Layer(OpRun):  # type: ignore[misc]
 
     op_domain = DOMAIN
 
-    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, low=None, high=None, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, **attributes):  # type: ignore[no-untyped-def]
         name = type(self).__name__.removeprefix("Integer")
         given = held(attributes)
         axis = _outputs(name, given, w.ndim)
@@ -163,7 +165,7 @@ class _Layer(OpRun):  # type: ignore[misc]
         shape[1 if name == "Conv" else -1] = -1
         if bias is not None:
             total += torch.from_numpy(bias.astype(kind)).reshape(shape)
-        return (_back(total.float() * _scale(xs, ws, ys).reshape(shape), yz, low, high),)
+        return (_back(total.float() * _scale(xs, ws, ys).reshape(shape), yz),)
 
 
 def _outputs(name: str, attributes: Mapping[str, Any], dimensions: int) -> int:
@@ -188,11 +190,11 @@ class IntegerAdd(OpRun):  # type: ignore[misc]
 
     op_domain = DOMAIN
 
-    def _run(self, a, sa, za, b, sb, zb, ys, yz, low=None, high=None):  # type: ignore[no-untyped-def]
+    def _run(self, a, sa, za, b, sb, zb, ys, yz):  # type: ignore[no-untyped-def]
         first, second = np.float32(sa) / np.float32(ys), np.float32(sb) / np.float32(ys)
         zeros = _fused(np.float64(za), first, second * np.float32(float(zb)))
         whole = _fused(a, first, _fused(b, second, np.float32(float(yz)) - zeros))
-        return (_back(torch.from_numpy(whole), np.zeros_like(yz), low, high),)
+        return (_back(torch.from_numpy(whole), np.zeros_like(yz)),)
 
 
 class IntegerGlobalAveragePool(OpRun):  # type: ignore[misc]
@@ -200,11 +202,11 @@ class IntegerGlobalAveragePool(OpRun):  # type: ignore[misc]
 
     op_domain = DOMAIN
 
-    def _run(self, x, xs, xz, ys, yz, low=None, high=None):  # type: ignore[no-untyped-def]
+    def _run(self, x, xs, xz, ys, yz):  # type: ignore[no-untyped-def]
         axes = tuple(range(2, x.ndim))
         total = torch.from_numpy((x.astype(np.int64) - int(xz)).sum(axes, keepdims=True))
         count = x[0, 0].size
-        return (_back(total.float() * float(np.float32(xs) / (np.float32(ys) * np.float32(count))), yz, low, high),)
+        return (_back(total.float() * float(np.float32(xs) / (np.float32(ys) * np.float32(count))), yz),)
 
 
 def _fused(x: Any, factor: np.float32, rest: Any) -> Any:

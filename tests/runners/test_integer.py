@@ -34,10 +34,18 @@ class Graph:
     def scale(self, name, count=None):
         return self.constant(f"{name}_s", np.asarray(self.random.uniform(1e-2, 5e-2, count), np.float32))
 
-    def quantized(self, name, wide=1.0):
-        """Quantize and Dequantize a tensor at a scale and a zero point of its own; gives the second's output."""
-        scale = np.float32(wide * self.random.uniform(1e-2, 3e-2))
-        about = [self.constant(f"{name}_s", scale), self.constant(f"{name}_z", np.uint8(self.random.integers(0, 200)))]
+    def quantized(self, name, wide=1.0, clamp=""):
+        """Quantize and Dequantize a tensor at a scale and a zero point of its own; gives the second's output.
+
+        clamp: Relu or Clip, ahead of these, which cuts off what they cannot hold anyway.
+        """
+        scale, zero = np.float32(wide * self.random.uniform(1e-2, 3e-2)), self.random.integers(0, 200)
+        if clamp:
+            zero = 0 if clamp == "Relu" else zero
+            ends = {"low": scale * np.float32(0 - zero), "high": scale * np.float32(255 - zero)}
+            bounds = [self.constant(f"{name}_{end}", at) for end, at in ends.items()] if clamp == "Clip" else []
+            name = self.node(clamp, [name, *bounds], f"{name}_c")
+        about = [self.constant(f"{name}_s", scale), self.constant(f"{name}_z", np.uint8(zero))]
         self.nodes.append(helper.make_node("QuantizeLinear", [name, *about], [f"{name}_q"]))
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *about], [f"{name}_d"]))
         return f"{name}_d"
@@ -85,15 +93,6 @@ def agree(model, inputs, kinds):
     assume(len(np.unique(expected)) > 3)  # what is saturated would agree anyway
 
 
-def clamped(graph, name, which):
-    if which == "Relu":
-        return graph.node("Relu", [name], f"{name}_c")
-    if which == "Clip":
-        bounds = [graph.constant(f"{name}_low", np.float32(-0.3)), graph.constant(f"{name}_high", np.float32(1.7))]
-        return graph.node("Clip", [name, *bounds], f"{name}_c")
-    return name
-
-
 CLAMPS = st.sampled_from(("", "Relu", "Clip"))
 POINTS = st.sampled_from((0, -40, 25))  # zero points of weights
 
@@ -108,7 +107,7 @@ def test_a_convolution(seed, groups, stride, bias, clamp, zero):
     given_bias = [graph.bias("x", "w", outputs, zero)] if bias else []
     w = graph.weight("w", (outputs, 8 // groups, 3, 3), 0, zero)
     y = graph.node("Conv", [x, w, *given_bias], "y", group=groups, strides=[stride] * 2, pads=[1, 0, 1, 2], kernel_shape=[3, 3])  # fmt: skip
-    y = graph.quantized(clamped(graph, y, clamp), 40 if zero else 8)
+    y = graph.quantized(y, 40 if zero else 8, clamp)
     agree(graph.model(inputs, y, 4), inputs, ["IntegerConv"])
 
 
@@ -120,7 +119,7 @@ def test_a_linear_layer(seed, bias, clamp, zero):
     x = graph.quantized("x")
     given_bias = [graph.bias("x", "w", 9, zero)] if bias else []
     y = graph.node("Gemm", [x, graph.weight("w", (9, 40), 0, zero), *given_bias], "y", transB=1)
-    y = graph.quantized(clamped(graph, y, clamp), 40 if zero else 8)
+    y = graph.quantized(y, 40 if zero else 8, clamp)
     agree(graph.model(inputs, y, 2), inputs, ["IntegerGemm"])
 
 
@@ -130,7 +129,7 @@ def test_a_sum(seed, clamp):
     graph, random = Graph(seed), np.random.default_rng(seed)
     inputs = {name: random.normal(size=(3, 5, 6, 4)).astype(np.float32) for name in "ab"}
     y = graph.node("Add", [graph.quantized("a"), graph.quantized("b")], "y")
-    y = graph.quantized(clamped(graph, y, clamp), 2)
+    y = graph.quantized(y, 2, clamp)
     agree(graph.model(inputs, y, 4), inputs, ["IntegerAdd"])
 
 
@@ -160,7 +159,8 @@ def test_sums_that_float32_cannot_hold_are_added_up_in_float64():
 
 
 @pytest.mark.parametrize(
-    "change", ["two users", "a result", "no Quantize", "alpha", "several zero points of the weight"]
+    "change",
+    ["two users", "a result", "no Quantize", "alpha", "several zero points of the weight", "a ReLU that cuts off"],
 )
 def test_what_is_no_quantized_layer_stays_as_it_is(change):
     graph = Graph(0)
@@ -170,6 +170,7 @@ def test_what_is_no_quantized_layer_stays_as_it_is(change):
     if change == "several zero points of the weight":
         graph.constants[-1].CopyFrom(numpy_helper.from_array(np.arange(6, dtype=np.int8), "w_z"))
     y = graph.node("Gemm", [x, w], "y", transB=1, alpha=0.5 if change == "alpha" else 1.0)
+    y = graph.node("Relu", [y], "cut") if change == "a ReLU that cuts off" else y
     out = y if change == "no Quantize" else graph.quantized(y)
     if change == "two users":
         out = graph.node("Add", [out, y], "sum")
