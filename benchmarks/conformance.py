@@ -72,6 +72,8 @@ def _half_rank(layer: Layer) -> int | None:
 OPERATORS: dict[str, Operator] = {
     "W8A8": _each(lambda name: Quantize(name, 8, 8)),
     "W4": _each(lambda name: Quantize(name, 4)),
+    "signs": _each(lambda name: Quantize(name, 1, 8)),
+    "affine W4A8": _each(lambda name: Quantize(name, 4, 8, scheme="affine")),
     "fp16": _each(lambda name: Quantize(name, 16)),
     "gptq W4": lambda structure: [Quantize(layer.name, 4, 8, rounding="gptq") for layer in _calibrated(structure)],
     "50% zeros": _each(lambda name: Sparsify(name, 0.5)),

