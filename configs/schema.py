@@ -207,7 +207,7 @@ Zeros = Annotated[
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<number>"),
 ]
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
-ActivationBits = Literal[8, 32]
+ActivationBits = Literal[4, 8, 16, 32]
 ClusterBits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 # Not Field(min_length=1): pydantic then calls a tuple of invalid entries too short as well.
 Choices = Annotated[tuple[T, ...], AfterValidator(_distinct), Field(json_schema_extra={"minItems": 1})]
@@ -250,7 +250,7 @@ class ActivationRule(LayerRule):
     """Bits that the inputs of the selected layers may have."""
 
     choices: Choices[ActivationBits]
-    """8 or 32 bits. Required."""
+    """4, 8, 16 or 32 bits. Required."""
 
 
 class ClusterRule(LayerRule):
@@ -461,7 +461,8 @@ class SpaceConfig(Strict):
     """Bits of a layer's weights: 1 (signs; they want training), 2..8 (integers), 16 (float16), 32 (untouched). Choices, or
     rules per layer. Where weights are signs, `sparsity` and `ranges` do not count."""
     activation_bits: ActivationRules | None = None
-    """Bits of what a layer computes on: 8 or 32 (8 takes effect where the weights have at most 8). Choices or rules."""
+    """Bits of what a layer computes on: 8 (int8 arithmetic) or 32 (float); 4 and 16 for an accelerator whose profile has such
+    units (a CPU rounds to them and computes in floats). Below 32 they take effect where the weights have at most 8. Choices or rules."""
     activations: ActivationsRules | None = None
     """Where 8-bit activations have their ranges from: static, the calibration images; dynamic, the inputs of each call
     (linear layers only, so write a rule: `{layers: linear, choices: [static, dynamic]}`). Default: static."""

@@ -86,7 +86,8 @@ def contents(structure: Structure, recipe: Recipe) -> FileContents:
     there = shapes(structure, recipe)
     activations = dict.fromkeys((step.layer for step in recipe.of(Cluster)), 32)
     activations |= {
-        step.layer: _DYNAMIC if step.activations == "dynamic" else step.activation_bits for step in recipe.of(Quantize)
+        step.layer: _DYNAMIC if step.activations == "dynamic" else 8 if step.activation_bits < 32 else 32
+        for step in recipe.of(Quantize)
     }
     modes = [activations.get(layer.name, 0) for layer in structure.layers if layer.name in there]
     channels = {group.name: group.channels for group in structure.groups}
@@ -252,7 +253,7 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     ranks = {step.layer for step in recipe.of(LowRank)}
     clustered = {step.layer for step in recipe.of(Cluster)}
     dynamic = {step.layer for step in recipe.of(Quantize) if step.activations == "dynamic"}
-    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits == 8} - dynamic
+    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits < 32} - dynamic
     weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
     rest += _GROUPED * sum(1 + (step.layer in ranks) for step in recipe.of(Quantize) if step.group_size)
     for step in recipe.of(Quantize):
@@ -403,8 +404,9 @@ def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) 
             factors = clustered & (layer.name in folded)
             activations = choices("activation_bits", layer.name, 32)[pick(picks, "activation_bits", layer.name)]
             how = np.array(listed("activations", layer.name, 0.0))[pick(picks, "activations", layer.name)] == "dynamic"
-            eight = (bits <= 8) & (activations == 8) & ~clustered
-            late, eight = eight & how, eight & ~how
+            eight = (bits <= 8) & (activations < 32) & ~clustered
+            late = eight & how & (activations == 8)
+            eight = eight & ~late
             few = (bits < 32) | clustered
             size_of = np.array(listed("group_size", layer.name, 0))[pick(picks, "group_size", layer.name)]
             size_of = np.where((bits <= 8) & (activations == 32) & ~clustered, size_of, 0)

@@ -126,7 +126,7 @@ def _runs(target: Target, model: bytes, x: NDArray[Any], recipe: Recipe) -> Iter
         yield "a run changes its inputs"
     if not np.array_equal(kept, again):
         yield "two runs on the same inputs give different outputs"
-    tolerance = _INT8 if any(step.activation_bits == 8 for step in recipe.of(Quantize)) else _FLOAT
+    tolerance = _INT8 if any(step.activation_bits < 32 for step in recipe.of(Quantize)) else _FLOAT
     apart = float(np.abs(kept - expected).max()) / float(np.abs(expected).max())
     if not apart <= tolerance:
         yield f"outputs differ from ONNX Runtime's by {apart:.2g} of the largest, more than {tolerance:g}"

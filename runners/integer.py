@@ -74,6 +74,9 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         if any(name not in constants for name in end.input[1:3]):
             continue
+        points = [source[2] for source in sources] + [end.input[2]]  # type: ignore[index]
+        if any(constants[name].dtype not in (np.uint8, np.int8) for name in points if name in constants):
+            continue  # of 4 and 16 bits, which runtimes here compute in floats
         inputs = [name for source in sources for name in source[:3]] + list(end.input[1:3])  # type: ignore[index]
         if node.op_type in _LAYERS:
             bias = _bias(node, dequantized, constants)
@@ -125,7 +128,7 @@ def _absorbed(clamp: onnx.NodeProto, end: onnx.NodeProto, constants: Mapping[str
     lowest, highest = (np.float32(scale) * np.float32(edge - int(zero)) for edge in (limits.min, limits.max))
     low, high = (0.0, None) if clamp.op_type == "Relu" else (_cut(clamp, n, constants) for n in (1, 2))
     least = np.finfo(np.float32).eps
-    return (low is None or low - lowest <= least) and (high is None or highest - high <= least)
+    return bool((low is None or low - lowest <= least) and (high is None or highest - high <= least))
 
 
 def _cut(clamp: onnx.NodeProto, number: int, constants: Mapping[str, NDArray[Any]]) -> float | None:

@@ -15,6 +15,8 @@ activation ranges are measured on this graph too.
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
+- Activations of 4 and 16 bits are written down in the same way, but with float biases: ONNX Runtime has no kernels for them,
+  and computes in floats what lies between (an accelerator may not). A tensor has the width that its widest reader asks for.
 - Linear layers over tokens (MatMul, an Add for the bias) are an exception: they read uint8 and write floats, for what reads
   them (LayerNorm, GELU, Softmax, the residual Add) computes in floats. An encoder of 4 x 256 runs 1.1 times as fast
   without Q/DQ between product and bias, in OpenVINO 1.28 times (batch 32: 1.15), at half the error.
@@ -80,6 +82,7 @@ _MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 # ... and operators that ONNX Runtime computes in int8 with a scale of their own.
 _COMPUTES = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _ACTIVATIONS = {"Relu", "Clip"}
+_UNSIGNED = {4: TensorProto.UINT4, 8: TensorProto.UINT8, 16: TensorProto.UINT16}
 _BIAS_STEPS = 2.0**30  # the largest int32 bias: as much again is left for the sum that it is added to
 
 
@@ -236,7 +239,7 @@ def quantized_graph(
 
 @dataclass
 class _Int8Layer:
-    """The weight of a layer that runs in int8, as the graph holds it: `axis` is the one of the output channels."""
+    """The weight of a layer of integer activations, as the graph holds it: `axis` is the one of the output channels."""
 
     weight: str
     bits: int
@@ -245,6 +248,7 @@ class _Int8Layer:
     axis: int
     group_size: int = 0  # then scales are `[outputs, groups]`
     zero: int | None = None  # the zero point of an affine weight; then scales are `[1]`
+    activations: int = 8  # bits of what the layer reads
 
 
 class _Graph:
@@ -337,7 +341,8 @@ class _Graph:
         if weight.activation_bits == 8 and weight.dynamic:
             self._multiply_dynamic(layer, node, made)
             return
-        if weight.activation_bits == 8:
+        if weight.activation_bits < 32:
+            made.activations = weight.activation_bits
             self.int8[number] = made
             return
         if zero is None and (block := _block(node, made)):
@@ -467,16 +472,22 @@ class _Graph:
         tokens: set[str] = set()  # what linear layers over tokens read, before all moves
         wanted: dict[str, str] = {}  # tensor -> the tensor whose range it shares
         final: set[str] = set()  # outputs of the graph that an int8 kernel writes
-        for number in self.int8:
+        reads: dict[str, int] = {}  # the bits that the layers ask for that read a tensor, and have that write it
+        writes: dict[str, int] = {}
+        for number, layer in self.int8.items():
             node = self.nodes[number]
+            source = node.input[0]
             if node.op_type == "MatMul":
-                source = self._before(moves, node.input[0], readers) if products else node.input[0]
+                source = self._before(moves, source, readers) if products else source
                 tokens.add(wanted.setdefault(source, source))
+            reads[source] = max(reads.get(source, 0), layer.activations)
+            if node.op_type == "MatMul":
                 continue
-            wanted.setdefault(node.input[0], node.input[0])
+            wanted.setdefault(source, source)
             after = self._after_activation(node.output[0], readers)
             if after not in self.outputs or node.op_type != "Gemm":  # only QGemm can write floats
                 wanted.setdefault(after, after)
+                writes[after] = layer.activations
                 final |= {after} & self.outputs
         for node in self.nodes:
             data = [name for name in node.input[: 1 if node.op_type in moves else None] if name]
@@ -485,16 +496,24 @@ class _Graph:
                 if after not in self.outputs:
                     share = wanted[data[0]] if node.op_type in moves and after == node.output[0] else after
                     wanted[after] = share
+                    writes.setdefault(after, max(reads.get(name, writes.get(name, 8)) for name in data))
         factors = {name for node in self._int8_products() for name in node.input} if products else set()
         signed = factors - set(wanted)
         wanted |= {name: name for name in sorted(signed)}
         ranges = self._ranges(sorted(set(wanted.values())))
-        signed |= {name for name in tokens if products and _even(*ranges[name])}
+        widths: dict[str, int] = {}
         for name, source in wanted.items():
-            scale, zero = _grid(*ranges[source], signed=source in signed)
+            widths[source] = max(widths.get(source, 0), reads.get(name, 0))
+        widths = {source: width or writes.get(source, 8) for source, width in widths.items()}
+        signed |= {name for name in tokens if products and widths[name] == 8 and _even(*ranges[name])}
+        for name, source in wanted.items():
+            kind, scale, zero = _grid(*ranges[source], widths[source], signed=source in signed)
             self._add_tensor(numpy_helper.from_array(np.array(scale, np.float32), f"{name}_scale"))
-            self._add_tensor(numpy_helper.from_array(np.array(zero), f"{name}_zero"))
+            raw = zero.to_bytes(2 if kind == TensorProto.UINT16 else 1, "little")
+            self._add_tensor(helper.make_tensor(f"{name}_zero", kind, [], raw, raw=True))
             before, after = (f"{name}_float", name) if name in final else (name, f"{name}_dq")
+            if kind == TensorProto.UINT4:
+                before = self._unclipped(before, scale * -zero, scale * (15 - zero))
             self._add("QuantizeLinear", [before, f"{name}_scale", f"{name}_zero"], f"{name}_q8")
             self._add("DequantizeLinear", [f"{name}_q8", f"{name}_scale", f"{name}_zero"], after)
         for number, layer in self.int8.items():
@@ -509,6 +528,17 @@ class _Graph:
         while name in maker and maker[name].op_type in moves and len(readers[maker[name].input[0]]) == 1:
             name = maker[name].input[0]
         return name
+
+    def _unclipped(self, name: str, low: float, high: float) -> str:
+        """What a Clip reads that cuts off nothing inside the range: ONNX Runtime cannot load one ahead of 4 bits."""
+        clip = next((node for node in self.nodes if name in node.output), None)
+        if clip is None or clip.op_type != "Clip":
+            return name
+        given = [self.tensors.get(bound) for bound in [*clip.input, "", ""][1:3]]
+        least, most = (None if tensor is None else float(numpy_helper.to_array(tensor)) for tensor in given)
+        close = 1e-6 * (high - low)
+        inside = (least is None or least <= low + close) and (most is None or most >= high - close)
+        return str(clip.input[0]) if inside else name
 
     def _int8_products(self) -> list[onnx.NodeProto]:
         """Products of two activations in front of which all layers, up to the nearest ones, run in int8."""
@@ -525,8 +555,9 @@ class _Graph:
                     waiting += [] if number in layers else self.nodes[number].input
             return found & layers
 
+        eight = {number for number, layer in self.int8.items() if layer.activations == 8}
         products = (n for n in self.nodes if n.op_type == "MatMul" and all(name in maker for name in n.input))
-        return [node for node in products if (before := behind(node)) and before <= set(self.int8)]
+        return [node for node in products if (before := behind(node)) and before <= eight]
 
     def _finish_layer(self, node: onnx.NodeProto, layer: _Int8Layer) -> None:
         """The weight and the bias of an int8 layer, the bias in steps of input scale x weight scale.
@@ -534,10 +565,15 @@ class _Graph:
         A channel of tiny weights has steps too small for its bias to fit into int32 (one whose weights are all zero
         always has); it takes the smallest scale that fits, at which its weights round to what they still amount to. Signs
         stay: of any input they make less than inputs x 255 / 2^30 of that bias, where a step of the output is 1/255 of it.
+        Where activations have another width than 8 bits the bias stays float.
         """
         inputs = node.input[0]
         input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
-        bias = np.zeros(1) if len(node.input) < 3 else numpy_helper.to_array(self.tensors[node.input[2]])
+        whole = len(node.input) > 2 and self.tensors[f"{inputs}_zero"].data_type in (
+            TensorProto.UINT8,
+            TensorProto.INT8,
+        )
+        bias = numpy_helper.to_array(self.tensors[node.input[2]]) if whole else np.zeros(1)
         least = (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32)
         scales = np.maximum(layer.scales, least if layer.zero is None else least.max())
         if layer.bits > 1:
@@ -555,7 +591,7 @@ class _Graph:
         self._add_tensor(numpy_helper.from_array(zeros, f"{name}_z"))
         axis = {"axis": layer.axis} if layer.zero is None else {}
         self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], f"{name}_dq", **axis)
-        if len(node.input) > 2:
+        if whole:
             steps = np.rint(bias.astype(np.float64) / (input_scale * scales)).astype(np.int32)
             base = f"{node.output[0]}_bias"
             self._add_tensor(numpy_helper.from_array(steps, f"{base}_q"))
@@ -598,6 +634,8 @@ class _Graph:
         graph = self.float_model.graph
         nodes = _sorted([*self.added, *self.nodes], {*self.tensors, *(i.name for i in graph.input)})
         used = {name for node in nodes for name in node.input}
+        nodes = [node for node in nodes if used.union(self.outputs).intersection(node.output)]
+        used = {name for node in nodes for name in node.input}
         tensors = [tensor for name, tensor in self.tensors.items() if name in used]
         model = _model(helper.make_graph(nodes, "paretorch", list(graph.input), list(graph.output), tensors))
         try:
@@ -607,16 +645,21 @@ class _Graph:
         return model
 
 
-def _grid(low: float, high: float, signed: bool) -> tuple[float, np.integer[Any]]:
-    """Scale and zero point of a range: uint8, or int8 around zero where `signed` and there are negative numbers.
+def _grid(low: float, high: float, bits: int, signed: bool) -> tuple[int, float, int]:
+    """Type, scale and zero point of a range: unsigned, or int8 around zero where `signed` and there are negative numbers.
 
     OpenVINO's kernels for products of activations know no zero point; with one they compute in floats.
+
+    >>> kind, scale, zero = _grid(-1.0, 14.0, 4, signed=False)
+    >>> TensorProto.DataType.Name(kind), scale, zero
+    ('UINT4', 1.0, 1)
     """
     low, high = min(0.0, low), max(0.0, high)
     if signed and low < 0:
-        return max(max(-low, high) / 127.0, 1e-8), np.int8(0)
-    scale = max((high - low) / 255.0, 1e-8)
-    return scale, np.uint8(np.clip(round(-low / scale), 0, 255))
+        return TensorProto.INT8, max(max(-low, high) / 127.0, 1e-8), 0
+    most = 2**bits - 1
+    scale = max((high - low) / most, 1e-8)
+    return _UNSIGNED[bits], scale, int(np.clip(round(-low / scale), 0, most))
 
 
 def _even(low: float, high: float) -> bool:

@@ -187,7 +187,12 @@ def _openvino() -> Target:
 
         return run
 
-    return Target("openvino", load, calling_thread=True, environment=about, int8_products=True)
+    def supports(step: Step) -> str | None:
+        if isinstance(step, Quantize) and step.activation_bits < 8:
+            return f"OpenVINO has no {step.activation_bits}-bit activations, and crashes where a file has some; choose 8, 16 or 32"
+        return None
+
+    return Target("openvino", load, supports, calling_thread=True, environment=about, int8_products=True)
 
 
 def _torch(device: str) -> Target:

@@ -122,17 +122,17 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
                 found.append(Decision(f"{layer}: {100 * ratio:g}% zeros", changed(step, None),
                                       changed(step, replace(step, ratio=ratio / 2)), half))  # fmt: skip
             case Quantize(layer, bits, activations) if bits < 8 or activations == 32:
-                plain = replace(step, weight_bits=8) if activations == 8 else None
+                plain = replace(step, weight_bits=8) if activations < 32 else None
                 milder = changed(step, replace(step, weight_bits=bits + 1)) if bits < 8 else None
                 found.append(Decision(f"{layer}: weights of {bits} bit{'s' * (bits > 1)}", changed(step, plain), milder,
                                       f"{bits + 1} bits in {layer} instead of {bits}"))  # fmt: skip
             case _:
                 pass
-    if any(step.activation_bits == 8 for step in recipe.of(Quantize)):
+    if rounded := {step.activation_bits for step in recipe.of(Quantize) if step.activation_bits < 32}:
         floats = (
             replace(s, activation_bits=32, activations="static") if isinstance(s, Quantize) else s for s in recipe.steps
         )
-        found.append(Decision("activations of 8 bits", Recipe(tuple(floats))))
+        found.append(Decision(f"activations of {', '.join(map(str, sorted(rounded)))} bits", Recipe(tuple(floats))))
     return found
 
 

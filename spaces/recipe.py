@@ -82,6 +82,7 @@ ACTIVATIONS = ("static", "dynamic")
 SCHEMES = ("symmetric", "affine")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 EQUALIZATIONS = ("weights", "activations")
+ACTIVATION_BITS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16) and feed it `activation_bits` (8 or 32).
+    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16) and feed it `activation_bits` (4, 8, 16 or 32).
+
+    activation_bits: 8 is what CPUs have kernels for; 4 and 16 are for accelerators, and ONNX Runtime rounds to them and computes in floats.
 
     rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
     ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1; one bit
@@ -314,10 +317,12 @@ def _check(step: Step) -> None:
             raise RecipeError(
                 f"quantize {layer}: weight_bits = {bits}; choose from 1..8, 16, or leave the step out for 32"
             )
-        case Quantize(layer, bits, activations) if activations not in (8, 32) or (activations == 8 and bits > 8):
+        case Quantize(layer, bits, activations) if activations not in ACTIVATION_BITS or (
+            activations < 32 and bits > 8
+        ):
             raise RecipeError(
                 f"quantize {layer}: activation_bits = {activations} with weight_bits = {bits}; "
-                "choose 32, or 8 together with weights of at most 8 bits"
+                "choose 32, or 4, 8, 16 together with weights of at most 8 bits"
             )
         case Quantize(layer, _, _, rounding, ranges) if rounding not in ROUNDINGS or ranges not in RANGES:
             raise RecipeError(
@@ -554,11 +559,12 @@ class Recipe:
             ways += _other((step.scheme for step in quantized), "symmetric")
             ways += [f"groups of {size}" for size in sorted({step.group_size for step in quantized} - {0})]
             parts.append(f"weights {_span([step.weight_bits for step in quantized])} bit" + _in_brackets(ways))
-            int8 = sum(step.activation_bits == 8 for step in quantized)
-            if int8:
-                parts.append("activations 8 bit" + (f" in {int8} of {len(quantized)}" if int8 < len(quantized) else ""))
+            rounded = [step.activation_bits for step in quantized if step.activation_bits < 32]
+            if rounded:
+                some = f" in {len(rounded)} of {len(quantized)}" if len(rounded) < len(quantized) else ""
+                parts.append(f"activations {_span(rounded)} bit{some}")
                 dynamic = sum(step.activations == "dynamic" for step in quantized)
-                parts[-1] += "" if not dynamic else " (dynamic)" if dynamic == int8 else f" ({dynamic} dynamic)"
+                parts[-1] += "" if not dynamic else " (dynamic)" if dynamic == len(rounded) else f" ({dynamic} dynamic)"
         recovery = self.of(Recover)
         if any(step.epochs for step in recovery):
             parts.append(f"{' + '.join(f'{step.epochs:g}' for step in recovery)} epochs of recovery{how(recovery)}")

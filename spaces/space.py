@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError, RecipeError
 from .recipe import (
+    ACTIVATION_BITS,
     ACTIVATIONS,
     CRITERIA,
     EQUALIZATIONS,
@@ -57,7 +58,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "shares from 0, below 1, patterns such as '2:4'",
     ),
     "weight_bits": (lambda x: isinstance(x, int) and x in (*range(1, 9), 16, 32), "1..8, 16, 32"),
-    "activation_bits": (lambda x: isinstance(x, int) and x in (8, 32), "8, 32"),
+    "activation_bits": (lambda x: isinstance(x, int) and x in ACTIVATION_BITS, "4, 8, 16, 32"),
     "group_size": (lambda x: isinstance(x, int) and x in (0, *GROUP_SIZES), "0, 16, 32, 64, 128, 256"),
     "cluster_bits": (lambda x: isinstance(x, int) and x in (*range(2, 9), 32), "2..8, 32"),
     "rank": (lambda x: 0 < x <= 1, "shares above 0, up to 1"),
@@ -107,7 +108,7 @@ class Axis:
 class Space:
     """Rules per technique; an empty field leaves that technique out.
 
-    weight_bits: 1..8, 16, 32. activation_bits: 8 or 32 (8 takes effect with weights of at most 8 bits).
+    weight_bits: 1..8, 16, 32. activation_bits: 4, 8, 16 or 32 (below 32 with weights of at most 8 bits).
     cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
     rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
     nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding, ranges: which weights become zero,
@@ -369,12 +370,13 @@ class Space:
                 elif axis.kind == "criterion":  # without zeros any choice will do
                     wanted = {sparse[t].criterion for t in targets if t in sparse and t not in grown}
                 elif axis.kind in (*METHODS, "group_size"):  # and where weights stay float
-                    eight = {t for t, step in quantized.items() if step.activation_bits == 8}
+                    rounded = {t for t, step in quantized.items() if step.activation_bits < 32}
+                    eight = {t for t in rounded if quantized[t].activation_bits == 8}
                     free = {
                         "rounding": grown,
                         "ranges": signs,
                         "activations": set(quantized) - eight,
-                        "group_size": eight,
+                        "group_size": rounded,
                         "scheme": signs | {t for t, step in quantized.items() if step.group_size},
                     }[axis.kind]
                     integers = [quantized[t] for t in targets if t in quantized and quantized[t].weight_bits <= 8 and t not in free]  # fmt: skip
@@ -426,9 +428,9 @@ def quantize(layer: str, bits: int, activation_bits: int, methods: Mapping[str, 
     """The step for a choice of bits below 32, with what of `METHODS` and group sizes was chosen; what has no effect above 8, on signs, groups, or float activations is left out."""
     if bits > 8:
         return Quantize(layer, bits)
-    eight = activation_bits == 8
-    effective = {"rounding": True, "ranges": bits > 1, "activations": eight, "group_size": not eight}
-    effective["scheme"] = bits > 1 and (eight or not methods.get("group_size"))
+    floats = activation_bits == 32
+    effective = {"rounding": True, "ranges": bits > 1, "activations": activation_bits == 8, "group_size": floats}
+    effective["scheme"] = bits > 1 and not (floats and methods.get("group_size"))
     chosen = {kind: methods[kind] for kind in effective if kind in methods and effective[kind]}
     return Quantize(layer, bits, activation_bits, **chosen)
 
@@ -587,7 +589,8 @@ def _untrained(structure: Structure) -> Recover:
 
 def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     """The trivial baselines that everybody would try first, so that the front shows what the search adds."""
-    int8 = any(8 in rule.choices for rule in space.activation_bits)
+    widths = {width for rule in space.activation_bits for width in rule.choices} | {32}
+    usual = 8 if 8 in widths else max(widths - {32}, default=32)
     untrained = _untrained(structure)
     # A narrowed network is worth nothing before training, and nobody would compare with it.
     trained = max((r for r in space.recovery if r and r.epochs), key=lambda r: r.epochs, default=untrained)
@@ -597,7 +600,7 @@ def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
         return Recipe((*steps, *space.recoveries(recovery, growing)) if steps else steps)
 
     def uniform(network: Structure, bits: int) -> list[Step]:
-        return [Quantize(layer.name, bits, 8 if int8 and bits <= 8 else 32) for layer in network.layers]
+        return [Quantize(layer.name, bits, usual if bits <= 8 else 32) for layer in network.layers]
 
     def narrow(share: float) -> list[Step]:
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)

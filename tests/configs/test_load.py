@@ -122,7 +122,7 @@ objectives: [accuracy, lowest size_bytes now]
 budget: [size_bytes <=, accuracy >= 5%, {size_bytes: 25%}]
 space:
   weight_bits: [3, 9]
-  activation_bits: [{layers: 3, choices: [8, 16], shre: true}]
+  activation_bits: [{layers: 3, choices: [8, 12], shre: true}]
   sparsity: [0.5, 1, 2:4, "4:2"]
   rounding: [nearest, gtpq]
   channels: 0.5
@@ -153,7 +153,7 @@ output: 3
         "budget.2 = {'size_bytes': '25%'}: must be a text",
         "space.weight_bits.1 = 9: choose from 1, 2, 3, 4, 5, 6, 7, 8, 16, 32",
         "space.activation_bits.0.layers = 3: must be a list",
-        "space.activation_bits.0.choices.1 = 16: choose from 8, 32",
+        "space.activation_bits.0.choices.1 = 12: choose from 4, 8, 16, 32",
         "space.activation_bits.0.shre = True: unknown key; did you mean 'share'? keys here: layers, share, choices",
         "space.sparsity.1 = 1: must be less than 1",
         "space.sparsity.2 = 124: must be less than 1; a pattern needs quotes, '2:4'",

@@ -57,6 +57,18 @@ def test_widths_and_channels_are_read_off_the_file(runner):
     assert (found["layer1.0.conv1"].input_bits, found["layer1.0.conv1"].output_bits) == (8, 8)
 
 
+def test_widths_of_activations_are_those_of_the_file(runner):
+    """What a narrow layer writes is as wide as the layer behind it reads."""
+    widths = {"stem": 16, "layer1.0.conv1": 16, "layer1.0.conv2": 4, "layer2.0.conv1": 8, "fc": 16}
+    recipe = Recipe(tuple(Quantize(name, 8, bits) for name, bits in widths.items()))
+    found = {c.name: c for c in costs(onnx_of(runner, recipe))}
+    assert {name: found[name].activation_bits for name in widths} == widths
+    assert (found["layer1.0.conv1"].output_bits, found["layer1.0.conv2"].input_bits) == (4, 4)
+    npu = analytic(Profile("npu", {"8x16": 1e12, "32x32": 1e11}, 1e10, 1e11))
+    assert npu.supports(Quantize("fc", 8, 16)) is None
+    assert "no unit for 8-bit weights with 4-bit activations" in str(npu.supports(Quantize("fc", 8, 4)))
+
+
 def test_signs_and_ternary_weights_and_groups_are_told_apart(network, task_of, tmp_path):
     model, x = network("tokens")
     runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=32)

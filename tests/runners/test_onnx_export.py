@@ -1,6 +1,7 @@
 """The file that ships: valid ONNX, what it computes by the specification, and what really runs in ONNX Runtime."""
 
 import copy
+import itertools
 
 import numpy as np
 import onnx
@@ -263,6 +264,49 @@ def test_weights_are_stored_in_their_type_only(bits, activations, kind, network)
         top = max(1, 2 ** (bits - 1) - 1)
         values = [np.abs(numpy_helper.to_array(t).astype(int)) for t in large.values()]
         assert all(v.max() == top and (v.min() == 1 or bits > 1) for v in values)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "perceptron", "tokens"])
+def test_activations_of_4_8_and_16_bits(name, traced):
+    """As the specification says, and the file says the type. What is beyond a range is cut off at any width."""
+    model, x, structure = traced(name)
+    errors = {}
+    for bits, kind in ((4, "UINT4"), (8, "UINT8"), (16, "UINT16")):
+        recipe = Recipe(tuple(Quantize(layer.name, 8, bits) for layer in structure.layers))
+        graph, reference = export(model, x, recipe, structure)
+        zeros = {node.input[2] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+        types = {TensorProto.DataType.Name(t.data_type) for t in graph.graph.initializer if t.name in zeros}
+        assert types == {kind}
+        found = run(graph, x)
+        with torch.no_grad():
+            expected = reference(x).numpy()
+        errors[bits] = float(np.abs(found - expected).mean() / np.abs(expected).max())
+        simulated = Simulation(graph)(x[:64]).numpy()
+        assert np.abs(simulated - found[:64]).mean() <= 2e-3 * np.abs(simulated).max()
+    assert errors[16] < errors[8] / 3
+    assert errors[8] < errors[4] / 4
+
+
+def test_a_tensor_is_as_wide_as_its_widest_reader(traced):
+    """Layers of other widths in front of it, beside it and behind it."""
+    model, x, structure = traced("residual")
+    widths = dict(zip([layer.name for layer in structure.layers], itertools.cycle((8, 16, 4))))
+    recipe = Recipe(tuple(Quantize(name, 8, bits) for name, bits in widths.items()))
+    graph, _ = export(model, x, recipe, structure)
+    types = {t.name: TensorProto.DataType.Name(t.data_type) for t in graph.graph.initializer}
+    maker = {name: node for node in graph.graph.node for name in node.output}
+    readers = {}
+    for node in graph.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            name = node.input[1].removesuffix(".weight_dq")
+            source = maker[node.input[0]]
+            readers.setdefault(source.input[0], []).append(
+                (widths[name], int(types[source.input[2]].removeprefix("UINT")))
+            )
+    for asked in readers.values():
+        assert {given for _, given in asked} == {max(bits for bits, _ in asked)}
+    assert len({given for asked in readers.values() for _, given in asked}) == 3
+    assert agreement(run(graph, x)[:64], Simulation(graph)(x[:64]).numpy()) >= 0.98
 
 
 @pytest.mark.parametrize("bits", [0, 8])

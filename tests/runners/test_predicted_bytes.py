@@ -10,7 +10,7 @@ from paretorch.objectives import cost
 from paretorch.runners.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.search.preflight import measure_overhead
-from paretorch.spaces.recipe import SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import ACTIVATION_BITS, SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import inside
 
@@ -61,7 +61,7 @@ def recipes(draw, structure):
         steps.append(Equalize(by))
     late = st.sampled_from(("static", "dynamic"))
     level = st.tuples(
-        st.sampled_from(BITS), st.sampled_from((8, 32)), st.sampled_from(ZEROS), late, st.sampled_from((0, 32)),
+        st.sampled_from(BITS), st.sampled_from(ACTIVATION_BITS), st.sampled_from(ZEROS), late, st.sampled_from((0, 32)),
         st.sampled_from(SCHEMES),
     )  # fmt: skip
     shared = draw(st.none() | level)

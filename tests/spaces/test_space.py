@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
 from paretorch.spaces.recipe import (
+    ACTIVATION_BITS,
     Cluster,
     Equalize,
     LowRank,
@@ -94,7 +95,7 @@ def spaces(draw, structure):
 
     return Space(
         weight_bits=rules((1, 2, 3, 4, 6, 8, 16, 32), layers),
-        activation_bits=rules((8, 32), layers),
+        activation_bits=rules(ACTIVATION_BITS, layers),
         cluster_bits=rules((2, 4, 8, 32), layers),
         rank=rules((1.0, 0.9, 0.5, 0.3, 0.1), layers),
         sparsity=rules((0.0, 0.3, 0.5, 0.9, "1:2"), [x.name for x in structure.layers if x.weight_shape[1] > 1])
@@ -223,7 +224,7 @@ def test_each_choice_arrives_at_each_target(case):
             how = chosen.get(("activations", layer.name), "static")
             eight = quantized[layer.name].activation_bits == 8
             size = chosen.get(("group_size", layer.name), 0)
-            assert quantized[layer.name].group_size == (0 if eight else size)
+            assert quantized[layer.name].group_size == (size if quantized[layer.name].activation_bits == 32 else 0)
             assert quantized[layer.name].activations == (how if eight else "static")
             scheme = chosen.get(("scheme", layer.name), "symmetric")
             assert quantized[layer.name].scheme == (
@@ -438,7 +439,7 @@ def test_an_unknown_pattern_names_value_and_choices():
 def test_all_problems_come_at_once():
     space = Space(
         weight_bits=(Rule((4, 9, "8")), Rule((8,), ("nothing", "fc", "nowhere"))),
-        activation_bits=(Rule((16,)),),
+        activation_bits=(Rule((12,)),),
         cluster_bits=(Rule((16, 4)),),
         rank=(Rule((0.0, 1.0)), Rule((0.5,), ("nothere",))),
         sparsity=(Rule((0.5, 1.0, "half")), Rule(())),
@@ -457,7 +458,7 @@ def test_all_problems_come_at_once():
     expected = [
         "weight_bits.0.choices: 9 is not possible", "weight_bits.0.choices: '8' is not possible",
         "weight_bits.1.layers: pattern 'nothing' selects no layer", "weight_bits.1.layers: pattern 'nowhere' selects no layer",
-        "activation_bits.0.choices: 16 is not possible", "cluster_bits.0.choices: 16 is not possible",
+        "activation_bits.0.choices: 12 is not possible", "cluster_bits.0.choices: 16 is not possible",
         "rank.0.choices: 0.0 is not possible", "rank.1.layers: pattern 'nothere' selects no layer", "sparsity.0.choices: 1.0 is not possible",
         "sparsity.0.choices: 'half' is not possible", "rounding.0.choices: 'up' is not possible",
         "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
