@@ -83,7 +83,9 @@ def test_of_shares_the_interval_rests_on_what_only_one_of_them_gets_right(pairs)
     assert (found.low, found.high) == pytest.approx((-other.high, -other.low))
     assert -1 <= found.low <= found.value <= found.high <= 1
     both = np.r_[first, np.ones(5)], np.r_[second, np.ones(5)]
-    assert paired(*both).high - paired(*both).low <= found.high - found.low + 1e-12, "equal answers tell something, too"
+    if found.low > -1 and found.high < 1:  # an interval that is cut off there may be a little narrower
+        wide = paired(*both).high - paired(*both).low
+        assert wide <= found.high - found.low + 1e-12, "equal answers tell something, too"
 
 
 def test_six_against_none_are_told_apart_and_five_are_not():
