@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import torchvision
+from against import points, untouched
 from torch import nn
 from torch.utils.data import TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "cifar10"))
-from task import task as cifar10
 
 from paretorch import Task
 from paretorch.runners import packing
@@ -44,11 +41,8 @@ def share(runner: LocalRunner, packed: bytes, base: bytes, batch: int, seconds: 
 
 
 def accuracy(folder: Path, seconds: float, epochs: float) -> None:
-    runner = LocalRunner(cifar10(), folder)
-    base_file = runner.build(Recipe())
-    runner.choose_way([base_file])
-    base = runner.scores(base_file, "test")
-    print(f"untouched: {100 * base.mean():.2f}%, {len(base_file):,} bytes; load {os.getloadavg()[0]:.1f}", flush=True)
+    runner, base_file, base = untouched(folder)
+    print(f"load {os.getloadavg()[0]:.1f}", flush=True)
     print("| bits, how | scheme | bytes | points | time |\n|---|---|---|---|---|", flush=True)
     untrained = Recover("batchnorm")
     ways = [
@@ -61,10 +55,8 @@ def accuracy(folder: Path, seconds: float, epochs: float) -> None:
         for scheme in SCHEMES:
             steps = [Quantize(layer.name, bits, 8, rounding, scheme=scheme) for layer in runner.structure.layers]
             data = runner.build(Recipe((*steps, recovery)))
-            gained = 100 * (runner.scores(data, "test") - base)
-            half = 1.96 * gained.std(ddof=1) / len(gained) ** 0.5
             how = f"{recovery.epochs:g} epochs" if recovery.epochs else rounding
-            print(f"| {bits}, {how} | {scheme} | {len(data):,} | {gained.mean():.2f} ±{half:.2f} | "
+            print(f"| {bits}, {how} | {scheme} | {len(data):,} | {points(runner, data, base)} | "
                   f"{share(runner, data, base_file, 1, seconds)} |", flush=True)  # fmt: skip
 
 

@@ -11,15 +11,12 @@ interval. Images: see `benchmarks/cifar10/task.py`.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "cifar10"))
-from task import task as cifar10
+from against import points, untouched
 
 from paretorch.runners import packing
-from paretorch.runners.local import LocalRunner
 from paretorch.spaces.recipe import ROUNDINGS, Quantize, Recipe, Recover, Step
 
 
@@ -29,11 +26,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 1])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runner = LocalRunner(cifar10(), Path(folder))
-        base_file = runner.build(Recipe())
-        runner.choose_way([base_file])
-        base = runner.scores(base_file, "test")
-        print(f"untouched: {100 * base.mean():.2f}%, {len(base_file)} bytes", flush=True)
+        runner, base_file, base = untouched(Path(folder))
         first, *inner, last = [layer.name for layer in runner.structure.layers]
         ways = [(name, name, Recover("batchnorm")) for name in ROUNDINGS]
         if arguments.epochs:
@@ -43,10 +36,8 @@ def main() -> None:
                 steps: list[Step] = [Quantize(name, 8, 8) for name in (first, last)]
                 steps += [Quantize(name, bits, 8, rounding) for name in inner]
                 data = runner.build(Recipe((*steps, recovery)))
-                gained = runner.scores(data, "test") - base
-                half = 1.96 * gained.std(ddof=1) / len(gained) ** 0.5
                 onnx_bytes = packing.unpack(data).ByteSize()
-                print(f"{bits} bits, {label:<10} {100 * gained.mean():>7.2f} ±{100 * half:.2f} points, {len(data)} bytes packed "
+                print(f"{bits} bits, {label:<10} {points(runner, data, base):>13} points, {len(data)} bytes packed "
                       f"({len(base_file) / len(data):.1f} times smaller), {onnx_bytes} bytes of model.onnx", flush=True)  # fmt: skip
 
 

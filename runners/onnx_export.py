@@ -272,6 +272,10 @@ class _Graph:
                 found[name].append(number)
         return found
 
+    def makers(self) -> dict[str, int]:
+        """By tensor the number of the node that makes it."""
+        return {name: number for number, node in enumerate(self.nodes) for name in node.output}
+
     def _node_of(self, layer: str, module: nn.Module) -> tuple[int, bool]:
         """The node that computes a layer, and whether its weight is transposed there."""
         weight = module.weight.detach().numpy()  # type: ignore[operator,union-attr]
@@ -467,7 +471,7 @@ class _Graph:
         """Q and DQ on every tensor that an int8 layer reads or writes and wherever they keep a region in int8."""
         if not self.int8:
             return
-        readers = self.readers()
+        readers, makers = self.readers(), self.makers()
         moves = _MOVES | {"Gather"} if products else _MOVES
         tokens: set[str] = set()  # what linear layers over tokens read, before all moves
         wanted: dict[str, str] = {}  # tensor -> the tensor whose range it shares
@@ -477,13 +481,13 @@ class _Graph:
         for number, layer in self.int8.items():
             node = self.nodes[number]
             source = node.input[0]
-            if node.op_type == "MatMul":
-                source = self._before(moves, source, readers) if products else source
-                tokens.add(wanted.setdefault(source, source))
+            if node.op_type == "MatMul" and products:
+                source = self._before(moves, source, readers, makers)
+            wanted.setdefault(source, source)
             reads[source] = max(reads.get(source, 0), layer.activations)
             if node.op_type == "MatMul":
+                tokens.add(wanted[source])
                 continue
-            wanted.setdefault(source, source)
             after = self._after_activation(node.output[0], readers)
             if after not in self.outputs or node.op_type != "Gemm":  # only QGemm can write floats
                 wanted.setdefault(after, after)
@@ -513,7 +517,7 @@ class _Graph:
             self._add_tensor(helper.make_tensor(f"{name}_zero", kind, [], raw, raw=True))
             before, after = (f"{name}_float", name) if name in final else (name, f"{name}_dq")
             if kind == TensorProto.UINT4:
-                before = self._unclipped(before, scale * -zero, scale * (15 - zero))
+                before = self._unclipped(before, makers, scale * -zero, scale * (15 - zero))
             self._add("QuantizeLinear", [before, f"{name}_scale", f"{name}_zero"], f"{name}_q8")
             self._add("DequantizeLinear", [f"{name}_q8", f"{name}_scale", f"{name}_zero"], after)
         for number, layer in self.int8.items():
@@ -522,17 +526,19 @@ class _Graph:
             node.input[:] = [f"{name}_dq" if name in wanted and name not in final else name for name in node.input]
             node.output[:] = [f"{name}_float" if name in final else name for name in node.output]
 
-    def _before(self, moves: Collection[str], name: str, readers: Mapping[str, list[int]]) -> str:
+    def _before(
+        self, moves: Collection[str], name: str, readers: Mapping[str, list[int]], makers: Mapping[str, int]
+    ) -> str:
         """The tensor that a chain of moves begins with, each of them the only reader of what it moves."""
-        maker = {output: node for node in self.nodes for output in node.output}
-        while name in maker and maker[name].op_type in moves and len(readers[maker[name].input[0]]) == 1:
-            name = maker[name].input[0]
+        while (
+            name in makers and (node := self.nodes[makers[name]]).op_type in moves and len(readers[node.input[0]]) == 1
+        ):
+            name = node.input[0]
         return name
 
-    def _unclipped(self, name: str, low: float, high: float) -> str:
+    def _unclipped(self, name: str, makers: Mapping[str, int], low: float, high: float) -> str:
         """What a Clip reads that cuts off nothing inside the range: ONNX Runtime cannot load one ahead of 4 bits."""
-        clip = next((node for node in self.nodes if name in node.output), None)
-        if clip is None or clip.op_type != "Clip":
+        if name not in makers or (clip := self.nodes[makers[name]]).op_type != "Clip":
             return name
         given = [self.tensors.get(bound) for bound in [*clip.input, "", ""][1:3]]
         least, most = (None if tensor is None else float(numpy_helper.to_array(tensor)) for tensor in given)
@@ -542,7 +548,7 @@ class _Graph:
 
     def _int8_products(self) -> list[onnx.NodeProto]:
         """Products of two activations in front of which all layers, up to the nearest ones, run in int8."""
-        maker = {name: number for number, node in enumerate(self.nodes) for name in node.output}
+        maker = self.makers()
         kinds = ("Conv", "Gemm", "MatMul", "MatMulNBits")
         layers = {n for n, node in enumerate(self.nodes) if node.op_type in kinds and (n in self.changed or node.input[1] in self.tensors)}  # fmt: skip
 
