@@ -16,7 +16,7 @@ activation ranges are measured on this graph too.
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
 - Activations of 4 and 16 bits are written down in the same way, but with float biases: ONNX Runtime has no kernels for them,
-  and computes in floats what lies between (an accelerator may not). A tensor has the width that its widest reader asks for.
+  and computes in floats what lies between (an accelerator may not). `_finish_layer` says how version 1.32 is kept to that. A tensor has the width that its widest reader asks for.
 - Linear layers over tokens (MatMul, an Add for the bias) are an exception: they read uint8 and write floats, for what reads
   them (LayerNorm, GELU, Softmax, the residual Add) computes in floats. An encoder of 4 x 256 runs 1.1 times as fast
   without Q/DQ between product and bias, in OpenVINO 1.28 times (batch 32: 1.15), at half the error.
@@ -575,10 +575,8 @@ class _Graph:
         """
         inputs = node.input[0]
         input_scale = numpy_helper.to_array(self.tensors[f"{inputs}_scale"])
-        whole = len(node.input) > 2 and self.tensors[f"{inputs}_zero"].data_type in (
-            TensorProto.UINT8,
-            TensorProto.INT8,
-        )
+        eight = self.tensors[f"{inputs}_zero"].data_type in (TensorProto.UINT8, TensorProto.INT8)
+        whole = eight and len(node.input) > 2
         bias = numpy_helper.to_array(self.tensors[node.input[2]]) if whole else np.zeros(1)
         least = (np.abs(bias) / (_BIAS_STEPS * input_scale)).astype(np.float32)
         scales = np.maximum(layer.scales, least if layer.zero is None else least.max())
@@ -591,11 +589,14 @@ class _Graph:
             self._add("Cast", [source], f"{name}_c", to=TensorProto.INT8)
             source = f"{name}_c"
         zeros = np.zeros(len(scales), np.int8)
+        # ONNX Runtime 1.32 makes MatMulNBits of a product and the DequantizeLinear of its weight, which rounds activations of
+        # any width to 8 bits. It does not where the axis is counted from behind, or the one scale for all is in a row.
+        axis = {"axis": layer.axis if eight or node.op_type == "Conv" else layer.axis - layer.values.ndim}
         if layer.zero is not None:
-            scales, zeros = scales.reshape(()), np.array(layer.zero, np.int8)
+            axis, shape = {}, () if eight else (1,)
+            scales, zeros = scales.reshape(shape), np.full(shape, layer.zero, np.int8)
         self._add_tensor(numpy_helper.from_array(scales, f"{name}_s"))
         self._add_tensor(numpy_helper.from_array(zeros, f"{name}_z"))
-        axis = {"axis": layer.axis} if layer.zero is None else {}
         self._add("DequantizeLinear", [source, f"{name}_s", f"{name}_z"], f"{name}_dq", **axis)
         if whole:
             steps = np.rint(bias.astype(np.float64) / (input_scale * scales)).astype(np.int32)

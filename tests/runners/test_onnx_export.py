@@ -266,13 +266,17 @@ def test_weights_are_stored_in_their_type_only(bits, activations, kind, network)
         assert all(v.max() == top and (v.min() == 1 or bits > 1) for v in values)
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("name", ["residual", "mobile", "perceptron", "tokens"])
-def test_activations_of_4_8_and_16_bits(name, traced):
-    """As the specification says, and the file says the type. What is beyond a range is cut off at any width."""
+def test_activations_of_4_8_and_16_bits(name, scheme, traced):
+    """As the specification says, and the file says the type. What is beyond a range is cut off at any width.
+
+    ONNX Runtime 1.32 would round what is of 16 bits to 8, where it knows the form of the weight.
+    """
     model, x, structure = traced(name)
     errors = {}
     for bits, kind in ((4, "UINT4"), (8, "UINT8"), (16, "UINT16")):
-        recipe = Recipe(tuple(Quantize(layer.name, 8, bits) for layer in structure.layers))
+        recipe = Recipe(tuple(Quantize(layer.name, 8, bits, scheme=scheme) for layer in structure.layers))
         graph, reference = export(model, x, recipe, structure)
         zeros = {node.input[2] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
         types = {TensorProto.DataType.Name(t.data_type) for t in graph.graph.initializer if t.name in zeros}

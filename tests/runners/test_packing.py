@@ -212,7 +212,7 @@ def test_zeros_of_an_affine_weight_are_found_by_its_zero_point(count, bits, zero
     zero = int(rng.integers(low, high + 1))
     values = rng.integers(low, high + 1, count).astype(np.int8)
     values[rng.random(count) < zeros] = zero
-    values[:3] = low, high, high - 1  # so that all bits are needed
+    values[:4] = low, high, high - 1, low + 1  # so that all bits are needed
     kind = TensorProto.INT2 if bits == 2 else TensorProto.INT4 if bits <= 4 else TensorProto.INT8
     weight = helper.make_tensor("w", kind, [count], codes_to_raw(values, kind), raw=True)
     point = numpy_helper.from_array(np.array(zero, np.float32 if how == "Sub" else np.int8), "z")
