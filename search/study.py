@@ -798,8 +798,9 @@ class Study:
         places = {student.factory if student else "": n for n, student in enumerate(self.space.students)}
         conditions = {axis.name: ("student", places[axis.student]) for axis in self.axes if axis.student in places}
         sampler = EHVISampler(
-            self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder, conditions=conditions
-        )
+            self.seed, known=known, reference=reference, noisy=noisy, ladder=ladder, conditions=conditions,
+            kinds={axis.name: (axis.kind, axis.choices) for axis in self.axes},
+        )  # fmt: skip
         in_space(sampler, self.distributions)
         return sampler
 
