@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from truths import Truth, everything
+from truths import Problem, everything
 
 from paretorch.objectives.pareto import hypervolume
 from paretorch.search.ehvi import EHVISampler
@@ -64,7 +64,7 @@ class Run:
 class Search:
     """Evaluates recipes of a truth and keeps the share of its hypervolume after each."""
 
-    def __init__(self, truth: Truth, total: float) -> None:
+    def __init__(self, truth: Problem, total: float) -> None:
         self.truth, self.total = truth, total
         self.points: list[tuple[float, float]] = []
         self.shares: list[float] = []
@@ -78,7 +78,7 @@ class Search:
         return point
 
 
-def sampler_of(name: str, truth: Truth, seed: int, sensitivities: list[list[float]] | None) -> BaseSampler:
+def sampler_of(name: str, truth: Problem, seed: int, sensitivities: list[list[float]] | None) -> BaseSampler:
     largest = sum(max(row) for row in truth.bytes)
     tables = [np.asarray(row) / largest for row in truth.bytes]
 
@@ -102,7 +102,7 @@ def sampler_of(name: str, truth: Truth, seed: int, sensitivities: list[list[floa
     raise SystemExit(f"{name!r} is not a sampler here; choose from {', '.join(SAMPLERS)}, gp")
 
 
-def search(truth: Truth, total: float, name: str, seed: int, trials: int) -> Run:
+def search(truth: Problem, total: float, name: str, seed: int, trials: int) -> Run:
     run = Search(truth, total)
     space = {f"layer{i}": optuna.distributions.IntDistribution(0, n - 1) for i, n in enumerate(truth.shape)}
     base, _, rest = name.partition("+")

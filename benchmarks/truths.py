@@ -2,13 +2,16 @@
 
     python benchmarks/truths.py            # builds what is missing, some minutes, into benchmarks/.cache
 
-A truth is a table: `accuracy[levels of layer 1, levels of layer 2, ...]` and the bytes of every layer at every level.
+A truth is a table, `accuracy[levels of layer 1, levels of layer 2, ...]`, and the bytes of every layer at every level; or,
+of more recipes than a table holds, a sum whose front the knapsack knows.
 
 - `digits-<width>-<seed>`: a convolutional network with six layers on scikit-learn's digits, every layer with 2, 3, 4,
   5, 6 or 8 bits per weight: 46,656 recipes.
 - `joint-<seed>`: four layers, each with {2, 3, 4, 6} bits x {0, 50, 75}% zeros: 20,736 recipes.
 - `interacting-<seed>`: made up, six layers of six levels whose losses do not add up: every pair of layers has a random
   interaction as large as the layers' own effects.
+- `layers-<seed>`: made up, 60 layers of six levels, 5 * 10^46 recipes. Losses add up (and then break, as accuracies do), some
+  layers' are a hundred times others'; so are their bytes, independently.
 - `cifar`: ResNet-20 on CIFAR-10 in six groups of layers, each with 2, 3, 4, 6 or 8 bits: 15,625 recipes. It is not built
   here but comes with the repository (`cifar10/build_truth.py` says how it was made, and makes it).
 
@@ -19,10 +22,12 @@ and shared by all recipes that begin with it.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ from paretorch.objectives.cost import weight_bytes
 from paretorch.objectives.pareto import hypervolume
 from paretorch.runners.library import shaped
 from paretorch.runners.operators.quantize import codes
+from paretorch.search.knapsack import front as knapsack_front
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CIFAR = Path(__file__).resolve().parent / "cifar10" / "truth.npz"
@@ -44,38 +50,35 @@ DIGITS = ((3, 0), (4, 1), (6, 2), (4, 3))  # width and seed of the six-layer net
 
 
 @dataclass(frozen=True)
-class Truth:
-    """`accuracy` has one axis per layer; `bytes[layer][level]` adds up; levels in the order of their bytes."""
+class Problem:
+    """What is searched: the error of every recipe. `bytes[layer][level]` adds up; levels in the order of their bytes."""
 
     name: str
-    accuracy: NDArray[np.float64]
     bytes: tuple[tuple[float, ...], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.accuracy.shape
+        return tuple(map(len, self.bytes))
 
     def size(self, picks: tuple[int, ...]) -> float:
-        return sum(row[level] for row, level in zip(self.bytes, picks, strict=True))
+        """As a share of the largest recipe's bytes."""
+        return sum(row[level] for row, level in zip(self.bytes, picks, strict=True)) / sum(map(max, self.bytes))
 
     @property
     def reference(self) -> tuple[float, float]:
         """The worst corner: the error of guessing and the largest recipe's bytes (as a share of them: 1)."""
         return 0.9, 1.0
 
+    def error(self, picks: tuple[int, ...]) -> float:
+        raise NotImplementedError
+
     def losses(self, picks: tuple[int, ...]) -> tuple[float, float]:
         """The error, and the bytes as a share of the largest recipe's."""
-        return 1.0 - float(self.accuracy[picks]), self.size(picks) / sum(max(row) for row in self.bytes)
+        return self.error(picks), self.size(picks)
 
     def front(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Errors, falling, and sizes, rising, of the recipes that no other beats."""
-        grids = np.meshgrid(*[np.asarray(row) for row in self.bytes], indexing="ij")
-        size = sum(grids).ravel() / sum(max(row) for row in self.bytes)
-        error = 1.0 - self.accuracy.ravel()
-        order = np.lexsort((error, size))
-        best = np.minimum.accumulate(error[order])
-        first = np.r_[True, best[1:] < best[:-1]]
-        return error[order][first], size[order][first]
+        raise NotImplementedError
 
     def total(self) -> float:
         """The hypervolume of all recipes together."""
@@ -87,14 +90,49 @@ class Truth:
         The best `k` points of a front of two objectives, by a dynamic programme over the last one chosen.
         """
         worst_error, worst_size = self.reference
-        error, size = (values[self.front()[0] < worst_error] for values in self.front())
+        error, size = self.front()
+        error, size = error[error < worst_error], size[error < worst_error]
         alone = (worst_error - error) * (worst_size - size)
-        best, count = alone, 1
-        while best.max() < share * self.total():
+        best, count, enough = alone, 1, share * self.total()
+        while best.max() < enough:
             # Both boxes less what they share: the last point's size, the error of the one before it.
             joined = [(best[:j] - (worst_error - error[:j]) * (worst_size - size[j])).max(initial=-1.0) for j in range(len(size))]  # fmt: skip
             best, count = alone + joined, count + 1
         return count
+
+
+@dataclass(frozen=True)
+class Truth(Problem):
+    """Every recipe was evaluated: `accuracy` has one axis per layer."""
+
+    accuracy: NDArray[np.float64]
+
+    def error(self, picks: tuple[int, ...]) -> float:
+        return 1.0 - float(self.accuracy[picks])
+
+    def front(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        grids = np.meshgrid(*[np.asarray(row) for row in self.bytes], indexing="ij")
+        size = sum(grids).ravel() / sum(max(row) for row in self.bytes)
+        error = 1.0 - self.accuracy.ravel()
+        order = np.lexsort((error, size))
+        best = np.minimum.accumulate(error[order])
+        first = np.r_[True, best[1:] < best[:-1]]
+        return error[order][first], size[order][first]
+
+
+@dataclass(frozen=True)
+class Layers(Problem):
+    """`damage[layer][level]` adds up, and the error is a rising function of the sum."""
+
+    damage: tuple[tuple[float, ...], ...]
+
+    def error(self, picks: tuple[int, ...]) -> float:
+        return _broken(sum(row[level] for row, level in zip(self.damage, picks, strict=True)))
+
+    def front(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        found = [self.losses(choice.levels) for choice in knapsack_front(self.damage, self.bytes)]
+        error, size = np.array(found).T
+        return error, size
 
 
 class Net(nn.Module):
@@ -195,9 +233,25 @@ def interacting(seed: int, layers: int = 6, levels: int = 6) -> Truth:
         table = random.normal(0, 0.12, (levels, levels))
         table[-1, :] = table[:, -1] = 0.0
         damage += table.reshape([levels if axis in (a, b) else 1 for axis in range(layers)])
-    accuracy = np.round(0.1 + 0.86 / (1 + np.exp(6 * (damage - 0.5))), 4)
+    accuracy = np.round(1 - _broken(damage), 4)
     weights = random.integers(1, 40, layers) * 100
-    return Truth(f"interacting-{seed}", accuracy, tuple(tuple(float(w * b) for b in BITS) for w in weights))
+    return Truth(f"interacting-{seed}", tuple(tuple(float(w * b) for b in BITS) for w in weights), accuracy)
+
+
+def _broken(damage: Any) -> Any:
+    """The error of a network that holds out for long and then breaks."""
+    return 0.9 - 0.86 / (1 + np.exp(6 * (damage - 0.5)))
+
+
+def layers(seed: int, count: int = 60) -> Layers:
+    """A made-up network of many layers: n bits do 4^-n of a layer's damage, give or take a third."""
+    random = np.random.default_rng(seed)
+    weights = np.ceil(10 * np.exp(random.normal(0, 1.2, count)))
+    worst = np.exp(random.normal(0, 1.2, count))
+    shape = np.abs(4.0 ** (2 - np.array(BITS)) * random.normal(1, 0.3, (count, len(BITS))))
+    damage = np.minimum.accumulate(shape, axis=1) * 1.5 * (worst / worst.sum())[:, None]
+    sizes = tuple(tuple(float(w * b) for b in BITS) for w in weights)
+    return Layers(f"layers-{seed}", sizes, tuple(map(tuple, damage.tolist())))
 
 
 def digits(width: int, seed: int) -> Truth:
@@ -236,17 +290,17 @@ def _sorted(name: str, accuracy: NDArray[np.float64], sizes: NDArray[np.float64]
     order = np.argsort(sizes, axis=1, kind="stable")
     for axis, rows in enumerate(order):
         accuracy = np.take(accuracy, rows, axis=axis)
-    return Truth(name, accuracy, tuple(map(tuple, np.take_along_axis(sizes, order, axis=1).tolist())))
+    return Truth(name, tuple(map(tuple, np.take_along_axis(sizes, order, axis=1).tolist())), accuracy)
 
 
-def everything() -> list[Truth]:
+def everything() -> list[Problem]:
     """All truths that can be had here, built when they are missing."""
     found = [digits(width, seed) for width, seed in DIGITS] + [joint(seed) for seed in (0, 1)]
-    return [*found, cifar(), *(interacting(seed) for seed in (0, 1))]
+    return [*found, cifar(), *(interacting(seed) for seed in (0, 1)), *(layers(seed) for seed in (0, 1))]
 
 
 if __name__ == "__main__":
     for truth in everything():
-        best = float(truth.accuracy.max())
-        print(f"{truth.name:16}  {truth.accuracy.size:6} recipes  best {best:.4f}  largest {float(truth.accuracy[(-1,) * truth.accuracy.ndim]):.4f}"
-              f"  mean {float(truth.accuracy.mean()):.3f}  hypervolume {truth.total():.4f}")  # fmt: skip
+        error, size = truth.front()
+        print(f"{truth.name:16}  {math.prod(truth.shape):10.3g} recipes  best {1 - error.min():.4f}  "
+              f"largest {1 - truth.error(tuple(n - 1 for n in truth.shape)):.4f}  front of {len(size)}  hypervolume {truth.total():.4f}")  # fmt: skip

@@ -25,7 +25,8 @@ from ..runners.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
-from ..runners.target import Target, everything
+from ..runners.runtime import sums_are_exact
+from ..runners.target import DEFAULT, Target, everything
 from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels
@@ -305,6 +306,11 @@ def preflight(
                             f"{show('latency_ms', limit.resolve(baseline.value('latency_ms')))}; another recipe may be faster, few are")  # fmt: skip
     if problems:
         raise ConfigError(problems, "budget")
+    offered = {(axis.kind, choice) for axis in axes if axis.kind.endswith("_bits") for choice in axis.choices}
+    runs_there = runner.target.name == DEFAULT or runner.target.milliseconds is not None
+    if runs_there and {("weight_bits", 8), ("activation_bits", 8)} <= offered and not sums_are_exact():
+        warnings.append("this processor has no VNNI, and ONNX Runtime adds up products of 8 bits in 16 there, which overflow: layers with "
+                        "8-bit weights and activations lose accuracy; leave 8 out of space.weight_bits (7 bits are exact)")  # fmt: skip
     return Preflight(structure, axes, baseline, overhead, smallest, measured, tuple(warnings), overheads)
 
 

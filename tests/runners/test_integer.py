@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from paretorch.runners import packing
 from paretorch.runners.integer import DOMAIN, OPS, fuse
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.runtime import session
+from paretorch.runners.runtime import session, sums_are_exact
 from paretorch.runners.simulate import Simulation
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover
 
@@ -195,3 +195,16 @@ def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, scheme, ne
     found = Simulation(graph)(x)
     expected = torch.from_numpy(session(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [2, 31, 512])
+def test_whether_sums_are_exact_is_found_out(inputs):
+    """Of numbers of all 8 bits: what a network of them would be told here."""
+    random = np.random.default_rng(inputs)
+    x = random.integers(128, 256, (5, inputs), dtype=np.uint8)
+    weight = random.integers(100, 128, (inputs, 24), dtype=np.int8)
+    nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
+    ends = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", inputs])], [helper.make_tensor_value_info("y", TensorProto.INT32, ["n", 24])]  # fmt: skip
+    graph = helper.make_graph(nodes, "sums", *ends, [numpy_helper.from_array(weight, "w")])
+    (found,) = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)).run(None, {"x": x})  # fmt: skip
+    assert (found == x.astype(int) @ weight.astype(int)).all() == sums_are_exact()

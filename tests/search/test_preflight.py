@@ -38,6 +38,12 @@ def overhead(runner):
     return measure_overhead(runner, len(runner.packed))
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """On any processor the warnings of one that adds up 8 bits exactly."""
+    monkeypatch.setattr("paretorch.search.preflight.sums_are_exact", lambda: True)
+
+
 def find(runner, budget=(), space=SPACE):
     said = []
     return preflight(runner, space, Budget.parse(budget), runner.measured, said.append)
@@ -99,6 +105,17 @@ def test_a_latency_that_looks_out_of_reach_is_a_warning(runner):
     found = find(runner, ["latency_ms <= 0.000001"])
     assert len(found.warnings) == 1
     assert "the smallest recipe takes" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "warned"), [((3, 8), (8, 32), True), ((3, 7), (8, 32), False), ((3, 8), (32,), False)]
+)
+def test_a_processor_whose_sums_overflow_is_a_warning(runner, monkeypatch, weights, activations, warned):
+    monkeypatch.setattr("paretorch.search.preflight.sums_are_exact", lambda: False)
+    space = Space(weight_bits=(Rule(weights),), activation_bits=(Rule(activations, share=True),))
+    found = find(runner, space=space).warnings
+    assert len(found) == warned
+    assert all("leave 8 out of space.weight_bits" in warning for warning in found)
 
 
 def test_unknown_metrics_are_named_at_once():

@@ -331,6 +331,11 @@ def test_our_sampler_counts_from_the_limits_and_knows_the_costs(tmp_path, fake):
     outermost = {"accuracy": base["accuracy"] - 0.1, "size_bytes": 0.4 * base["size_bytes"]}
     assert found.own is not None
     assert found.own.reference == pytest.approx([outermost[o.metric] for o in found.objectives])
+    bits = {kind for name, kind in found.own.kinds.items() if name.startswith("weight_bits/")}
+    others = {kind for name, kind in found.own.kinds.items() if not name.startswith("weight_bits/")}
+    assert len(bits) == 1, "the layers are expected to be alike"
+    assert others
+    assert not others & bits
     refused = [c for c in front.candidates if c.state == "over_budget" and c.measurement is None]
     assert len(refused) <= 4, "only the recipes that it begins with may be too large"
 
