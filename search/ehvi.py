@@ -237,8 +237,12 @@ class _Suggestion:
         random = np.random.default_rng(self.sampler.seed)
         rising, drawn = self._rising(), random.integers(0, self.counts, (START, len(self.counts)))
         third = self._between(0.4, rising, drawn[2])
-        seen = np.flatnonzero((self.seen.picks == third).all(1) & ~self.seen.running)
-        good = not len(seen) or bool((self.seen.losses[seen] < self._reference()).all() and (self.seen.violation()[seen] <= 0).all())  # fmt: skip
+        known = (self._raised(self.seen.picks) == self._raised(third[None])).all(1) & ~self.seen.running
+        good = True
+        if known.any():
+            good = bool(
+                (self.seen.losses[known] < self._reference()).all() and (self.seen.violation()[known] <= 0).all()
+            )
         last = self._between(0.15 if good else 0.7, rising, drawn[3])
         return np.stack(
             [_even(1.0, self.counts, rising, drawn[0]), _even(0.0, self.counts, rising, drawn[1]), third, last]

@@ -272,8 +272,9 @@ def test_what_axes_have_in_common_is_learned_from_few_recipes():
     assert found[0] > 0.95 > 0.75 > found[1]
 
 
+@pytest.mark.parametrize("ladder", [None, "effort"])
 @pytest.mark.parametrize("good", [True, False])
-def test_the_first_recipes_are_the_front_of_axes_that_are_all_alike(good):
+def test_the_first_recipes_are_the_front_of_axes_that_are_all_alike(good, ladder):
     """Of axes of a hundred times the bytes fewer are left; those that cost the less the further come down.
 
     Where the third recipe is one that counts the fourth is cheaper, and more costly where it is not.
@@ -286,16 +287,17 @@ def test_the_first_recipes_are_the_front_of_axes_that_are_all_alike(good):
     def told_by_name(picks):
         return {1: cost(np.stack([picks[f"layer{i}"] for i in range(4)], axis=1))}, {}
 
-    space = {f"layer{i}": IntDistribution(0, 5) for i in range(4)}
-    sampler = EHVISampler(0, known=told_by_name, reference=(0.9, 2000.0))
+    layers = [f"layer{i}" for i in range(4)]
+    space = dict.fromkeys(layers, IntDistribution(0, 5)) | ({ladder: IntDistribution(0, 3)} if ladder else {})
+    sampler = EHVISampler(0, known=told_by_name, reference=(0.9, 2000.0), ladder=ladder)
     study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
     most = np.where(up, 5, 0)
-    params = dict(zip(space, most.tolist(), strict=True))
+    params = dict(zip(layers, most.tolist(), strict=True)) | ({ladder: 0} if ladder else {})
     study.add_trial(create_trial(params=params, distributions=space, values=[0.1, float(cost(most))]))
     rows = []
     for error in (1.0, 0.2 if good else 0.95, 0.3):
         trial = study.ask(space)
-        row = np.array([trial.params[name] for name in space])
+        row = np.array([trial.params[name] for name in layers])
         study.tell(trial, [error, float(cost(row))])
         rows.append(np.where(up, row, 5 - row))
     assert (rows[0] == 0).all()
