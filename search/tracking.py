@@ -286,13 +286,13 @@ class Store:
         """Write one artifact; its name may lead through a folder."""
         data = content.encode() if isinstance(content, str) else content
         try:
-            if artifacts.startswith("file:"):
-                write_whole(Path(urllib.request.url2pathname(urlsplit(artifacts).path)) / name, data)
+            if folder := _folder(artifacts):
+                write_whole(folder / name, data)
                 return
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as local:
                 home, _, file = name.rpartition("/")
-                (Path(folder) / file).write_bytes(data)
-                self._call(self._client.log_artifact, run_id, str(Path(folder) / file), home or None)
+                (Path(local) / file).write_bytes(data)
+                self._call(self._client.log_artifact, run_id, str(Path(local) / file), home or None)
         except OSError as error:
             _explain(error, self.uri)
 
@@ -339,6 +339,18 @@ class Store:
         known = json.loads(self._call(self._client.get_run, run_id).data.tags.get(tag, "[]"))
         if (entry := {"path": name, "type": "table"}) not in known:
             self._batch(run_id, tags={tag: json.dumps([*known, entry])})
+
+
+def _folder(artifacts: str) -> Path | None:
+    """Where a run's artifacts lie, when that is a folder of this machine."""
+    return Path(urllib.request.url2pathname(urlsplit(artifacts).path)) if artifacts.startswith("file:") else None
+
+
+def _sweep(artifacts: str) -> None:
+    """Remove what a kill has left half-written among a run's artifacts."""
+    if folder := _folder(artifacts):
+        for path in folder.rglob(".*.part"):
+            path.unlink(missing_ok=True)
 
 
 class Tracker(Store):
@@ -572,6 +584,7 @@ class Tracker(Store):
         logged. `hypervolumes` stand beside the candidates. Returns how many candidates' runs were mended.
         """
         known = {candidate.number: candidate for candidate in candidates}
+        _sweep(self._artifacts)
         self._children.clear()
         mended: set[str] = set()
         for run in self._search(f"tags.`{_PARENT}` = '{self.run_id}'"):
@@ -587,6 +600,7 @@ class Tracker(Store):
             ):
                 if run.info.status in _UNFINISHED:  # a deleted run keeps its status, and this one runs no more
                     self._call(self._client.set_terminated, run.info.run_id, "KILLED")
+                    _sweep(run.info.artifact_uri)
                 self._call(self._client.delete_run, run.info.run_id)
                 mended.add(text)
                 continue

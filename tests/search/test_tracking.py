@@ -16,6 +16,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -159,6 +160,12 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
         return str(client.create_run(tracker.experiment_id, tags=tags).info.run_id)
 
     half = child(3, found[3].recipe.key)  # left RUNNING
+    parts = []
+    for run_id, name in ((half, ".recipe.json.1.part"), (tracker.run_id, "report/.front.csv.1.part")):
+        folder = Path(urlsplit(client.get_run(run_id).info.artifact_uri).path)
+        parts.append(folder / name)
+        parts[-1].parent.mkdir(parents=True, exist_ok=True)
+        parts[-1].write_text("ha")
     twin = child(2, found[2].recipe.key)  # finished, but a duplicate
     client.set_terminated(twin)
     foreign = child(77, "0" * 16)  # of no candidate
@@ -171,6 +178,7 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
     runs = children(resumed)
     assert sorted(runs) == ["0", "1", "2", "3", "4", "5"]
     assert half not in {run.info.run_id for run in runs.values()}
+    assert not [path for path in parts if path.exists()]
     assert {run.info.status for run in runs.values()} == {"FINISHED", "FAILED"}
     history = resumed._client.get_metric_history(resumed.run_id, "hypervolume")
     assert sorted(entry.step for entry in history) == [0, 1, 2, 3, 4, 5]
