@@ -16,7 +16,8 @@ activation ranges are measured on this graph too.
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8. A layer of float activations gets its weights as Cast and Mul, folded to floats at loading.
 - Activations of 4 and 16 bits are written down in the same way, but with float biases: ONNX Runtime has no kernels for them,
-  and computes in floats what lies between (an accelerator may not). `_finish_layer` says how version 1.32 is kept to that. A tensor has the width that its widest reader asks for.
+  and computes in floats what lies between (an accelerator may not). `_finish_layer` says how version 1.32 is kept to that. A
+  tensor has the width that its widest reader asks for.
 - Linear layers over tokens (MatMul, an Add for the bias) are an exception: they read uint8 and write floats, for what reads
   them (LayerNorm, GELU, Softmax, the residual Add) computes in floats. An encoder of 4 x 256 runs 1.1 times as fast
   without Q/DQ between product and bias, in OpenVINO 1.28 times (batch 32: 1.15), at half the error.

@@ -203,8 +203,8 @@ class _Suggestion:
     def __init__(
         self, sampler: EHVISampler, seen: Observed, values: Mapping[str, tuple[Any, ...]], counts: Ints
     ) -> None:
-        self.sampler, self.seen, self.names, self.counts = sampler, seen, list(values), counts
-        names = self.names
+        names = list(values)
+        self.sampler, self.seen, self.names, self.counts = sampler, seen, names, counts
         self.kinds = [(sampler.kinds.get(name, found), len(found)) for name, found in values.items()]
         self.random = np.random.default_rng([sampler.seed, int((~seen.running).sum()), int(seen.running.sum())])
         self.ladder = names.index(sampler.ladder) if sampler.ladder in names else None
@@ -256,9 +256,9 @@ class _Suggestion:
         """
         row = _even(share, self.counts, rising, drawn)
         free, costs = self._costs(row)
-        losses = {axis: math.sqrt(np.ptp(cost)) * np.linspace(1, 0, len(cost))[:: -1 if rising[axis] < 0 else 1] ** 4
-                  for axis, cost in zip(free, costs, strict=True)}  # fmt: skip
-        found = self._decoded(losses, row)
+        losses = [math.sqrt(np.ptp(cost)) * np.linspace(1, 0, len(cost))[:: -1 if rising[axis] < 0 else 1] ** 4
+                  for axis, cost in zip(free, costs, strict=True)]  # fmt: skip
+        found = _decoded(losses, costs, free, row)
         if not len(found):
             return row
         cost = next(iter(self._known(found)[0].values()))
@@ -348,7 +348,9 @@ class _Suggestion:
         model = next((models[name] for name in sorted(models) if name.startswith("objective")), None)
         if model is not None:
             base = good[random.integers(len(good))]
-            parts.append(self._decoded(model.additive(random if len(seen.picks) % 2 else None), base))
+            table = model.additive(random if len(seen.picks) % 2 else None)
+            free, costs = self._costs(base)
+            parts.append(_decoded([table[axis] for axis in free], costs, free, base))
         return np.concatenate(parts)
 
     def _costs(self, base: Ints) -> tuple[Ints, list[Floats]]:
@@ -365,18 +367,6 @@ class _Suggestion:
             return free[:0], []
         cost = next(iter(objectives.values()))
         return free, [cost[s : s + c] - cost[s : s + c].min() for s, c in zip(starts, counts, strict=True)]
-
-    def _decoded(self, table: Mapping[int, Floats] | Sequence[Floats], base: Ints) -> Ints:
-        """The additive front of losses by axis, with what every choice costs when the others are as in `base`."""
-        free, costs = self._costs(base)
-        if not len(free):
-            return np.zeros((0, len(base)), dtype=np.int64)
-        losses = [table[axis] for axis in free]
-        many = sum(map(len, costs)) >= _MANY
-        found = hull(losses, costs, 128) if many else knapsack_front(losses, costs, resolution=64)
-        decoded = np.repeat(base[None], len(found), axis=0)
-        decoded[:, free] = np.array([choice.levels for choice in found], dtype=np.int64)
-        return decoded
 
     def _worth(self, pool: Ints, models: Mapping[str, Model]) -> Floats:
         """The expected hypervolume improvement of each row, times its chances to keep the limits and not to fail."""
@@ -846,6 +836,17 @@ def _even(share: float, counts: Ints, rising: Ints, drawn: Ints) -> Ints:
     """The recipe whose axes are all at a share of the way from their cheapest choice; those without a cost are as drawn."""
     row = np.rint(np.where(rising < 0, 1 - share, share) * (counts - 1)).astype(np.int64)
     return np.where(rising == 0, drawn, row)
+
+
+def _decoded(losses: Sequence[Floats], costs: Sequence[Floats], free: Ints, base: Ints) -> Ints:
+    """The additive front of the axes `free`, whose choices have these losses and costs, with the others as in `base`."""
+    if not len(free):
+        return np.zeros((0, len(base)), dtype=np.int64)
+    many = sum(map(len, costs)) >= _MANY
+    found = hull(losses, costs, 128) if many else knapsack_front(losses, costs, resolution=64)
+    decoded = np.repeat(base[None], len(found), axis=0)
+    decoded[:, free] = np.array([choice.levels for choice in found], dtype=np.int64)
+    return decoded
 
 
 def _scattered(counts: Ints, random: np.random.Generator, amount: int) -> Ints:

@@ -88,6 +88,12 @@ def write_whole(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what a kill of `write_whole` has left anywhere in a folder."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 # ---- numbers in words ------------------------------------------------------------------------------------------------
 
 

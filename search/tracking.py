@@ -48,7 +48,7 @@ from urllib.parse import urlsplit
 from ..errors import ArtifactError, StudyError
 from ..objectives.measurement import flat
 from .candidate import FAILED, Candidate
-from .report import FILES, rows, write_whole
+from .report import FILES, remove_parts, rows, write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -349,8 +349,7 @@ def _folder(artifacts: str) -> Path | None:
 def _sweep(artifacts: str) -> None:
     """Remove what a kill has left half-written among a run's artifacts."""
     if folder := _folder(artifacts):
-        for path in folder.rglob(".*.part"):
-            path.unlink(missing_ok=True)
+        remove_parts(folder)
 
 
 class Tracker(Store):
