@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from paretorch.errors import ArtifactError, ConfigError, ParetorchError, TrialError
     from paretorch.objectives.measurement import Measurement, Metric
     from paretorch.objectives.objective import Budget, Objective
+    from paretorch.results.candidate import Candidate
+    from paretorch.results.front import Front
     from paretorch.runners.artifact import load
-    from paretorch.runners.check import check_target
-    from paretorch.runners.target import Target
+    from paretorch.runners.check_target import check_target
+    from paretorch.runners.targets.target import Target
     from paretorch.runners.task import Task, accuracy
-    from paretorch.search.candidate import Candidate
-    from paretorch.search.front import Front
     from paretorch.search.study import Study
     from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
     from paretorch.spaces.space import Rule, Space
@@ -33,11 +33,11 @@ __version__ = "0.1.0"
 _HOME = {
     "ArtifactError": "errors",
     "Budget": "objectives.objective",
-    "Candidate": "search.candidate",
+    "Candidate": "results.candidate",
     "Cluster": "spaces.recipe",
     "ConfigError": "errors",
     "Equalize": "spaces.recipe",
-    "Front": "search.front",
+    "Front": "results.front",
     "LowRank": "spaces.recipe",
     "Measurement": "objectives.measurement",
     "Metric": "objectives.measurement",
@@ -52,11 +52,11 @@ _HOME = {
     "Sparsify": "spaces.recipe",
     "Student": "spaces.recipe",
     "Study": "search.study",
-    "Target": "runners.target",
+    "Target": "runners.targets.target",
     "Task": "runners.task",
     "TrialError": "errors",
     "accuracy": "runners.task",
-    "check_target": "runners.check",
+    "check_target": "runners.check_target",
     "load": "runners.artifact",
     "load_target": "configs.accelerator",
 }

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from .configs.schema import Config
     from .console import Watcher
     from .objectives.measurement import Metric
-    from .runners import compare
+    from .results.explain import Explanation
+    from .results.front import Front
+    from .results.retarget import Retargeted
     from .runners.local import LocalRunner
     from .runners.record import Comparison, Protocol, Record, Row
     from .runners.task import Task
-    from .search.explain import Explanation
-    from .search.front import Front
+    from .runners.timing import compare
     from .search.preflight import Preflight
-    from .search.retarget import Retargeted
     from .search.study import Study
     from .spaces.recipe import Recipe
     from .spaces.space import Axis
@@ -159,7 +159,7 @@ def _age() -> float:
 def _show_front(console: Console, front: Front, directory: Path) -> None:
     from rich.text import Text
 
-    from .search.report import front_table, least_violating_table, preferred
+    from .results.report.report import front_table, least_violating_table, preferred
 
     console.print()
     if front.members:
@@ -191,8 +191,8 @@ def _summary(console: Console, front: Front) -> None:
 
     from rich.text import Text
 
+    from .results.report.report import warned
     from .search.finalists import described_clusters, described_optimism
-    from .search.report import warned
 
     refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
     over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
@@ -303,11 +303,11 @@ def sensitivity(
     from .configs.plugins import load_task
     from .console import Steps, Watcher
     from .errors import StudyError
+    from .results.report.heatmap import FILES, explained, heat_tables, write_sensitivity
+    from .results.tracking.tracker import add_sensitivity
     from .runners.local import LocalRunner
     from .runners.sensitivity import levels, measure_sensitivity
     from .runners.task import dataset
-    from .search.heatmap import FILES, explained, heat_tables, write_sensitivity
-    from .search.tracking import add_sensitivity
     from .spaces.space import default_space
 
     loaded = load(config, set_)
@@ -372,7 +372,7 @@ def front(
     ] = None,
 ) -> None:
     """Print a study's front again, also while it runs."""
-    from .search.report import write_report
+    from .results.report.report import write_report
     from .search.study import open_front
 
     found = open_front(study)
@@ -402,10 +402,10 @@ def explain_(
 
     from .console import Steps
     from .errors import StudyError
+    from .results.explain import explain
+    from .results.export import record_of
     from .runners.evaluate import Way
-    from .runners.files import write_atomic
-    from .search.explain import explain
-    from .search.export import record_of
+    from .runners.files.atomic import write_atomic
     from .search.study import digest, open_front, read_about
     from .spaces.recipe import Ensemble
 
@@ -513,7 +513,7 @@ def register(
     """Put one candidate into the MLflow model registry, to be loaded and served without paretorch and torch."""
     from shlex import quote
 
-    from .search.register import register as put
+    from .results.register import register as put
     from .search.study import open_front
 
     found = open_front(study)
@@ -619,10 +619,10 @@ def apply_(
     What is written is compared with the untouched network, and with what was recorded when the recipe was found.
     """
     from .errors import ConfigError
+    from .results.export import recorded_in
     from .runners.apply import apply_recipe, read_recipe
     from .runners.artifact import check_free, inspect
     from .runners.record import compare
-    from .search.export import recorded_in
 
     if not (task or config):
         raise ConfigError("name the task with --task FILE.py:FUNCTION, or with --config CONFIG.yaml", "paretorch apply")
@@ -741,8 +741,8 @@ def measure(
 
     from .configs.schema import parse_duration
     from .errors import ConfigError
-    from .runners.compare import compare, parse_precision
-    from .runners.feed import parse_shapes
+    from .runners.timing.compare import compare, parse_precision
+    from .runners.timing.random_inputs import parse_shapes
 
     read: dict[str, Any] = {}
     problems: list[str] = []
@@ -809,8 +809,8 @@ def retarget_(
     from .configs.accelerator import load_target
     from .console import Watcher
     from .errors import StudyError
-    from .search.retarget import FOLDER, retarget
-    from .search.tracking import add_targets
+    from .results.retarget import FOLDER, retarget
+    from .results.tracking.tracker import add_targets
 
     console = _console()
     chosen = load_target(target)
@@ -876,7 +876,7 @@ def ui(
 ) -> None:
     """Open a study in the MLflow UI, reachable from this machine only."""
     from .errors import StudyError
-    from .search.tracking import local_store, page, saved_uri, serve
+    from .results.tracking.tracker import local_store, page, saved_uri, serve
 
     if not (study / "study.json").exists():
         raise StudyError(f"there is no study in {study}: it has no study.json; name the folder that a search has written, such as "

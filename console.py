@@ -17,8 +17,8 @@ from .objectives.objective import duration
 
 if TYPE_CHECKING:
     from .objectives.measurement import Measurement, Metric
-    from .search.candidate import Candidate
-    from .search.front import Front
+    from .results.candidate import Candidate
+    from .results.front import Front
     from .search.preflight import Preflight
     from .search.study import Study
 
@@ -63,7 +63,7 @@ class Watcher:
 
     def checked(self, found: Preflight, study: Study) -> None:
         from .objectives.objective import show
-        from .runners.target import DEFAULT
+        from .runners.targets.target import DEFAULT
 
         base = found.baseline
         small = found.smallest_measured

@@ -25,10 +25,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from paretorch import Task
-from paretorch.runners import packing
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
+from paretorch.runners.graphs.onnx_export import batch_of
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import batch_of
 from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Recover
 
 

@@ -42,12 +42,12 @@ from torch.utils.data import TensorDataset
 from paretorch import Quantize, Recipe, Task
 from paretorch.errors import ParetorchError
 from paretorch.objectives import cost
-from paretorch.runners import packing
-from paretorch.runners.compare import compare
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
+from paretorch.runners.graphs.simulate import agreement
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.runtime import session
-from paretorch.runners.simulate import agreement
+from paretorch.runners.targets.runtime import session
+from paretorch.runners.timing.compare import compare
 from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Recover, Step
 from paretorch.spaces.space import Rule, Space

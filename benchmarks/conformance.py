@@ -7,7 +7,7 @@ every two of them together, a recipe that uses it on as many layers, groups or b
 is carried out: compressed, exported, packed, unpacked, checked by ONNX's checker, and run in ONNX Runtime with batches of 1 and 3.
 
 `ok` means: outputs of the right shape, all finite, the same for an input alone as among three (within 1% of the largest),
-and those of the simulated graph (`runners.simulate`; within 5%).
+and those of the simulated graph (`runners.graphs.simulate`; within 5%).
 `none`: the trace offers nothing for it (the reasons are listed below the table). Anything else is an error, and the exit
 code is 1.
 """
@@ -34,11 +34,11 @@ from torchvision.models.convnext import CNBlockConfig
 
 from paretorch import Quantize, Recipe, Task
 from paretorch.errors import ParetorchError, RecipeError
-from paretorch.runners import packing
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
+from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.runtime import session
-from paretorch.runners.simulate import Simulation
+from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Recover, Sparsify, Step, Student
 from paretorch.spaces.structure import Layer, Structure, inside, kept_channels, kept_rank, sides
 

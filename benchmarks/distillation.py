@@ -27,12 +27,12 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Recipe, Task
 from paretorch.configs import digits
-from paretorch.runners.compress import compress
-from paretorch.runners.distill import answers
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.compression.trace import trace
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.recover import finetune
-from paretorch.runners.trace import trace
+from paretorch.runners.training.distill import answers
+from paretorch.runners.training.finetune import finetune
 from paretorch.spaces.recipe import Prune, Quantize, Recover, Step
 from paretorch.spaces.structure import Structure, kept_channels
 

@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Equalize, Quantize, Recipe, Recover, Task
 from paretorch.configs.digits import splits
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.equalize import find_pairs, scale_channels
 from paretorch.runners.sensitivity import divergence

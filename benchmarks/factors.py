@@ -22,9 +22,9 @@ from latency import random_resnet18
 
 from paretorch import Cluster, LowRank, Quantize, Recipe, Recover, Sparsify
 from paretorch.objectives import cost
-from paretorch.runners import packing
+from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.evaluate import evaluate
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.task import batches
 from paretorch.spaces.structure import Structure, kept_rank, sides

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from artifacts import TASKS
 
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.sensitivity import divergence
 from paretorch.spaces.recipe import Quantize, Recipe

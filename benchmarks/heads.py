@@ -16,8 +16,8 @@ from artifacts import TASKS, accuracy, on_onnxruntime  # type: ignore[import-not
 
 from paretorch import Recipe
 from paretorch.objectives import cost
-from paretorch.runners import packing
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.spaces.recipe import Prune, Recover
 

@@ -21,10 +21,10 @@ import torchvision
 from torch.utils.data import TensorDataset
 
 from paretorch import Quantize, Recipe, Task
-from paretorch.runners import packing
-from paretorch.runners.compare import compare
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.timing.compare import compare
 
 
 def random_resnet18(folder: Path) -> LocalRunner:

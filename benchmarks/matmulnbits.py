@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from paretorch.runners.measure import latency
-from paretorch.runners.packing import codes_to_raw, pack_bits
-from paretorch.runners.runtime import session
+from paretorch.runners.files.packing import codes_to_raw, pack_bits
+from paretorch.runners.targets.latency import latency
+from paretorch.runners.targets.runtime import session
 
 SHAPES = ["64x64", "256x256", "512x512", "1024x1024", "1024x4096", "4096x1024", "2048x1000", "1536x1536", "2048x2048",
           "4096x4096"]  # fmt: skip

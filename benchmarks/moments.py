@@ -22,10 +22,10 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Recipe, Task
 from paretorch.configs.digits import splits
-from paretorch.runners import packing
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
+from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import session
 from paretorch.spaces.recipe import Quantize, Recover, Sparsify, Step
 from paretorch.spaces.structure import Structure
 

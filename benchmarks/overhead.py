@@ -29,9 +29,9 @@ import paretorch.search.study as study_module
 from paretorch import Study, Task
 from paretorch.objectives import cost
 from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.results.candidate import Candidate
+from paretorch.results.front import Front
 from paretorch.runners.local import LocalRunner
-from paretorch.search.candidate import Candidate
-from paretorch.search.front import Front
 from paretorch.search.study import Quiet
 from paretorch.spaces.recipe import Quantize, Recipe
 from paretorch.spaces.space import Rule, Space

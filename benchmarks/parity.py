@@ -6,7 +6,7 @@ Five networks are trained on scikit-learn's handwritten digits: a residual CNN, 
 perceptron, two branches that are concatenated, and a transformer encoder. Of each, random recipes of every technique that
 needs no training (2 to 16 bits, activations of 8 bits in some layers, zeros, channels, blocks left out; BatchNorm statistics
 re-estimated) are exported and packed, and 1,000 images that the network was not trained on go through the file in ONNX
-Runtime and through `runners.simulate`.
+Runtime and through `runners.graphs.simulate`.
 
 The table tells the worst of each network. `agree`: equal answers. `difference`: of the outputs, as a share of the
 largest, on average. `accuracy`: file less simulation. `where sure`: equal answers among the images whose two largest simulated
@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from paretorch import Recipe, Task
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.graphs.simulate import Agreement, agreement
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.simulate import Agreement, agreement
 from paretorch.spaces.recipe import Recover
 from paretorch.spaces.space import Rule, Space
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from against import points, untouched
 
-from paretorch.runners import packing
+from paretorch.runners.files import packing
 from paretorch.spaces.recipe import ROUNDINGS, Quantize, Recipe, Recover, Step
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Quantize, Recipe, Sparsify, Task
 from paretorch.objectives.cost import size_bytes
-from paretorch.runners import packing
-from paretorch.runners.entropy import zstd_bytes
+from paretorch.runners.files import packing
+from paretorch.runners.files.entropy import zstd_bytes
 from paretorch.runners.local import LocalRunner
 from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.space import Rule, Space

@@ -18,10 +18,10 @@ import torchvision
 from torch.utils.data import TensorDataset
 
 from paretorch.errors import ParetorchError
-from paretorch.runners import packing
+from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.measure import latency
-from paretorch.runners.target import as_target
+from paretorch.runners.targets.latency import latency
+from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Quantize, Recipe
 

@@ -41,7 +41,7 @@ from task import task as cifar10
 from paretorch import Rule, Space, Study, Task
 from paretorch.objectives import cost
 from paretorch.objectives.pareto import hypervolume
-from paretorch.runners.library import shaped
+from paretorch.runners.compression.library import shaped
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.task import inputs

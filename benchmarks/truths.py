@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from paretorch.configs.digits import splits
 from paretorch.objectives.cost import weight_bytes
 from paretorch.objectives.pareto import hypervolume
-from paretorch.runners.library import shaped
+from paretorch.runners.compression.library import shaped
 from paretorch.runners.operators.quantize import codes
 from paretorch.search.knapsack import front as knapsack_front
 

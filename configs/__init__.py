@@ -1,1 +1,1 @@
-"""Configuration files: schema, loading, the user's task, and the ready configurations."""
+"""Configuration files and the ready studies: schema, loading, the user's task. Nothing here searches, measures or compresses."""

@@ -13,7 +13,7 @@ from .load import problems_of, read_yaml
 from .schema import Positive, Strict, _checked_name, _fail, _no_bool
 
 if TYPE_CHECKING:
-    from ..runners.target import Target
+    from ..runners.targets.target import Target
 
 _PAIR = re.compile(r"[1-9]\d?x[1-9]\d?")
 _NEEDED = "32x32"
@@ -77,8 +77,8 @@ def load_target(text: str, folder: Path | None = None) -> Target:
         >>> load_target("configs/accelerators/edge_npu.yaml").name  # doctest: +SKIP
         'edge-npu'
     """
-    from ..runners.analytic import Profile, analytic
-    from ..runners.target import TARGETS, as_target
+    from ..runners.targets.roofline import Profile, analytic
+    from ..runners.targets.target import TARGETS, as_target
 
     if not text.endswith((".yaml", ".yml")):
         return as_target(text)

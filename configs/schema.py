@@ -44,7 +44,7 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"".join(rf"(?:(\d+(?:\.\d*)?){unit})?" for unit in _SECONDS))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-# The names of `runners.target.TARGETS` (a test compares them), which would import ONNX Runtime.
+# The names of `runners.targets.target.TARGETS` (a test compares them), which would import ONNX Runtime.
 TARGETS = ("onnxruntime", "openvino", "torch", "torch-cuda")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,1 +1,2 @@
-"""What is good: measured numbers, costs by arithmetic, objectives, budgets and order."""
+"""What is good, in numbers: measurements, objectives, budgets, fronts, costs by arithmetic. Nothing here knows a search, a runtime or
+a file."""

@@ -165,7 +165,7 @@ def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
 
 
 def weight_bytes(count: Whole, bits: Whole, nonzero: Whole, affine: Any = False) -> Whole:
-    """Bytes of a packed weight, in the way that takes the fewest (see `runners.packing`).
+    """Bytes of a packed weight, in the way that takes the fewest (see `runners.files.packing`).
 
     affine: whether all `2^bits` codes are used, where it is one less: 2 bits are then not ternary.
 
@@ -244,7 +244,7 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
 
     The overhead is one network's: for a recipe with a student from a factory it must be the student's. Raises
     `RecipeError` for an ensemble: the graphs of its networks are deflated together, tensors that are equal are stored
-    once, and how much that saves no arithmetic knows. Their files are merged in no time (`runners.ensemble`).
+    once, and how much that saves no arithmetic knows. Their files are merged in no time (`runners.graphs.merge`).
     """
     if recipe.of(Ensemble):
         raise RecipeError("the bytes of an ensemble cannot be foretold; merge the files of its networks and look")

@@ -12,10 +12,10 @@ from ..errors import ArtifactError, RecipeError, TaskError
 from ..objectives.measurement import Measurement, Metric
 from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
-from .compress import check_fits
+from .compression.compress import check_fits
+from .files.packing import unpack
+from .graphs.onnx_export import session
 from .local import LocalRunner, Report
-from .onnx_export import session
-from .packing import unpack
 from .record import Protocol, Record, Row, rows
 
 

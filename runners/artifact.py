@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, ExportFailed, RecipeError
 from ..objectives.objective import show, spread
 from ..spaces.recipe import Recipe
-from . import packing
-from .files import write_atomic
-from .onnx_export import DISABLED_OPTIMIZERS, session
+from .files import packing
+from .files.atomic import write_atomic
+from .graphs.onnx_export import DISABLED_OPTIMIZERS, session
 from .record import Record
 
 VERSION = 2

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..errors import TaskError
 from ..objectives.paired import FIRST
-from . import packing
-from .target import Network
+from .files import packing
+from .targets.target import Network
 from .task import Task, scores
 
 # Hears of the scores of the first samples; what it raises ends an evaluation.

@@ -30,23 +30,23 @@ from ..objectives.cost import macs
 from ..objectives.measurement import Measurement, Metric
 from ..spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
-from . import packing
-from .calibration import Calibration
-from .compress import chunks, compress, freeze, one_factor
-from .distill import WORTH, answers
-from .ensemble import merge
-from .entropy import zstd_bytes
+from .compression.calibration import Calibration
+from .compression.compress import chunks, compress, freeze, one_factor
+from .compression.library import LayerLibrary
+from .compression.trace import trace
 from .evaluate import Watch, evaluate, fastest, obvious, predictions, rebatched
-from .files import read_scores, write_atomic, write_scores
-from .library import LayerLibrary
-from .onnx_export import batch_of, quantized_graph
+from .files import packing
+from .files.atomic import read_scores, write_atomic, write_scores
+from .files.entropy import zstd_bytes
+from .graphs.merge import merge
+from .graphs.onnx_export import batch_of, quantized_graph
 from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .operators.moments import Moments, match_moments, output_moments
-from .recover import State, finetune
-from .target import DEFAULT, Network, Target, as_target
+from .targets.target import DEFAULT, Network, Target, as_target
 from .task import Task, batches, dataset, example_input, inputs
-from .trace import trace
+from .training.distill import WORTH, answers
+from .training.finetune import State, finetune
 
 # The callback of a study: the phase in words and what is known so far; it may raise OverBudget.
 Report = Callable[[str, Mapping[str, Metric]], None]

@@ -33,7 +33,7 @@ from ..objectives.cost import layer_bytes
 from ..spaces.recipe import Recipe, Step, zeros_of
 from ..spaces.space import METHODS, Space, quantize, sparsify
 from ..spaces.structure import Layer, Structure
-from .compress import compress, freeze, one_factor
+from .compression.compress import compress, freeze, one_factor
 from .local import LocalRunner
 from .operators.fold import batchnorms, reestimate_batchnorms
 

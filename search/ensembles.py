@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..objectives.pareto import hypervolume, nondominated
-from ..runners.packing import payload_size, tensor_bytes
+from ..results.candidate import OK, OVER_BUDGET, Candidate
+from ..results.front import Front
+from ..runners.files.packing import payload_size, tensor_bytes
 from ..spaces.recipe import Ensemble, Recipe
-from .candidate import OK, OVER_BUDGET, Candidate
-from .front import Front
 
 TRIED = 8  # ensembles that are measured at most
 LARGEST = 3  # networks in one

@@ -3,7 +3,7 @@
 The search selects on the validation split, so the best numbers there are partly luck. Each finalist meets the test split
 once: its metric with an interval, and the *paired* difference to the baseline on the same samples, which is known two to
 five times as exactly; its latency in turns with the baseline's. And its answers are compared with those of a simulation of
-its graph (`runners.simulate`), so that what ships is known to compute what was meant. All of it lies in the study's folder:
+its graph (`runners.graphs.simulate`), so that what ships is known to compute what was meant. All of it lies in the study's folder:
 
     finalists.json    by recipe key, and for `baseline`: numbers with 95% intervals; {} for a file that did not compute
     finalists/*.npy   the metric of each on every test sample, so that any two can be compared
@@ -30,18 +30,18 @@ from ..errors import ArtifactError, StudyError, TrialError
 from ..objectives.measurement import Z95, Metric
 from ..objectives.objective import COSTS
 from ..objectives.paired import paired
-from ..runners import packing
-from ..runners.files import read_scores, write_atomic, write_scores
+from ..results.candidate import Candidate
+from ..runners.files import packing
+from ..runners.files.atomic import read_scores, write_atomic, write_scores
+from ..runners.graphs.onnx_export import batch_of
+from ..runners.graphs.simulate import AGREE, CLOSE, INPUTS, Simulation, agreement
 from ..runners.local import LocalRunner
-from ..runners.onnx_export import batch_of
-from ..runners.reload import process_for
-from ..runners.simulate import AGREE, CLOSE, INPUTS, Simulation, agreement
 from ..runners.task import Split, Task, batches, dataset, scores
+from ..runners.timing.clean_process import process_for
 from ..spaces.recipe import Recipe
-from .candidate import Candidate
 
 if TYPE_CHECKING:
-    from .front import Front
+    from ..results.front import Front
 
 BASELINE = "baseline"
 START = 2.0  # seconds that the clean process takes to start

@@ -20,13 +20,13 @@ from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.compress import compress, folded_norms
-from ..runners.library import Method
+from ..runners.compression.compress import compress, folded_norms
+from ..runners.compression.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
-from ..runners.runtime import sums_are_exact
-from ..runners.target import DEFAULT, Target, everything
+from ..runners.targets.runtime import sums_are_exact
+from ..runners.targets.target import DEFAULT, Target, everything
 from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels

@@ -3,7 +3,7 @@
 Everything a study knows lies in its folder, so that a kill at any moment loses at most the trial that was running:
 
     study.json        what was asked, the baseline, the environment (written once)
-    trials.jsonl      one line per finished trial: the truth (`search.journal`)
+    trials.jsonl      one line per finished trial: the truth (`results.journal`)
     candidates/       the packed files of the front, of the nearest misses and of the baseline
     ensembles.json    of which networks ensembles were tried, where they were asked for (`search.ensembles`)
     finalists.json    the front on the test split, and finalists/ with every sample's score (`search.finalists`)
@@ -44,34 +44,26 @@ from ..objectives import cost
 from ..objectives.measurement import Measurement, Metric
 from ..objectives.objective import Budget, Objective, duration, show
 from ..objectives.pareto import nondominated
+from ..results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
+from ..results.front import Front
+from ..results.journal import Journal, locked, undisturbed
 from ..runners.evaluate import Way
-from ..runners.files import write_atomic
+from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner, environment
-from ..runners.target import DEFAULT, Target, as_target
+from ..runners.targets.target import DEFAULT, Target, as_target
 from ..runners.task import Task, check_criteria, dataset, scores
 from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, anchors, default_space
 from . import ensembles as together
-from .candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
-from .front import Front
-from .journal import Journal, locked, undisturbed
-from .preflight import (
-    TOLERANCE,
-    Preflight,
-    check_metrics,
-    check_supported,
-    nonzero_shares,
-    preflight,
-    within,
-)
+from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, nonzero_shares, preflight, within
 from .racing import Rival, race
 from .rungs import PILOT, Ladder, Standing, ranked
 from .sampler import GENERATION, in_space, make_sampler
 
 if TYPE_CHECKING:
-    from .tracking import Tracker
+    from ..results.tracking.tracker import Tracker
 
 VERSION = 1
 KNOWN = ("size_bytes", "macs")  # metrics that arithmetic gives
@@ -1023,7 +1015,7 @@ class Study:
         self.behind = False
         if self.mlflow is False:
             return
-        from .tracking import Tracker
+        from ..results.tracking.tracker import Tracker
 
         self.listener.phase("opening the MLflow store")
         uri = self.mlflow if isinstance(self.mlflow, str) else None
@@ -1056,7 +1048,7 @@ class Study:
     @undisturbed()
     def _finish(self, status: str) -> None:
         """The report, and the end of the MLflow run."""
-        from .report import write_report
+        from ..results.report.report import write_report
 
         self.listener.phase("writing the report")
         front = self.front

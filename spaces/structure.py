@@ -1,6 +1,6 @@
 """What a space may know of a network: its layers, dependency groups and blocks, as plain data.
 
-`runners.trace` makes a `Structure` from a live module; nothing here touches a weight. The arithmetic of MACs and
+`runners.compression.trace` makes a `Structure` from a live module; nothing here touches a weight. The arithmetic of MACs and
 bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be judged before anything is compressed.
 """
 

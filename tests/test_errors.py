@@ -8,15 +8,7 @@ import re
 import pytest
 
 from paretorch import errors
-from paretorch.errors import (
-    ConfigError,
-    Diverged,
-    ExportFailed,
-    OverBudget,
-    ParetorchError,
-    StudyError,
-    TrialError,
-)
+from paretorch.errors import ConfigError, Diverged, ExportFailed, OverBudget, ParetorchError, StudyError, TrialError
 
 
 def test_the_drawn_tree_is_the_real_one():

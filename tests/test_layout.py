@@ -14,7 +14,7 @@ import paretorch
 
 ROOT = Path(paretorch.__file__).parent
 # Left to right: a module imports only from its own folder or from folders to its left. What is for people comes last.
-ORDER = ("errors", "spaces", "objectives", "runners", "search", "configs", "people")
+ORDER = ("errors", "spaces", "objectives", "runners", "results", "search", "configs", "people")
 PEOPLE = ("cli", "console", "__init__")
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SEARCH_ONLY = {"optuna", "mlflow"}
@@ -75,10 +75,10 @@ def imports(module: str, *, at_import_time: bool = False) -> list[tuple[str, boo
 def test_a_relative_import_is_resolved():
     """The checks below stand on this reading of imports."""
     assert ("paretorch.errors", True) in imports("paretorch.spaces.recipe")
-    assert ("paretorch.objectives.pareto", True) in imports("paretorch.search.front")
-    lazy = {name for name, _ in imports("paretorch.search.front")}
+    assert ("paretorch.objectives.pareto", True) in imports("paretorch.results.front")
+    lazy = {name for name, _ in imports("paretorch.results.front")}
     assert "pandas" in lazy
-    assert "pandas" not in {name for name, _ in imports("paretorch.search.front", at_import_time=True)}
+    assert "pandas" not in {name for name, _ in imports("paretorch.results.front", at_import_time=True)}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - EXAMPLES))
@@ -124,7 +124,7 @@ def test_only_the_search_imports_optuna_and_mlflow(module):
 
 
 def test_the_package_list_is_the_folders():
-    ours = [ROOT, *(ROOT / name for name in ("spaces", "objectives", "runners", "search", "configs"))]
+    ours = [ROOT, *(ROOT / name for name in ("spaces", "objectives", "runners", "results", "search", "configs"))]
     folders = {ROOT} | {path.parent for home in ours[1:] for path in home.rglob("__init__.py")}
     assert {folder(package) for package in PACKAGES} == folders
     bare = (

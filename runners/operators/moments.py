@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..hooks import attached
+from .hooks import attached
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # A channel that hardly varies any more has lost its input; blown up it would be noise.

@@ -9,7 +9,7 @@ from paretorch.configs.accelerator import load_target
 from paretorch.configs.load import parse
 from paretorch.configs.schema import TARGETS as NAMES
 from paretorch.errors import ConfigError, TargetError
-from paretorch.runners.target import TARGETS
+from paretorch.runners.targets.target import TARGETS
 from paretorch.spaces.recipe import Quantize
 
 READY = Path(paretorch.__file__).parent / "configs" / "accelerators" / "edge_npu.yaml"

@@ -12,8 +12,8 @@ import torch
 import paretorch
 from paretorch.configs.load import load
 from paretorch.configs.plugins import load_task
+from paretorch.runners.compression.trace import trace
 from paretorch.runners.task import batches, example_input, score
-from paretorch.runners.trace import trace
 
 CONFIG = Path(paretorch.__file__).parent / "configs" / "digits.yaml"
 HASH = "import hashlib; print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest())"

@@ -8,8 +8,8 @@ import torch
 
 from paretorch.objectives.cost import macs
 from paretorch.runners.apply import read_recipe
-from paretorch.runners.compress import check_fits
-from paretorch.runners.trace import trace
+from paretorch.runners.compression.compress import check_fits
+from paretorch.runners.compression.trace import trace
 from paretorch.spaces.recipe import Recipe, Recover
 
 ROOT = Path(__file__).resolve().parents[2]

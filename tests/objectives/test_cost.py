@@ -21,8 +21,8 @@ from paretorch.objectives.cost import (
     size_bytes,
     weight_bytes,
 )
+from paretorch.runners.files.packing import pack
 from paretorch.runners.operators.sparsify import mask_of
-from paretorch.runners.packing import pack
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Group, Layer, Structure, shapes

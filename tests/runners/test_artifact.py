@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from paretorch.errors import ArtifactError
 from paretorch.objectives.measurement import Measurement, Metric
-from paretorch.runners import artifact, packing
+from paretorch.runners import artifact
 from paretorch.runners.artifact import card, inspect, load, verify, write
-from paretorch.runners.library import LayerLibrary
+from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.files import packing
+from paretorch.runners.graphs.onnx_export import export_float, session
+from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.onnx_export import export_float, session
 from paretorch.runners.record import Protocol, Record, rows
-from paretorch.runners.simulate import Simulation
 from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from paretorch.errors import ArtifactError, ConfigError, RecipeError
 from paretorch.objectives.cost import layer_bytes
 from paretorch.runners import sensitivity as module
-from paretorch.runners.compress import chunks, compress, freeze, one_factor
+from paretorch.runners.compression.compress import chunks, compress, freeze, one_factor
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.sensitivity import KL, SQUARED, Prefix, Row, Sensitivity, divergence, levels, measure_sensitivity

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paretorch.search.tracking import Tracker
+from paretorch.results.tracking.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,15 @@ import paretorch
 from paretorch.errors import RecipeError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.objectives.objective import Budget, Objective
+from paretorch.results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
+from paretorch.results.explain import explain
+from paretorch.results.front import Front
 from paretorch.runners.apply import apply_recipe, read_recipe
 from paretorch.runners.artifact import verify
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.record import Protocol
 from paretorch.runners.task import Task
-from paretorch.search.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from paretorch.search.ensembles import TRIED, Network, best, chosen, combinations, eligible
-from paretorch.search.explain import explain
-from paretorch.search.front import Front
 from paretorch.search.study import Quiet, Study, open_front
 from paretorch.spaces.recipe import Ensemble, Quantize, Recipe, Recover
 from paretorch.spaces.space import Rule, Space

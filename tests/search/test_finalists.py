@@ -13,8 +13,9 @@ from paretorch.errors import StudyError
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.objectives.paired import paired
-from paretorch.runners.files import write_scores
-from paretorch.search.candidate import OK, Candidate
+from paretorch.results.candidate import OK, Candidate
+from paretorch.results.front import Front
+from paretorch.runners.files.atomic import write_scores
 from paretorch.search.finalists import (
     BASELINE,
     described_clusters,
@@ -24,7 +25,6 @@ from paretorch.search.finalists import (
     unlike,
     with_tests,
 )
-from paretorch.search.front import Front
 from paretorch.spaces.recipe import Quantize, Recipe
 
 N = 400

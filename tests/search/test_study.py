@@ -16,15 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-import paretorch.runners.recover as recover_module
-import paretorch.runners.trace as trace_module
+import paretorch.runners.compression.trace as trace_module
+import paretorch.runners.training.finetune as recover_module
 import paretorch.search.study as study_module
 from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, TaskError
 from paretorch.objectives import cost
 from paretorch.objectives.measurement import Measurement, Metric
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.reload import CleanProcess
 from paretorch.runners.task import Task
+from paretorch.runners.timing.clean_process import CleanProcess
 from paretorch.search import finalists
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Quiet, Study, open_front
@@ -637,7 +637,7 @@ def test_numbers_that_the_test_split_does_not_give_are_left_out(tmp_path, fake, 
 
 
 def test_mlflow_that_fails_in_the_middle_does_not_stop_the_search(tmp_path, fake, monkeypatch):
-    from paretorch.search import tracking
+    from paretorch.results.tracking import tracker as tracking
 
     events = []
 

@@ -1,0 +1,217 @@
+"""The front: the candidates inside the budget that no other beats, and how to choose among them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, StudyError
+from ..objectives.measurement import Measurement, Metric, flat
+from ..objectives.objective import COSTS, Budget, Objective, speed
+from ..objectives.pareto import hypervolume, knee, nondominated
+from ..search.finalists import clusters, unlike
+from .candidate import OK, OVER_BUDGET, STOPPED, Candidate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Front:
+    """All candidates of a study, and the best among them.
+
+    `members` is the front, the smallest first. `baseline` is the measurement of the untouched network.
+    """
+
+    candidates: tuple[Candidate, ...]
+    objectives: tuple[Objective, ...]
+    budget: Budget
+    baseline: Measurement
+    directory: Path | None = None
+    test_baseline: Metric | None = None
+
+    def losses(self, candidate: Candidate) -> list[float]:
+        """The objectives as numbers to minimise, relative to the baseline."""
+        if candidate.measurement is None:
+            raise StudyError(f"candidate {candidate.number} was never measured ({candidate.reason})")
+        return [o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives]
+
+    @cached_property
+    def members(self) -> tuple[Candidate, ...]:
+        """The candidates inside the budget that nothing beats; of equal ones the first."""
+        ok = self._inside()
+        points = [tuple(self.losses(c)) for c in ok]
+        first: dict[tuple[float, ...], Candidate] = {}
+        for candidate, point, kept in zip(ok, points, nondominated(points), strict=True):
+            if kept:
+                first.setdefault(point, candidate)
+        best = first.values()
+        return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
+
+    def _inside(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.state == OK and c.measurement is not None]
+
+    @property
+    def quality(self) -> str:
+        """The metric that is not a cost: the first such objective, else the first such metric that was measured."""
+        names = [o.metric for o in self.objectives] + [m for m in self.baseline.metrics if not m.endswith("_bytes")]
+        return next((name for name in names if name not in COSTS), self.objectives[0].metric)
+
+    def maximizes(self, metric: str) -> bool:
+        """Whether more of a metric is better."""
+        return next((o.maximize for o in self.objectives if o.metric == metric), metric not in COSTS)
+
+    def latency(self, candidate: Candidate) -> tuple[Metric, Metric] | None:
+        """A candidate's latency and the baseline's, to be compared; None where it was not measured.
+
+        Of a finalist that is the ratio that the clean process has measured, and 1.
+        """
+        if (ratio := candidate.test.get("latency_ratio")) is not None:
+            return ratio, Metric.exact(1.0)
+        found = candidate.measurement.metrics.get("latency_ms") if candidate.measurement else None
+        base = self.baseline.metrics.get("latency_ms")
+        return None if found is None or base is None else (found, base)
+
+    def speed(self, candidate: Candidate) -> str:
+        """`faster`, `same speed` or `slower` than the baseline by the 95% intervals; empty where it was not measured."""
+        pair = self.latency(candidate)
+        return speed(*pair) if pair else ""
+
+    @cached_property
+    def clusters(self) -> dict[int, int]:
+        """Members that the test split cannot tell apart; see `search.finalists.clusters`."""
+        return clusters(self)
+
+    def knee(self) -> Candidate:
+        """The member farthest below the plane through the front's extremes."""
+        return self._knee(self.members)
+
+    def _knee(self, members: tuple[Candidate, ...]) -> Candidate:
+        return self._chosen(members)[knee([self.losses(c) for c in members])]
+
+    def recommended(self) -> Candidate:
+        """The knee, or the cheapest member that the test split cannot tell from it.
+
+        Members whose file is not what was simulated are passed over, unless all are.
+        """
+        sound = tuple(m for m in self.members if not unlike(m))
+        found = self._knee(sound or self.members)
+        number = self.clusters.get(found.number, found.number)
+        return next(m for m in self.members if m.number == number)
+
+    def best(self, metric: str) -> Candidate:
+        """The member that is best in one objective."""
+        objective = next((o for o in self.objectives if o.metric == metric), None)
+        if objective is None:
+            raise ConfigError(
+                f"{metric!r} is not an objective here; choose from {', '.join(o.metric for o in self.objectives)}"
+            )
+        return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
+
+    def select(self, pick: str) -> Candidate:
+        """One candidate: `knee`, `recommended`, a number, an objective's name (its best), or limits (`size_bytes <= 80kB`).
+
+        Under limits (joined by `and`) the member best in the first objective is taken. Raises `ConfigError`.
+        """
+        text = pick.strip()
+        if text == "knee":
+            return self.knee()
+        if text == "recommended":
+            return self.recommended()
+        if text.isdecimal():
+            found = next((c for c in self.candidates if c.number == int(text)), None)
+            if found is None or found.measurement is None or found.state == STOPPED:
+                why = f"candidate {text} has no file ({found.reason})" if found else f"there is no candidate {text}"
+                raise ConfigError(f"--pick {pick}: {why}; the front has {_numbers(self.members)}")
+            return found
+        if text in [o.metric for o in self.objectives]:
+            return self.best(text)
+        if "<=" in text or ">=" in text:
+            limits = Budget.parse(text.split(" and "))
+            if unknown := [limit.metric for limit in limits.limits if limit.metric not in self.baseline.metrics]:
+                raise ConfigError(
+                    f"--pick {pick!r}: unknown metric {', '.join(map(repr, unknown))}; metrics: {', '.join(self.baseline.metrics)}"
+                )
+            inside = [c for c in self._chosen(self.members) if self._keeps(limits, c)]
+            if not inside:
+                raise ConfigError(
+                    f"--pick {pick!r}: no member of the front keeps it; members: {_numbers(self.members)}"
+                )
+            return min(inside, key=lambda c: self.losses(c)[0])
+        close = difflib.get_close_matches(text, ["knee", "recommended", *(o.metric for o in self.objectives)], 1)
+        raise ConfigError(f"--pick {pick!r}: write knee, recommended, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
+                          f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}")  # fmt: skip
+
+    def _keeps(self, limits: Budget, candidate: Candidate) -> bool:
+        assert candidate.measurement is not None
+        values, baseline = (
+            {name: metric.value for name, metric in m.metrics.items()} for m in (candidate.measurement, self.baseline)
+        )
+        return all(excess <= 0 for excess in limits.excess(values, baseline).values())
+
+    def _chosen(self, members: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        if not members:
+            raise StudyError("the front is empty: no candidate kept the budget; see the least-violating ones, "
+                             "and pick one of them by its number")  # fmt: skip
+        return members
+
+    def least_violating(self, count: int = 3) -> list[Candidate]:
+        """The measured candidates over the budget that miss it by the least."""
+        over = [c for c in self.candidates if c.measurement is not None and c.state == OVER_BUDGET]
+        return sorted(over, key=lambda c: (c.violation, c.number))[:count]
+
+    def hypervolume(self, upto: int | None = None) -> float:
+        """The volume of losses that the front dominates below 1 on each axis: the baseline's cost, a metric of zero.
+
+        0 is a front that is nowhere cheaper than the baseline; 1 would be the baseline's metric at no cost at all.
+        `upto` counts only the candidates numbered below it.
+        """
+        if upto is None:  # what is beaten adds nothing, and the members are known already
+            counted: Sequence[Candidate] = self.members
+        else:
+            counted = [c for c in self._inside() if c.number < upto]
+        return hypervolume([self.losses(c) for c in counted], [1.0] * len(self.objectives)) if counted else 0.0
+
+    def table(self) -> pd.DataFrame:
+        """All candidates as a pandas DataFrame, a row each, with intervals, states and reasons."""
+        import pandas as pd
+
+        members = {c.number for c in self.members}
+        rows = []
+        for c in self.candidates:
+            row: dict[str, object] = {
+                "number": c.number, "state": c.state, "front": c.number in members, "label": c.label, "reason": c.reason,
+                "speed": self.speed(c), **(self.verdicts(c) if c.number in members else {}),
+            }  # fmt: skip
+            for prefix, metrics in (("", c.measurement.metrics if c.measurement else {}), ("test_", c.test)):
+                row |= {prefix + name: value for name, value in flat(metrics).items()}
+            row["recipe"] = c.recipe.to_json()
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def verdicts(self, member: Candidate) -> dict[str, object]:
+        """What is said of a member in one word each; what is not known is not in it.
+
+        speed: as `speed`. cluster: the number of the one that is recommended in its place, its own if it is that.
+        parity: `passed`, or `failed: ` and in what its file is not what was simulated.
+        """
+        said: dict[str, object] = {"speed": self.speed(member)} if self.speed(member) else {}
+        if member.number in self.clusters:
+            said["cluster"] = self.clusters[member.number]
+        if "parity_metric" in member.test:
+            said["parity"] = f"failed: {why}" if (why := unlike(member)) else "passed"
+        return said
+
+    def export(self, pick: str, to: str | Path, force: bool = False) -> Path:
+        """Write the picked candidate as an artifact directory; see `paretorch.results.export.export_candidate`."""
+        from .export import export_candidate
+
+        return export_candidate(self, self.select(pick), Path(to), force)
+
+
+def _numbers(members: Sequence[Candidate]) -> str:
+    return ", ".join(str(c.number) for c in members) or "no member"

@@ -1,0 +1,127 @@
+"""The study's memory: one JSON line per finished trial, on disk before the next trial starts.
+
+Optuna's own state is rebuilt from these lines, in memory, whenever a study is opened. That leaves one truth and no
+trial that is forever RUNNING, costs one fsync per trial where Optuna's journal takes one per parameter, and a line that a
+crash tore is simply cut off. (DESIGN.md proposes Optuna's JournalStorage; this does the same with less to repair.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import StudyError
+from ..runners.files.atomic import write_atomic
+
+
+class Journal:
+    """`trials.jsonl` of a study's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, *, mend: bool = False) -> list[dict[str, Any]]:
+        """All records without a last line that a crash tore; `mend` (for the one who writes) cuts that off the file too.
+
+        Raises `StudyError` for a line that is whole and yet no record.
+        """
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if mend and len(whole) < len(data):
+            write_atomic(self.path, whole)
+        records = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("a record is a JSON object")
+            except ValueError as error:
+                raise StudyError(f"{self.path}:{number} is damaged ({error}); restore the file from a backup, or move the "
+                                 "study's folder away and start anew") from error  # fmt: skip
+            records.append(record)
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record and wait until it is on the disk; when that fails nothing of it is left."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        # Without a buffer, which would try again to write what is left when the file is closed.
+        with self.path.open("ab", buffering=0) as stream:
+            end = stream.tell()
+            try:
+                while line:  # a disk that runs full takes a part of it first
+                    line = line[stream.write(line) :]
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(end)
+                raise
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a study's folder for this process alone; raises `StudyError` when another one holds it, else `OSError`."""
+    path = directory / ".lock"
+    while True:
+        with path.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise StudyError(f"{directory} is in use by another search (process {stream.read().strip() or 'unknown'}); wait for its "
+                                 "end, stop it, or give this one another name or --output") from None  # fmt: skip
+            if not _is_at(stream.fileno(), path):  # whoever held it has taken the folder away with it
+                continue
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C (and SIGTERM, where a program handles it) to the end of the block; a second one comes through.
+
+    Broken off in the middle, a database is left locked, and what is on the disk differs from what is in memory.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[tuple[int, FrameType | None]] = []
+
+    def restore() -> None:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            restore()
+            handled[signal.Signals(number)](number, frame)
+
+    for number in handled:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
+    if came:
+        handled[signal.Signals(came[0][0])](*came[0])

@@ -1,0 +1,269 @@
+"""A front that is there already, measured on another target: the stored files, without a new search.
+
+Each member's file is timed there in turns with the baseline's, for as long as finalists are, and its outputs are held
+against ONNX Runtime's on the same inputs. Which members are on the front there is decided by the study's own objectives
+and limits, with the latency that was found there (and the metric, where the task is at hand to measure it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ExportFailed, StudyError
+from ..objectives.measurement import Measurement, Metric
+from ..objectives.objective import COSTS
+from ..objectives.pareto import nondominated
+from ..runners.evaluate import evaluate
+from ..runners.files import packing
+from ..runners.files.atomic import write_atomic
+from ..runners.record import Protocol
+from ..runners.targets.target import DEFAULT, Network, Target, as_target
+from ..runners.task import Task, batches
+from ..runners.timing.compare import verdict
+from ..search.study import open_front
+from .candidate import OK, OVER_BUDGET, Candidate
+from .export import asked_of
+from .front import Front
+
+FOLDER = "targets"
+VERSION = 1
+_INPUTS, _CHUNK = 256, 32  # on which outputs are compared, and how many of them at a time
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The outputs of a file beside ONNX Runtime's: on how many inputs, the share of equal classes, the largest
+    difference as a share of the largest output."""
+
+    inputs: int
+    top1: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A member of the front on the other target.
+
+    before: its share of the baseline's latency where it was found. latency_ms, ratio: there; None when it does not run.
+    metric: the task's, there, on the validation split, when it was measured. reason: why it does not run, or is over a
+    limit there.
+    """
+
+    number: int
+    recipe: str
+    before: Metric
+    latency_ms: Metric | None = None
+    ratio: Metric | None = None
+    verdict: str = ""
+    agreement: Agreement | None = None
+    metric: Metric | None = None
+    on_front: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Retargeted:
+    """What was found. judged_by: the metrics of the study's objectives and limits. pareto: the members that are on the
+    front of the metric and the latency alone. timed: not computed."""
+
+    study: str
+    judged_by: tuple[str, ...]
+    found_on: str
+    target: str
+    environment: Mapping[str, str]
+    protocol: Protocol
+    inputs: str
+    baseline_ms: Metric
+    members: tuple[Moved, ...]
+    pareto: tuple[int, ...]
+    timed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self)}
+
+    def write(self, study: Path) -> Path:
+        """Write `targets/NAME.json` into the study's folder, whole or not at all."""
+        path = study / FOLDER / f"{self.target}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return path
+
+
+def retarget(
+    study: Path, target: Target, task: Task | None = None, say: Callable[[str], None] = lambda text: None
+) -> Retargeted:
+    """Measure the front of a study on another target; `say` hears of every member.
+
+    task: the study's, to measure its metric there too and to compare outputs on its validation inputs; else inputs are
+    made up. Raises `StudyError` when the study or the baseline's file is not there, `TargetError` when the target cannot
+    be used, `ExportFailed` when not even the baseline runs there.
+    """
+    front = open_front(study)
+    if not front.members:
+        raise StudyError(f"the front of {study} is empty: there is nothing to measure")
+    protocol, _ = asked_of(front)
+    baseline = _onnx(study / "baseline.safetensors")
+    if baseline is None:
+        raise StudyError(f"{study / 'baseline.safetensors'} is missing, and every latency is relative to it; restore the file")  # fmt: skip
+    reference = as_target(DEFAULT)
+    inputs = list(_inputs(reference.load(baseline, 1), _shape(baseline), task))
+    batch = np.resize(inputs[0], (protocol.batch, *inputs[0].shape[1:]))
+    say("the baseline")
+    network = target.load(baseline, protocol.threads)
+    yardstick = target.yardstick(baseline, batch, 2 * protocol.seconds, protocol.threads)
+    moved, candidates = [], []
+    for position, member in enumerate(front.members, 1):
+        say(f"candidate {member.number} ({position} of {len(front.members)})")
+        found = Moved(member.number, member.recipe.describe(), _before(member, front.baseline))
+        steps = [step for network in member.recipe.networks() for step in network.steps]
+        refused = [reason for step in steps if (reason := target.supports(step))]
+        model = None if refused else _onnx(study / "candidates" / f"{member.recipe.key}.safetensors")
+        if model is None:
+            moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))
+            continue
+        try:
+            latency, ratio = target.latency(model, network, batch, yardstick.value, 4 * protocol.seconds, protocol.threads)  # fmt: skip
+            found = replace(found, latency_ms=latency, ratio=ratio, verdict=verdict(ratio))
+            if target.milliseconds is None:
+                runs = target.load(model, protocol.threads)
+                found = replace(found, agreement=_agreement(runs, reference.load(model, protocol.threads), inputs))
+                if task is not None:
+                    found = replace(found, metric=Metric.of(evaluate(runs, task, batches(task, "validation"))))
+        except ExportFailed as error:
+            moved.append(replace(found, reason=str(error)))
+            continue
+        candidates.append(_there(member, found, front, yardstick, task))
+        moved.append(replace(found, reason=candidates[-1].reason))
+    there = replace(front, candidates=tuple(candidates), baseline=_with(front.baseline, latency_ms=yardstick))
+    on = {member.number for member in there.members}
+    return Retargeted(
+        study=front.directory.name if front.directory else study.name,
+        judged_by=tuple(
+            dict.fromkeys([*(o.metric for o in front.objectives), *(x.metric for x in front.budget.limits)])
+        ),
+        found_on=_name(protocol.target),
+        target=target.name,
+        environment=dict(target.environment),
+        protocol=protocol,
+        inputs=f"{sum(map(len, inputs))} {'inputs of the validation split' if task else 'made-up inputs (normal)'}",
+        baseline_ms=yardstick,
+        members=tuple(replace(member, on_front=member.number in on) for member in moved),
+        pareto=_pareto(there),
+        timed=target.milliseconds is None,
+    )
+
+
+def _name(target: str | Mapping[str, Any]) -> str:
+    return target if isinstance(target, str) else str(target.get("name"))
+
+
+def _onnx(path: Path) -> bytes | None:
+    """The ONNX file in a packed one; None when it is not there. Raises `ArtifactError` for a damaged one."""
+    return packing.unpack(path.read_bytes()).SerializeToString() if path.exists() else None  # type: ignore[no-any-return]
+
+
+def _shape(model: bytes) -> tuple[int, ...]:
+    """The shape of one input."""
+    import onnx
+
+    sizes = onnx.load_from_string(model).graph.input[0].type.tensor_type.shape.dim
+    return tuple(size.dim_value for size in sizes[1:])
+
+
+def _inputs(reference: Network, shape: Sequence[int], task: Task | None) -> Iterator[NDArray[np.float32]]:
+    """Batches on which outputs are compared; raises `StudyError` for a task of other inputs."""
+    if task is None:
+        rng = np.random.default_rng(0)
+        for _ in range(0, _INPUTS, _CHUNK):
+            yield rng.standard_normal((_CHUNK, *shape)).astype(np.float32)
+        return
+    seen = 0
+    for x, _ in batches(task, "validation"):
+        if tuple(x.shape[1:]) != tuple(shape):
+            raise StudyError(f"the task {task.name!r} has inputs of shape {list(x.shape[1:])}, and the study's files take {list(shape)}; name "
+                             "the study's task")  # fmt: skip
+        yield x.numpy()
+        seen += len(x)
+        if seen >= _INPUTS:
+            return
+
+
+def _agreement(found: Network, reference: Network, inputs: Sequence[NDArray[np.float32]]) -> Agreement:
+    mine, theirs = (np.concatenate([run(x) for x in inputs]) for run in (found, reference))
+    classes = [outputs.reshape(len(outputs), -1).argmax(1) for outputs in (mine, theirs)]
+    largest = float(np.abs(theirs).max()) or 1.0
+    return Agreement(len(mine), float((classes[0] == classes[1]).mean()), float(np.abs(mine - theirs).max()) / largest)
+
+
+def _before(member: Candidate, baseline: Measurement) -> Metric:
+    assert member.measurement is not None
+    # Finalists were timed for longer.
+    latency = member.test.get("latency_ms", member.measurement.metrics["latency_ms"])
+    base = baseline.value("latency_ms")
+    return Metric(latency.value / base, latency.low / base, latency.high / base, latency.n)
+
+
+def _with(measurement: Measurement, **metrics: Metric) -> Measurement:
+    return replace(measurement, metrics={**measurement.metrics, **metrics})
+
+
+def _there(member: Candidate, found: Moved, front: Front, baseline: Metric, task: Task | None) -> Candidate:
+    """The member as a candidate of the other target: inside its limits, or over them."""
+    assert member.measurement is not None
+    assert found.latency_ms is not None
+    new = {"latency_ms": found.latency_ms} | ({task.metric_name: found.metric} if task and found.metric else {})
+    measured = _with(member.measurement, **new)
+    base = {name: metric.value for name, metric in front.baseline.metrics.items()} | {"latency_ms": baseline.value}
+    excess = front.budget.excess({name: metric.value for name, metric in measured.metrics.items()}, base)
+    over = [text for text, value in excess.items() if value > 0]
+    reason = f"over {', '.join(over)}" if over else ""
+    return replace(member, measurement=measured, excess=excess, state=OVER_BUDGET if over else OK, reason=reason)
+
+
+def _pareto(front: Front) -> tuple[int, ...]:
+    """The members that nothing beats in the metric and the latency."""
+    quality = next((o for o in front.objectives if o.metric not in COSTS), None)
+    if quality is None:
+        return ()
+    inside = [(c, c.measurement) for c in front.candidates if c.state == OK and c.measurement]
+    base = front.baseline.value(quality.metric)
+    points = [(quality.loss(m.value(quality.metric), base), m.value("latency_ms")) for _, m in inside]
+    return tuple(c.number for (c, _), kept in zip(inside, nondominated(points), strict=True) if kept)
+
+
+def table_rows(data: Mapping[str, Any]) -> list[dict[str, object]]:
+    """A `targets/NAME.json` as plain rows, for MLflow's table.
+
+    >>> member = {"number": 3, "recipe": "weights 4 bit", "before": {"value": 0.5}, "latency_ms": None, "ratio": None,
+    ...           "verdict": "", "agreement": None, "metric": None, "on_front": False, "reason": "no unit"}
+    >>> table_rows({"members": [member]})[0]["reason"]
+    'no unit'
+    """
+
+    def part(entry: Mapping[str, Any] | None, key: str) -> object:
+        return "-" if entry is None else entry[key]
+
+    return [
+        {
+            "number": m["number"],
+            "on front": m["on_front"],
+            "ratio before": m["before"]["value"],
+            "latency_ms": part(m["latency_ms"], "value"),
+            "ratio": part(m["ratio"], "value"),
+            "ratio low": part(m["ratio"], "low"),
+            "ratio high": part(m["ratio"], "high"),
+            "verdict": m["verdict"],
+            "same class": part(m["agreement"], "top1"),
+            "metric": part(m["metric"], "value"),
+            "reason": m["reason"],
+            "recipe": m["recipe"],
+        }
+        for m in data["members"]
+    ]

@@ -1,0 +1,190 @@
+"""Whether a target keeps the promises that studies rely on; for authors of their own, without pytest.
+
+It is asked to run what paretorch really exports: a small convolutional network, untouched and after every kind of step
+that the target says it supports, each held against ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ..errors import ExportFailed, TargetError
+from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Step
+from .files import packing
+from .local import LocalRunner
+from .targets.target import DEFAULT, Network, Target, as_target
+from .task import Task
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# By what share of the largest output a file may differ from ONNX Runtime: sums in another order; where layers compute in
+# int8, numbers at the border of two steps that fall to the other side.
+_FLOAT, _INT8 = 1e-3, 5e-2
+_SECONDS = 0.05  # for which threads are looked at
+
+
+def check_target(target: Target) -> None:
+    """Raises one `TargetError` with every promise that a target breaks; takes some seconds.
+
+    >>> check_target(as_target("onnxruntime"))  # doctest: +SKIP
+    """
+    problems = [*_plain(target)]
+    files, x = _files()
+    for recipe, model in files.items():
+        answers = [_answer(target, step) for step in recipe.steps]
+        problems += [str(answer) for answer in answers if isinstance(answer, TargetError)]
+        if not any(answers):
+            problems += [f"{recipe.describe()}: {problem}" for problem in _runs(target, model, x.copy(), recipe)]
+    if target.milliseconds is None:
+        problems += _refuses(target)
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
+        raise TargetError(f"the target {target.name!r} breaks {len(dict.fromkeys(problems))} of its promises:{lines}")
+
+
+@cache
+def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
+    """What is run: a network of two layers by what is done to it, as ONNX files, and a few inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)).eval()
+        data = TensorDataset(torch.randn(64, 3, 8, 8), torch.zeros(64, dtype=torch.long))
+    widths = ((16, 32), (8, 32), (4, 32), (8, 8), (4, 8))
+    kinds: list[tuple[Step, ...]] = [(), (Sparsify("3", 0.5),), (Prune("0", 8),)]
+    kinds += [tuple(Quantize(layer, *bits) for layer in ("0", "3")) for bits in widths]
+    kinds += [tuple(Quantize(layer, *bits, scheme="affine") for layer in ("0", "3")) for bits in ((4, 32), (8, 8))]
+    with tempfile.TemporaryDirectory() as folder:
+        runner = LocalRunner(Task("check", lambda: model, data, data), Path(folder), calibration_images=32)
+        recipes = [Recipe(steps) for steps in kinds]
+        files = {recipe: packing.unpack(runner.build(recipe)).SerializeToString() for recipe in recipes}
+    return files, runner.calibration[:5].numpy()
+
+
+def _plain(target: Target) -> Iterator[str]:
+    """What can be seen without running anything."""
+    if not isinstance(target.name, str) or not _NAME.fullmatch(target.name):
+        yield f"name = {target.name!r}: use letters, digits and -_. only (at most 100, a letter or digit first)"
+    if not all(isinstance(text, str) for pair in target.environment.items() for text in pair):
+        yield f"environment = {target.environment!r}: it must lead from texts to texts"
+    try:
+        json.dumps(target.spec)
+    except (TypeError, ValueError) as error:
+        yield f"profile: it must be plain data that JSON can hold: {error}"
+
+
+def _answer(target: Target, step: Step) -> str | TargetError | None:
+    """What `supports` says of a step, or what is wrong with that."""
+    try:
+        answer = target.supports(step)
+    except Exception as error:  # whatever an author's function raises
+        return TargetError(f"supports({step}) raised {_told(error)}; it must return None or the reason")
+    if answer is None or (isinstance(answer, str) and answer.strip()):
+        return answer
+    return TargetError(f"supports({step}) returned {answer!r}; it must return None, or the reason as a text")
+
+
+def _runs(target: Target, model: bytes, x: NDArray[Any], recipe: Recipe) -> Iterator[str]:
+    """What is wrong with how a file is run that the target supports."""
+    if target.milliseconds is not None:
+        yield from _computes(target.milliseconds, model)
+    try:
+        network = target.load(model, 1)
+    except Exception as error:
+        yield f"supports() says that it runs, but load raised {_told(error)}"
+        return
+    expected = as_target(DEFAULT).load(model, 1)(x)
+    before = x.copy()
+    try:
+        found, one, again = network(x), network(x[:1]), network(x)
+    except Exception as error:
+        yield f"the network raised {_told(error)} on a batch of {len(x)} or of 1; the batch size is open"
+        return
+    for outputs, count in ((found, len(x)), (one, 1)):
+        if not isinstance(outputs, np.ndarray) or outputs.shape != (count, *expected.shape[1:]):
+            shape = outputs.shape if isinstance(outputs, np.ndarray) else type(outputs).__name__
+            yield f"outputs of {count} inputs are {shape}, not a NumPy array of shape {(count, *expected.shape[1:])}"
+            return
+    kept = found.copy()
+    network(x[::-1].copy())
+    if not np.array_equal(found, kept):
+        yield "the next run overwrites the outputs of the last one; return a copy"
+    if not np.array_equal(x, before):
+        yield "a run changes its inputs"
+    if not np.array_equal(kept, again):
+        yield "two runs on the same inputs give different outputs"
+    tolerance = _INT8 if any(step.activation_bits < 32 for step in recipe.of(Quantize)) else _FLOAT
+    apart = float(np.abs(kept - expected).max()) / float(np.abs(expected).max())
+    if not apart <= tolerance:
+        yield f"outputs differ from ONNX Runtime's by {apart:.2g} of the largest, more than {tolerance:g}"
+    yield from _threads(target, network, x, kept)
+
+
+def _threads(target: Target, network: Network, x: NDArray[Any], expected: NDArray[Any]) -> Iterator[str]:
+    """Whether several threads may call at once, and where the work is done."""
+    wrong: list[str] = []
+
+    def call() -> None:
+        try:
+            if any(not np.array_equal(network(x), expected) for _ in range(20)):
+                wrong.append("called from two threads at once it gives other outputs")
+        except Exception as error:
+            wrong.append(f"called from two threads at once it raised {_told(error)}")
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    yield from wrong
+    if target.calling_thread:
+        own, everybody, end = time.thread_time(), time.process_time(), time.perf_counter() + _SECONDS
+        while time.perf_counter() < end:
+            network(x)
+        own, everybody = time.thread_time() - own, time.process_time() - everybody
+        if own < everybody / 2:
+            yield (f"calling_thread = True, but of its CPU time with one thread only {100 * own / everybody:.0f}% is the calling thread's; "
+                   "set it to False")  # fmt: skip
+
+
+def _computes(milliseconds: Any, model: bytes) -> Iterator[str]:
+    """What is wrong with a latency that is computed."""
+    try:
+        one, again, eight = milliseconds(model, 1), milliseconds(model, 1), milliseconds(model, 8)
+    except Exception as error:
+        yield f"supports() says that it runs, but milliseconds raised {_told(error)}"
+        return
+    if not all(isinstance(value, float) and 0 < value < math.inf for value in (one, eight)):
+        yield f"milliseconds gave {one!r} and {eight!r} for batches of 1 and 8; it must give finite numbers above 0"
+    elif one != again:
+        yield f"milliseconds gave {one!r} and then {again!r} for the same file; what is computed must be exact"
+    elif eight < one:
+        yield f"milliseconds gave {one!r} for one input and less, {eight!r}, for eight"
+
+
+def _refuses(target: Target) -> Iterator[str]:
+    """Whether a file that cannot be run fails as a candidate may fail."""
+    try:
+        target.load(b"no ONNX file", 1)
+        yield "load took bytes that are no ONNX file; it must raise ExportFailed"
+    except ExportFailed:
+        return
+    except Exception as error:
+        yield f"load of bytes that are no ONNX file raised {_told(error)}; it must raise ExportFailed, which fails one candidate and no study"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

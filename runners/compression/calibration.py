@@ -1,0 +1,201 @@
+"""What the calibration images say of each layer: the Hessian of its inputs and the gradients of its weights.
+
+Some ways to round and to choose zeros ask for more than the weights. All of it comes from one pass of the network over
+the calibration images (several where the Hessians of all layers would not fit into memory), is stored in the layer library
+by content, and so shared by trials, studies and processes.
+
+Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed already: so a layer's
+result depends on the layer alone, and is made once. Where blocks or channels are gone, the narrowed network is the one that runs, with
+the statistics of its BatchNorms estimated anew, as they will be in the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import Diverged
+from ..operators.fold import reestimate_batchnorms
+from ..operators.hessian import gram, groups_of
+from ..operators.hooks import attached
+from ..task import Criterion
+from .library import Evidence, LayerLibrary, digest
+
+VERSION = 1  # of what is computed here; raised when it comes out otherwise
+_MEMORY = 1 << 30  # bytes of Hessians that are accumulated in one pass
+_TOGETHER = 8  # images whose gradient is one
+HESSIAN, FISHER = "hessian", "fisher"
+
+
+class Calibration:
+    """A network and its calibration images, in parts that are run at once.
+
+    library: where what is computed is kept; nowhere but here when None. seed: of all that is drawn. criteria: functions of the
+    user's, see `Task`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[Tensor],
+        library: LayerLibrary | None = None,
+        seed: int = 0,
+        criteria: Mapping[str, Criterion] | None = None,
+    ) -> None:
+        self.model, self.parts, self.library, self.seed = model, parts, library, seed
+        self.criteria = criteria or {}
+
+    @cached_property
+    def images(self) -> str:
+        return digest(*self.parts)
+
+    @cached_property
+    def untouched(self) -> Statistics:
+        """Of the network itself."""
+        return Statistics(self.model, self)
+
+    def of(self, model: nn.Module) -> Statistics:
+        """Of another network that computes the same; it stays as it is."""
+        return Statistics(copy.deepcopy(model), self)
+
+    def after(self, model: nn.Module) -> Statistics:
+        """Of a network that was cut down; it stays as it is."""
+        operated = copy.deepcopy(model)
+        reestimate_batchnorms(operated, self.parts)
+        return Statistics(operated, self)
+
+
+class Statistics:
+    """Hessians and gradients of one network's layers on calibration images, computed at the first question for all of them.
+
+    Layers: all convolutions and linear layers that run exactly once. `[layer]` raises `KeyError` for any other.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Calibration) -> None:
+        self.model, self.calibration = model.eval(), calibration
+        self._found: dict[tuple[str, str], Tensor] = {}
+
+    @cached_property
+    def key(self) -> str:
+        """Names the network and its images: its modules, its numbers, and what it answers, for code has no content."""
+        with torch.no_grad():
+            answer = self.model(self.calibration.parts[0][:2])
+        # The number of threads is the order of sums.
+        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), list(self.model.state_dict()), self.calibration.seed)  # fmt: skip
+        numbers = digest(*self.model.state_dict().values(), answer)
+        return hashlib.sha256(repr((*about, numbers, self.calibration.images)).encode()).hexdigest()
+
+    def __getitem__(self, layer: str) -> Evidence:
+        self.model.get_submodule(layer)
+        return Evidence(
+            f"{self.key}/{layer}",
+            self.calibration.seed,
+            partial(self._get, HESSIAN, layer),
+            partial(self._get, FISHER, layer),
+            self.calibration.criteria,
+        )
+
+    @cached_property
+    def _layers(self) -> dict[str, nn.Module]:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, kinds)}
+
+    def _get(self, kind: str, layer: str) -> Tensor:
+        """From the library, or else computed, together with those of other layers as far as they fit into memory."""
+        found = self._stored(kind, layer)
+        return self._compute(kind, layer) if found is None else found
+
+    def _stored(self, kind: str, layer: str) -> Tensor | None:
+        if (kind, layer) in self._found:
+            return self._found[kind, layer]
+        if self.calibration.library is None:
+            return None
+        found = self.calibration.library.find(
+            self._name(kind, layer), {kind: (torch.float32, self._shape(kind, layer))}
+        )
+        return None if found is None else found[kind]
+
+    def _keep(self, kind: str, layer: str, value: Tensor) -> None:
+        library = self.calibration.library
+        if library is None or not library.put(self._name(kind, layer), {kind: value}):
+            self._found[kind, layer] = value  # there is no disk to keep it
+
+    def _name(self, kind: str, layer: str) -> str:
+        return hashlib.sha256(f"{self.key}/{layer}/{kind}".encode()).hexdigest()
+
+    def _shape(self, kind: str, layer: str) -> tuple[int, ...]:
+        weight = self._layers[layer].get_parameter("weight")
+        inputs = weight[0].numel()
+        return (groups_of(self._layers[layer]), inputs, inputs) if kind == HESSIAN else tuple(weight.shape)
+
+    def _compute(self, kind: str, layer: str) -> Tensor:
+        names, size = [layer], 0
+        for name in self._layers:
+            need = 8 * torch.Size(self._shape(kind, name)).numel()
+            if name != layer and size + need <= _MEMORY and self._stored(kind, name) is None:
+                names.append(name)
+                size += need
+        found = self._hessians(names) if kind == HESSIAN else self._fisher(names)
+        for name, value in found.items():
+            self._keep(kind, name, value)
+        return found[layer]
+
+    @torch.no_grad()
+    def _hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+
+        def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found = gram(module, args[0])
+            totals[name] = totals[name] + found if name in totals else found
+
+        hooks = [self._layers[name].register_forward_pre_hook(partial(watch, name)) for name in names]
+        with attached(hooks):
+            for part in self.calibration.parts:
+                self.model(part)
+        for name, total in totals.items():
+            if not bool(total.isfinite().all()):
+                raise Diverged(f"layer {name!r} is given NaN or infinity on the calibration images")
+        return {name: total.float() for name, total in totals.items()}
+
+    def _fisher(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The mean square of the gradients of a divergence from the network's own outputs.
+
+        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of the
+        loss at answers that are drawn from the network's own (Fisher information). So no labels are needed. Outputs that are
+        no class scores get answers with normal noise.
+        """
+        weights = {name: self._layers[name].get_parameter("weight") for name in names}
+        flags = {name: weight.requires_grad for name, weight in weights.items()}
+        totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        generator = torch.Generator().manual_seed(self.calibration.seed)
+        try:
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                for images in (few for part in self.calibration.parts for few in torch.split(part, _TOGETHER)):
+                    loss = _own_loss(self.model(images), generator)
+                    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                    for name, gradient in zip(names, found, strict=True):
+                        if gradient is not None:
+                            # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of squares.
+                            totals[name] += (gradient * len(images)).square()
+        finally:
+            for name, weight in weights.items():
+                weight.requires_grad_(flags[name])
+        count = sum(map(len, self.calibration.parts))
+        return {name: (total / count).contiguous() for name, total in totals.items()}
+
+
+def _own_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """The mean loss against answers drawn from the outputs themselves."""
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        drawn = torch.multinomial(outputs.detach().softmax(1), 1, generator=generator)
+        return F.cross_entropy(outputs, drawn.squeeze(1))
+    noise = torch.randn(outputs.shape, generator=generator)
+    return (outputs * noise).flatten(1).sum(1).mean()

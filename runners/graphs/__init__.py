@@ -1,0 +1,1 @@
+"""ONNX graphs: export, integer weights, merging, simulation. Nothing here trains, measures or chooses."""

@@ -1,0 +1,243 @@
+"""An accelerator that is not here: the milliseconds of a file as a roofline per layer, from a profile of the hardware.
+
+A layer takes as long as the slowest of three that go on at once (Williams et al. 2009, "Roofline"): its multiply-adds on
+the unit for its pair of widths, its weights through the memory that they come from, its inputs and outputs through theirs.
+Where both share one memory their bytes add up. Convolutions and matrix products count; what stands between them is taken
+to be fused into them. Zeros are computed like other numbers. Weights and activations have the widths that the file gives
+them, rounded up to what the profile lists. Bytes of scales and biases, 1% of a layer's, are left out.
+
+All of it is read off the ONNX file, so it holds for any file and is the same each time: the metric is exact. It says what
+is possible, not what a compiler will reach. Accuracy is that of the file in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ...errors import ExportFailed, TargetError
+from ...spaces.recipe import Quantize, Step
+from ..files.packing import signs, width
+from .runtime import session
+from .target import DEFAULT, Target, as_target
+
+_BITS = {TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16}
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits")
+_FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSwish")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an accelerator can do, per second; `configs/accelerators/edge_npu.yaml` explains each with an example.
+
+    operations: by pair of widths, weights x activations (`8x8`), a multiply-add being two; `32x32` is always there.
+    weight_bytes, activation_bytes: of the memories; `shared` when both are one. layer_seconds: to start a layer.
+    """
+
+    name: str
+    operations: Mapping[str, float]
+    weight_bytes: float
+    activation_bytes: float
+    shared: bool = False
+    layer_seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
+        """The profile that `asdict` gave; raises `TargetError` for anything else."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise TargetError(f"not the profile of an accelerator: {error}") from error
+
+    @property
+    def pairs(self) -> dict[tuple[int, int], float]:
+        """Operations per second by bits of weights and activations, the narrowest first."""
+        found = {tuple(int(bits) for bits in pair.split("x")): rate for pair, rate in self.operations.items()}
+        return dict(sorted(found.items()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer of a file computes and moves: multiply-adds, and numbers of so many bits."""
+
+    name: str
+    macs: int
+    weights: int
+    weight_bits: int
+    activation_bits: int  # that it computes on
+    inputs: int
+    input_bits: int  # that it reads
+    outputs: int
+    output_bits: int
+
+
+def analytic(profile: Profile) -> Target:
+    """The target that a profile describes."""
+    pairs = ", ".join(profile.operations)
+
+    def supports(step: Step) -> str | None:
+        if isinstance(step, Quantize) and (step.weight_bits, step.activation_bits) not in profile.pairs:
+            return f"{profile.name} has no unit for {step.weight_bits}-bit weights with {step.activation_bits}-bit activations; it has {pairs}"  # fmt: skip
+        if isinstance(step, Quantize) and step.activations == "dynamic":
+            return f"{profile.name} finds no ranges at run time; choose static activations"
+        return None
+
+    plain = json.loads(json.dumps(asdict(profile)))
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    reference = as_target(DEFAULT)
+    return Target(
+        profile.name,
+        reference.load,
+        supports,
+        lambda model, batch: 1e3 * math.fsum(seconds(cost, profile) for cost in costs(model, batch)),
+        environment={"profile": f"{profile.name}, sha256 {digest}"},
+        profile=plain,
+    )
+
+
+def seconds(cost: Cost, profile: Profile) -> float:
+    """How long a layer takes; raises `ExportFailed` when the profile has no unit that is wide enough.
+
+    >>> profile = Profile("npu", {"8x8": 2e12, "32x32": 1e11}, 1e10, 1e10)
+    >>> seconds(Cost("fc", 10**6, 10**6, 8, 8, 1000, 8, 1000, 8), profile)  # a million bytes of weights
+    0.0001
+    """
+    fits = [(w, rate) for (w, a), rate in profile.pairs.items() if w >= cost.weight_bits and a >= cost.activation_bits]
+    if not fits:
+        raise ExportFailed(f"layer {cost.name} has {cost.weight_bits}-bit weights and {cost.activation_bits}-bit activations; {profile.name} "
+                           f"has {', '.join(profile.operations)}")  # fmt: skip
+    bits, rate = fits[0]
+    loaded = cost.weights * bits / 8 / profile.weight_bytes
+    moved = (cost.inputs * cost.input_bits + cost.outputs * cost.output_bits) / 8 / profile.activation_bytes
+    traffic = loaded + moved if profile.shared else max(loaded, moved)
+    return max(2 * cost.macs / rate, traffic) + profile.layer_seconds
+
+
+def costs(model: bytes, batch: int = 1) -> list[Cost]:
+    """What each layer of an ONNX file computes and moves for a batch of inputs; raises `ExportFailed`.
+
+    The shapes are those of a run: ONNX Runtime knows them of every operator, the shape inference of ONNX does not.
+    """
+    graph = _Graph(model)
+    shapes = graph.shapes(batch)
+    return [graph.cost(node, shapes) for node in graph.layers]
+
+
+class _Graph:
+    """An ONNX graph, to look things up in."""
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            self.model = onnx.load_from_string(model)
+        except Exception as error:  # protobuf has a class of its own for what it cannot read
+            raise ExportFailed(f"not an ONNX file: {error}") from error
+        self.tensors = {t.name: t for t in self.model.graph.initializer}
+        self.maker = {name: node for node in self.model.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.constant = set(self.tensors)
+        for node in self.model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+            if all(name in self.constant for name in node.input if name):
+                self.constant |= set(node.output)
+        self.layers = [n for n in self.model.graph.node if n.op_type in _LAYERS and n.output[0] not in self.constant]
+
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Of all that the layers read and write, from a run on zeros that gives nothing but shapes."""
+        wanted = sorted({name for node in self.layers for name in (*node.input[:2], node.output[0])})
+        probe = onnx.ModelProto()
+        probe.CopyFrom(self.model)
+        for number, name in enumerate(wanted):
+            probe.graph.node.append(helper.make_node("Shape", [name], [f"shape of {number}"]))
+            probe.graph.output.append(helper.make_tensor_value_info(f"shape of {number}", TensorProto.INT64, None))
+        runtime = session(probe)
+        entry = runtime.get_inputs()[0]
+        sizes = [batch if axis == 0 else size for axis, size in enumerate(entry.shape)]
+        if not all(isinstance(size, int) for size in sizes):
+            raise ExportFailed(f"input {entry.name!r} is {entry.shape}: the shapes beyond the batch are open")
+        try:
+            outputs = [f"shape of {number}" for number in range(len(wanted))]
+            found = runtime.run(outputs, {entry.name: np.zeros(sizes, np.float32)}) if wanted else []
+        except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+            raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
+        return {name: tuple(int(size) for size in shape) for name, shape in zip(wanted, found, strict=True)}
+
+    def cost(self, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        source, weight = node.input[:2]
+        x, w, y = (shapes[name] for name in (source, weight, node.output[0]))
+        inputs, weights, outputs = math.prod(x), math.prod(w), math.prod(y)
+        stored = weight in self.constant
+        if node.op_type == "Conv":
+            macs = outputs * math.prod(w[1:])
+        elif node.op_type == "ConvTranspose":
+            macs = inputs * math.prod(w[1:])
+        elif node.op_type == "MatMulNBits":
+            weights = attributes["K"] * attributes["N"]
+            macs = outputs * attributes["K"]
+        else:
+            macs = outputs * (x[0] if attributes.get("transA") else x[-1])
+        read = self._made_bits(source)
+        if not stored:  # a product of two activations: both are read, neither is kept
+            other = self._made_bits(weight)
+            bits = (max(read, other),) * 2
+            inputs, weights, read = inputs + weights, 0, max(read, other)
+        elif node.op_type == "MatMulNBits":
+            bits = attributes["bits"], 32
+        else:
+            integer = weight in self.maker and self.maker[weight].op_type == "DequantizeLinear"
+            bits = self._stored_bits(weight, weights), read if integer else 32
+        name = weight.removesuffix("_dq").removesuffix(".weight") if stored else node.output[0]
+        return Cost(name, macs, weights, *bits, inputs, read, outputs, self._written_bits(node.output[0]))
+
+    def _type_bits(self, node: onnx.NodeProto) -> int:
+        """The width of the integers that a Q or DQ node writes or reads: that of its zero point, 8 without one."""
+        zero = self.tensors.get(node.input[2]) if len(node.input) > 2 else None
+        name = "INT8" if zero is None else TensorProto.DataType.Name(zero.data_type)
+        return int(name.lstrip("UINT"))
+
+    def _made_bits(self, name: str) -> int:
+        """The width of an activation as a layer reads it."""
+        node = self.maker.get(name)
+        while node is not None and node.op_type in ("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"):
+            node = self.maker.get(node.input[0])
+        return self._type_bits(node) if node is not None and node.op_type == "DequantizeLinear" else 32
+
+    def _written_bits(self, name: str) -> int:
+        """The width of an output as a layer writes it: where all read it through Q, that of the integers."""
+        readers = self.readers.get(name, [])
+        if len(readers) == 1 and readers[0].op_type in _FUSED:
+            return self._written_bits(readers[0].output[0])
+        if readers and all(node.op_type == "QuantizeLinear" for node in readers):
+            return self._type_bits(readers[0])
+        return 32
+
+    def _stored_bits(self, weight: str, count: int) -> int:
+        """The bits of a weight in the file: of its codes where they are stored one by one, else of its bytes."""
+        found: dict[str, onnx.TensorProto] = {}
+        waiting = [weight]
+        while waiting:
+            name = waiting.pop()
+            if name in self.tensors:
+                found[name] = self.tensors[name]
+            else:
+                waiting += [source for source in self.maker[name].input if source]
+        whole = [t for t in found.values() if math.prod(t.dims) == count]
+        if len(whole) == 1 and whole[0].data_type in _BITS:
+            return _BITS[whole[0].data_type]
+        if len(whole) == 1:
+            codes = numpy_helper.to_array(whole[0])
+            if whole[0].data_type in (TensorProto.INT8, TensorProto.INT4, TensorProto.INT2):
+                values = codes.astype(np.int8).reshape(-1)
+                return 1 if signs(values) else width(values)
+            return max(1, int(codes.astype(np.int64).max()).bit_length())
+        stored = sum(len(t.raw_data) for t in found.values() if t.data_type not in _BITS)
+        return math.ceil(8 * stored / count)

@@ -1,0 +1,61 @@
+"""How ONNX Runtime is started, by all that measures or ships: same options, same numbers. Needs no torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from ...errors import ExportFailed
+
+if TYPE_CHECKING:
+    import onnx
+
+# It would quietly turn a float layer between two int8 layers into an int8 one.
+DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How every session here runs: fixed threads, no spinning, and errors only in the log."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def session(model: onnx.ModelProto | bytes | Path, threads: int = 1) -> ort.InferenceSession:
+    """A CPU session of a model, its bytes or its file; raises `ExportFailed` when ONNX Runtime refuses it."""
+    source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        return ort.InferenceSession(
+            source,
+            session_options(threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+        )
+    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+        raise ExportFailed(f"ONNX Runtime cannot load the exported network: {error}") from error
+
+
+@cache
+def sums_are_exact() -> bool:
+    """Whether ONNX Runtime adds up products of uint8 and int8 exactly on this processor; tried out once.
+
+    Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of at most 7
+    bits (63) never get there.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs, outputs = 64, 16
+    weights = numpy_helper.from_array(np.full((inputs, outputs), 127, np.int8), "w")
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, inputs])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [1, outputs])
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "sums", [x], [y], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (found,) = session(model).run(None, {"x": np.full((1, inputs), 255, np.uint8)})
+    return bool((found == inputs * 255 * 127).all())

@@ -1,0 +1,303 @@
+"""Whether one ONNX file is faster than another: the protocol of `paretorch measure`.
+
+1. A fresh process that imports ONNX Runtime and NumPy only and has no past, with the number of threads fixed and pinned
+   to as many cores (where the system allows it). Both files are loaded there as a study loads them, and get the same
+   made-up inputs (`feed`).
+2. Time is taken in blocks of at least 2 ms: one run that is not counted, because the other file has just filled the
+   caches with its own weights, and then a row of runs. With one thread the clock is the thread's own CPU time, which
+   preemption by other programs does not reach; with more it is the wall clock.
+3. Warm-up: both in turns, at least ten blocks each, until the last five are not clearly faster than the five before; for
+   a tenth of the time limit at most.
+4. Pairs: a block of each file, in an order that is drawn anew for every pair. What makes the machine slower for a while
+   meets both, and what being second costs meets either.
+5. The estimate is the median of the ratios within pairs, candidate / baseline; its 95% interval is that of a median by
+   order statistics, which asks of the times no distribution. Outliers move neither of them by much.
+6. It ends when half the interval is within the asked precision, or with the time limit, but not below six pairs, the
+   fewest for which such an interval exists. Whether it is narrow enough is looked at after 20, 40, 80, ... pairs only.
+   Whoever looks after every pair and stops when it looks good stops at lucky moments: the interval then holds the true
+   ratio in 91 to 94% of simulated cases, with growing numbers of pairs in 94 to 98%.
+7. The verdict: *faster* when the whole interval is below 1, *slower* when it is above 1, else *no significant difference*.
+
+With one file alone steps 2 to 6 are the same for its milliseconds.
+
+What it cannot do: the interval is about the times of one process in these seconds. Where a process got its memory and
+what state its core is in stay the same throughout and differ in the next process: on a shared virtual machine the ratio
+of int8 to float spreads by 4 to 5% between processes, whatever the interval of each (`benchmarks/latency.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ...errors import ArtifactError, ConfigError, ExportFailed, ParetorchError, TargetError
+from ...objectives.measurement import Metric
+from ..targets.latency import block, median
+from ..targets.runtime import session
+from .random_inputs import Shapes, feed
+
+FIRST_LOOK, FEWEST = 20, 6  # pairs
+_BLOCK = 2e6  # nanoseconds that one timing lasts at least
+Timer = Callable[[], float]  # runs a block and gives the milliseconds of one run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured: of each file the milliseconds of a run, and with two the ratio of the first to the second.
+
+    pairs: timed blocks per file. reached: whether the interval (of the ratio, or of the one file's time) is as narrow as
+    asked. inputs: by name, of each file. environment: what the numbers depend on beside the files.
+    """
+
+    ms: tuple[Metric, ...]
+    ratio: Metric | None
+    verdict: str | None
+    pairs: int
+    reached: bool
+    seconds: float
+    inputs: tuple[dict[str, str], ...]
+    environment: dict[str, str]
+
+
+def compare(
+    files: Sequence[Path],
+    *,
+    threads: int = 1,
+    batch: int | None = None,
+    precision: float = 0.02,
+    seconds: float = 20.0,
+    shapes: Shapes | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Measure a file, or the first of two against the second, in a fresh process as the module says.
+
+    precision: half the interval as a share of the estimate. batch: 1 when None, or what a file fixes. shapes: of inputs
+    with other open dimensions. Raises `ConfigError` for options that do not fit, `ArtifactError` for a file that is
+    missing or does not run, `TargetError` when the process dies.
+    """
+    paths = [onnx_file(path) for path in files]
+    cores = len(os.sched_getaffinity(0))
+    problems = [f"threads = {threads}: this process may use {cores} cores; choose from 1 to {cores}"] * (
+        not 1 <= threads <= cores
+    )
+    if batch is not None and batch < 1:
+        problems.append(f"batch = {batch}: a run needs at least one input")
+    if not 0 < precision < 1:
+        problems.append(f"precision = {precision:g}: choose a share of the time above 0 and below 1, such as 0.02 (2%)")
+    if not 0 < seconds < math.inf:
+        problems.append(f"time = {seconds:g} s: choose a finite time above 0, such as 20s")
+    if problems:
+        raise ConfigError(problems, "measure")
+    request = {"files": [str(path) for path in paths], "threads": threads, "batch": batch, "precision": precision,
+               "seconds": seconds, "shapes": {k: list(v) for k, v in (shapes or {}).items()}, "seed": seed}  # fmt: skip
+    # The child finds the modules that this process found; -P keeps it from looking into the current folder first.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    done = subprocess.run([sys.executable, "-P", "-m", __name__], input=json.dumps(request), capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": path}, check=False)  # fmt: skip
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        tail = " ".join(done.stderr.split())[-500:] or "it said nothing"
+        raise TargetError(f"the process that measures {' and '.join(map(str, files))} ended with code {done.returncode} "
+                          f"(negative: killed by that signal): {tail}") from None  # fmt: skip
+    if "error" in answer:
+        kind, told = answer["error"]
+        raise ConfigError(told, "measure") if kind == "ConfigError" else ArtifactError(told)
+    return Comparison(**answer | {
+        "ms": tuple(Metric(**entry) for entry in answer["ms"]),
+        "ratio": answer["ratio"] and Metric(**answer["ratio"]),
+        "inputs": tuple(answer["inputs"]),
+    })  # fmt: skip
+
+
+def onnx_file(path: Path) -> Path:
+    """The file that is meant: itself, or `model.onnx` of an artifact's directory; raises `ArtifactError`."""
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        said = f"{path} holds no model.onnx" if path.is_dir() else f"there is no file {path}"
+        raise ArtifactError(
+            f"{said}; name an .onnx file, or a directory that `paretorch export STUDY --to DIR` has written"
+        )
+    return file.absolute()
+
+
+def parse_precision(text: str) -> float:
+    """A share above 0 and below 1; raises `ConfigError`.
+
+    >>> parse_precision("2%"), parse_precision("0.005")
+    (0.02, 0.005)
+    """
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise ConfigError(f"{text!r}: write a share of the time above 0% and below 100%, such as 2% or 0.02")
+    return value
+
+
+def verdict(ratio: Metric) -> str:
+    """In words what the interval of candidate / baseline says."""
+    return "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no significant difference"
+
+
+def warm_up(timers: Sequence[Timer], seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
+    """Run all in turns until their times settle: at least ten blocks each, then until `seconds` are over at most."""
+    end = now() + seconds
+    times: list[list[float]] = []
+    while len(times) < 10 or (now() < end and not _settled(np.array(times))):
+        times.append([timer() for timer in timers])
+        if now() > end and len(times) >= 2:  # so slow a network has done its warming in two
+            return
+
+
+def _settled(times: NDArray[np.float64]) -> bool:
+    """Whether none of the files was clearly faster in its last five blocks than in the five before."""
+    return bool((np.median(times[-5:], axis=0) > 0.95 * np.median(times[-10:-5], axis=0)).all())
+
+
+def sample(
+    timers: Sequence[Timer],
+    precision: float,
+    seconds: float,
+    seed: int = 0,
+    now: Callable[[], float] = time.perf_counter,
+) -> NDArray[np.float64]:
+    """Times, a row per pair and a column per file, as many as the precision needs or the time limit allows."""
+    rng = np.random.default_rng(seed)
+    rows: list[list[float]] = []
+    end, look = now() + seconds, FIRST_LOOK
+    while True:
+        row = [0.0] * len(timers)
+        for which in rng.permutation(len(timers)):
+            row[which] = timers[which]()
+        rows.append(row)
+        if len(rows) == look:
+            if precise(estimate(np.array(rows)), precision):
+                break
+            look *= 2
+        if len(rows) >= FEWEST and now() >= end:
+            break
+    return np.array(rows)
+
+
+def estimate(times: NDArray[np.float64]) -> Metric:
+    """The ratio of the first column to the second with its interval; of one column, its median."""
+    return median(times[:, 0] / times[:, 1] if times.shape[1] > 1 else times[:, 0])
+
+
+def precise(found: Metric, precision: float) -> bool:
+    """Whether half the interval is within `precision` of the value."""
+    return (found.high - found.low) / 2 <= precision * found.value
+
+
+# --- in the fresh process ---------------------------------------------------------------------------------------------
+
+
+def _measure(request: dict[str, Any]) -> Comparison:
+    threads: int = request["threads"]
+    cores = pin(threads)
+    files = request["files"]
+    runtimes = []
+    for file in files:
+        try:
+            runtimes.append(session(Path(file), threads))
+        except ExportFailed as error:
+            raise ArtifactError(f"{file} is no ONNX model that ONNX Runtime can load: {error.__cause__}") from error
+    names = dict.fromkeys(entry.name for runtime in runtimes for entry in runtime.get_inputs())
+    unknown = [name for name in request["shapes"] if name not in names]
+    if unknown:
+        raise ConfigError([f"--shape {name!r}: there is no such input; inputs: {', '.join(names)}" for name in unknown])
+    feeds = []
+    for file, runtime in zip(files, runtimes, strict=True):
+        try:
+            feeds.append(feed(runtime.get_inputs(), request["batch"], request["shapes"], request["seed"]))
+        except ConfigError as error:
+            raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    gc.disable()
+    timers = [
+        timer_of(file, partial(runtime.run, None, arrays), _told(arrays), clock)
+        for file, runtime, arrays in zip(files, runtimes, feeds, strict=True)
+    ]
+    warm_up(timers, request["seconds"] / 10)
+    started = time.perf_counter()
+    times = sample(timers, request["precision"], request["seconds"], request["seed"])
+    found = estimate(times)
+    ratio = found if len(files) > 1 else None
+    about = {
+        "threads": str(threads),
+        "cores": ", ".join(map(str, cores)) or "not pinned",
+        "clock": "CPU time of the thread" if threads == 1 else "wall clock",
+        "onnxruntime": ort.__version__,
+    }
+    return Comparison(
+        ms=tuple(median(column) for column in times.T),
+        ratio=ratio,
+        verdict=verdict(ratio) if ratio else None,
+        pairs=len(times),
+        reached=precise(found, request["precision"]),
+        seconds=time.perf_counter() - started,
+        inputs=tuple({name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()} for arrays in feeds),
+        environment=about,
+    )
+
+
+def pin(threads: int) -> list[int]:
+    """Bind this process, and so the threads that it starts later, to as many cores; which ones, none if not allowed."""
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError:
+        return []
+    return cores
+
+
+def _told(arrays: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {list(x.shape)}" for name, x in arrays.items())
+
+
+def timer_of(file: str, run: Callable[[], object], inputs: str, clock: Callable[[], int]) -> Timer:
+    """What times a row of runs of a file's network; `inputs` is what it is given, for people."""
+
+    def once() -> int:
+        begin = clock()
+        run()
+        return clock() - begin
+
+    try:
+        once()
+    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
+        raise ArtifactError(f"{file} does not run on {inputs}: {error}; check --batch and --shape") from error
+    runs = max(1, math.ceil(_BLOCK / max(min(once(), once()), 1)))
+
+    return lambda: block(run, runs, clock) / runs / 1e6
+
+
+def _main() -> None:
+    """Read a request, print the answer, both a line of JSON."""
+    try:
+        answer = asdict(_measure(json.load(sys.stdin)))
+    except ParetorchError as error:
+        told = error.problems if isinstance(error, ConfigError) else str(error)
+        answer = {"error": [type(error).__name__, told]}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""Accuracy recovered by training: fine-tuning and distillation. Nothing here compresses or exports."""

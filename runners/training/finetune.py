@@ -1,0 +1,274 @@
+"""Accuracy won back by fine-tuning, with the original network as the teacher.
+
+Everything random comes from the seed, and the learning rate and the temperature are functions of the step, so that a
+training that was killed goes on from its last epoch (`State`) and ends with the same weights to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...errors import Diverged, TrialError
+from ...spaces.recipe import Recover
+from ..operators.hooks import run_once
+from ..operators.quantize import FakeQuantize
+from ..operators.sparsify import cubic, growing_mask
+from ..task import Task, batches, dataset, loss
+from .distill import fast_layout, feature_loss, mixed_precision, pairs, recorded, soft_loss, temperature
+
+Progress = Callable[[str], None]
+CLIP = 5.0  # the largest norm of all gradients together (of scales aside); one bad batch must not undo an epoch
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 1024  # share of the training samples that patience looks at, and how many at most
+_RAMP, _UPDATES = 0.5, 32  # gradual zeros: the share of training during which they grow, and in how many steps at most
+KEEP_EVERY = 10.0  # seconds of training that a kill may cost, beside the epoch that it falls into
+
+
+@dataclass
+class State:
+    """A training between two epochs. momentum: by parameter. best: the weights of the least loss on held-out samples."""
+
+    steps: int = 0
+    random: Tensor = field(default_factory=torch.get_rng_state)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    least: float = math.inf
+    waited: int = 0
+
+    def to_bytes(self) -> bytes:
+        numbers = torch.tensor([self.steps, self.least, self.waited], dtype=torch.float64)
+        tensors = {"random": self.random, "numbers": numbers}
+        for kind in ("model", "momentum", "best"):
+            tensors |= {f"{kind}.{name}": value.clone().contiguous() for name, value in getattr(self, kind).items()}
+        data: bytes = save(tensors)
+        return data
+
+    @classmethod
+    def read(cls, path: Path, model: nn.Module) -> State | None:
+        """The state in a file, or None where there is none that can be read and belongs to such a model."""
+        try:
+            found = load(path.read_bytes())
+            steps, least, waited = found["numbers"].tolist()
+            random = found["random"]
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            return None
+        parts = {
+            kind: {name.removeprefix(f"{kind}."): v for name, v in found.items() if name.startswith(f"{kind}.")}
+            for kind in ("model", "momentum", "best")
+        }
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        if {name: value.shape for name, value in parts["model"].items()} != shapes:
+            return None
+        return cls(int(steps), random, **parts, least=least, waited=int(waited))
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    step: Recover,
+    task: Task,
+    seed: int,
+    progress: Progress = lambda text: None,
+    *,
+    answers: Tensor | None = None,
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
+) -> None:
+    """Train for `step.epochs` (a fraction is a part of the training images) with SGD and a cosine schedule, in place.
+
+    The loss is `distill * T^2 * KL(teacher || student)` at temperature T plus `(1 - distill)` times the task's loss
+    (Hinton et al. 2015) plus `features` times the distance of features; distillation of answers applies to outputs
+    `[n, classes]` and is left out for other shapes. answers: the teacher's to all training samples, from
+    `distill.answers`. Gradual zeros grow from none again, so they are for the first training. keep: is given the state between epochs, every ten seconds at most. state: to go on from one.
+    Raises `Diverged`, and `TrialError` when there is nothing to train.
+    """
+    seen, held = _samples(task, step.patience)
+    per_epoch = math.ceil(len(seen) / task.batch_size)
+    total = max(1, math.ceil(step.epochs * len(seen) / task.batch_size))
+    teacher = copy.deepcopy(teacher).eval()
+
+    def objective(x: Tensor, y: Tensor, indices: list[int], done: float, names: Sequence[str]) -> Tensor:
+        with recorded(model, names) as own, mixed_precision():
+            outputs = model(x).float()
+        value = loss(task, outputs, y)
+        soft = bool(step.distill) and outputs.ndim == 2
+        if soft or names:
+            with torch.no_grad(), recorded(teacher, names) as theirs, mixed_precision():
+                taught = teacher(x).float() if answers is None or names else answers[indices]
+        if soft:
+            value = step.distill * soft_loss(outputs, taught, temperature(step, done)) + (1 - step.distill) * value
+        return value + step.features * feature_loss(own, theirs) if names else value
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        """At the last temperature, and augmented in the same way each time, so that epochs can be compared."""
+        model.eval()
+        found = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for x, y, indices in _pass(task, held, 0):
+                found += float(objective(x, y, indices, 1.0, ())) * len(x)
+        model.train()
+        return found / len(held)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        names: Sequence[str] = ()
+        trained = dict(model.named_parameters())
+        if step.features or step.train != "all":
+            example = fast_layout(next(batches(task, "train", indices=seen[:2], shuffle=seed))[0])
+            trained = trainable(model, step.train, example)
+            names = pairs(model, teacher, example) if step.features else ()
+            torch.manual_seed(seed)
+        optimizer = _optimizer(model, trained)
+        growing = _masks(model) if step.gradual else {}
+        updates = _schedule(total) if growing else {}
+        state = state or State()
+        if state.steps:
+            model.load_state_dict(state.model)
+            for name, value in state.momentum.items():
+                optimizer.state[trained[name]]["momentum_buffer"] = value
+            torch.set_rng_state(state.random)
+        number, kept = state.steps, time.monotonic()
+        model.train()
+        while number < total and not 0 < step.patience <= state.waited:
+            epoch = number // per_epoch
+            order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+            for x, y, indices in itertools.islice(_pass(task, [seen[i] for i in order], seed + epoch), total - number):
+                if number in updates:
+                    for layer, (fake, count) in growing.items():
+                        weight = model.get_submodule(layer).parametrizations["weight"].original  # type: ignore[index,union-attr]
+                        fake.mask = growing_mask(weight, count, fake.pattern, updates[number])  # type: ignore[arg-type]
+                if len(x) > 1:  # BatchNorm cannot train on a single sample
+                    for group in optimizer.param_groups:
+                        group["lr"] = step.learning_rate * 0.5 * (1 + math.cos(math.pi * number / total))
+                    value = objective(x, y, indices, number / max(1, total - 1), names)
+                    if not bool(value.isfinite()):
+                        raise Diverged(f"the loss became {float(value.detach())} in step {number} of {total} of fine-tuning; "
+                                       f"try a learning_rate below {step.learning_rate:g}")  # fmt: skip
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()  # type: ignore[no-untyped-call]
+                    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+                    optimizer.step()
+                    if number % 10 == 0:
+                        progress(f"fine-tuning {number}/{total}")
+                number += 1
+            if step.patience and number > max(updates, default=0):  # with fewer zeros it would be another recipe
+                found = held_out_loss()
+                state.waited = 0 if found < state.least else state.waited + 1
+                if found < state.least:
+                    state.least, state.best = found, {name: v.clone() for name, v in model.state_dict().items()}
+            if keep and time.monotonic() - kept >= KEEP_EVERY:
+                buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in trained.items()}
+                state.momentum = {name: value for name, value in buffers.items() if value is not None}
+                state.steps, state.random, state.model = number, torch.get_rng_state(), model.state_dict()
+                keep(state)
+                kept = time.monotonic()
+        if state.best:
+            model.load_state_dict(state.best)
+        model.eval()
+
+
+def _schedule(total: int) -> dict[int, float]:
+    """By the number of a step the share of the final zeros that it begins to train with; other steps change nothing.
+
+    >>> [f"{number}: {share:.3f}" for number, share in _schedule(8).items()]
+    ['0: 0.000', '1: 0.578', '2: 0.875', '3: 0.984', '4: 1.000']
+    """
+    ramp = int(_RAMP * total)
+    updates = min(ramp, _UPDATES)
+    return {round(n * ramp / updates): cubic(n / updates) for n in range(updates + 1)} if ramp else {}
+
+
+def _masks(model: nn.Module) -> dict[str, tuple[FakeQuantize, int]]:
+    """By layer its parametrization with a mask, and how many zeros the mask has."""
+    found = {}
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            fake = layer.parametrizations["weight"][0]  # type: ignore[index,union-attr]
+            if isinstance(fake, FakeQuantize) and fake.mask is not None:
+                found[name] = fake, int((fake.mask == 0).sum())
+    return found
+
+
+def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.SGD:
+    """For the trained parameters, in two groups, those that are no scales of quantization first; the others get no gradient."""
+    scales = {id(module.scale) for module in model.modules() if isinstance(module, FakeQuantize)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    groups = [
+        {"params": [p for p in trained.values() if id(p) not in scales], "weight_decay": 1e-4},
+        {"params": [p for p in trained.values() if id(p) in scales], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
+def trainable(model: nn.Module, what: str, x: Tensor) -> dict[str, nn.Parameter]:
+    """The parameters that `Recover.train` names, by name: `all`, `last` or `scales`; `x` is any input of the network.
+
+    Raises `TrialError` when there are none.
+    """
+    found = dict(model.named_parameters())
+    if what == "scales":
+        found = {name: parameter for name, parameter in found.items() if parameter.ndim <= 1}
+    elif what == "last":
+        chosen = _last_third(model, list(found), x)
+        found = {name: parameter for name, parameter in found.items() if _owner(name) in chosen}
+    if not found:
+        raise TrialError(f"train: {what} finds nothing to train in this network; choose train: all")
+    return found
+
+
+def _owner(parameter: str) -> str:
+    """The module whose parameter it is; that of a parametrized weight is the layer."""
+    return parameter.partition(".parametrizations.")[0] if ".parametrizations." in parameter else parameter.rpartition(".")[0]  # fmt: skip
+
+
+@torch.no_grad()
+def _last_third(model: nn.Module, parameters: list[str], x: Tensor) -> set[str]:
+    """Of the modules that own parameters the third (rounded up) that is called last."""
+    called: dict[str, None] = {}
+    owners = dict.fromkeys(map(_owner, parameters))
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name in owners
+    ]
+    run_once(model, x, handles)
+    order = list(called)
+    return set(order[-math.ceil(len(order) / 3) :])
+
+
+def _samples(task: Task, patience: int) -> tuple[list[int], list[int]]:
+    """`(trained on, held out)`: indices of training samples; of every recipe the same are held out, if any are."""
+    count = len(dataset(task, "train"))  # type: ignore[arg-type]
+    if not patience:
+        return list(range(count)), []
+    if count < 4:
+        raise TrialError(
+            f"patience = {patience} needs training samples to hold out, and there are {count} in all; leave it out"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * count)))
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def _pass(task: Task, indices: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Batches `(inputs, targets, indices)` of these samples in this order."""
+    begin = 0
+    for x, y in batches(task, "train", indices=indices, shuffle=seed):
+        yield fast_layout(x), y, indices[begin : begin + task.batch_size]
+        begin += task.batch_size
