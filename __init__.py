@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from paretorch.configs.accelerator import load_target
     from paretorch.errors import ArtifactError, ConfigError, ParetorchError, TrialError
-    from paretorch.objectives.measurement import Measurement, Metric
+    from paretorch.objectives.measurement import Estimate, Measurement
     from paretorch.objectives.objective import Budget, Objective
     from paretorch.results.candidate import Candidate
     from paretorch.results.front import Front
@@ -40,7 +40,7 @@ _HOME = {
     "Front": "results.front",
     "LowRank": "spaces.recipe",
     "Measurement": "objectives.measurement",
-    "Metric": "objectives.measurement",
+    "Estimate": "objectives.measurement",
     "Objective": "objectives.objective",
     "ParetorchError": "errors",
     "Prune": "spaces.recipe",
@@ -67,10 +67,10 @@ __all__ = [
     "Cluster",
     "ConfigError",
     "Equalize",
+    "Estimate",
     "Front",
     "LowRank",
     "Measurement",
-    "Metric",
     "Objective",
     "ParetorchError",
     "Prune",

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from .configs.schema import Config
     from .console import Watcher
-    from .objectives.measurement import Metric
+    from .objectives.measurement import Estimate
     from .results.explain import Explanation
     from .results.front import Front
     from .results.retarget import Retargeted
     from .runners.local import LocalRunner
-    from .runners.record import Comparison, Protocol, Record, Row
+    from .runners.record import MeasurementProtocol, Record, RecordComparison, RecordRow
     from .runners.task import Task
     from .runners.timing import compare
     from .search.preflight import Preflight
@@ -404,7 +404,7 @@ def explain_(
     from .errors import StudyError
     from .results.explain import explain
     from .results.export import record_of
-    from .runners.evaluate import Way
+    from .runners.evaluate import EvaluationPlan
     from .runners.files.atomic import write_atomic
     from .search.study import digest, open_front, read_about
     from .spaces.recipe import Ensemble
@@ -432,7 +432,7 @@ def explain_(
         if digest(runner.model) != about["snapshot"]["weights"]:
             raise StudyError(f"the network of task {loaded.name!r} has not the weights that the study in {study} was made with; "
                              "name its task, with the same checkpoint")  # fmt: skip
-        runner.way = Way(**about["way"])
+        runner.plan = EvaluationPlan(**about["way"])
         runner.take_student(candidate.recipe, study / "candidates")
         baseline = {name: metric.value for name, metric in found.baseline.metrics.items()}
         told = explain(runner, candidate.recipe, found.budget, baseline, images, Steps(watcher))
@@ -451,7 +451,7 @@ def _show_explanation(console: Console, number: int, recipe: Recipe, metric: str
     from .objectives.objective import show
     from .spaces.recipe import Recover
 
-    def points(found: Metric) -> str:
+    def points(found: Estimate) -> str:
         half, percent = (found.high - found.low) / 2, metric == "accuracy"
         return f"{100 * found.value:+.2f} ±{100 * half:.2f}" if percent else f"{found.value:+.4g} ±{half:.2g}"
 
@@ -570,15 +570,15 @@ def verify(
 @app.command("verify-here", hidden=True)
 def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig = None) -> None:
     """What `verify` does, in this process."""
-    from .objectives.measurement import Metric
+    from .objectives.measurement import Estimate
     from .runners.apply import measure_again
     from .runners.artifact import inspect
     from .runners.local import environment
-    from .runners.record import Row, changed_environment, compare, compare_outputs
+    from .runners.record import RecordRow, changed_environment, compare, compare_outputs
 
     console = _console()
     sound = inspect(directory)
-    now: tuple[Row, ...] = (Row("size_bytes", "", Metric.exact(len(sound.packed)), None, ""),)
+    now: tuple[RecordRow, ...] = (RecordRow("size_bytes", "", Estimate.exact(len(sound.packed)), None, ""),)
     if task or config:
         loaded, protocol = _task(task, config, sound.record)
         with _runner(console, loaded, protocol) as (runner, watcher):
@@ -652,26 +652,26 @@ def apply_(
     console.print(f"  paretorch verify {to} {option}", markup=False)
 
 
-def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, Protocol]:
+def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, MeasurementProtocol]:
     """The task of the options, and how to measure it: as the configuration says, or as was measured before."""
     from .configs.accelerator import load_target
     from .configs.load import load, parse
     from .configs.plugins import load_task
     from .errors import ConfigError
-    from .runners.record import Protocol
+    from .runners.record import MeasurementProtocol
 
     if task and config:
         raise ConfigError("--task and --config both name a task; write one of them", "options")
     if config:
         loaded = load(config)
         asked = loaded.measure.model_dump() | {"target": load_target(loaded.measure.target, loaded.folder).spec}
-        return load_task(loaded), Protocol(**asked, seed=loaded.search.seed)
+        return load_task(loaded), MeasurementProtocol(**asked, seed=loaded.search.seed)
     known = recorded.protocol if recorded else None
-    return load_task(parse({"task": task})), known or Protocol()
+    return load_task(parse({"task": task})), known or MeasurementProtocol()
 
 
 @contextmanager
-def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[LocalRunner, Watcher]]:
+def _runner(console: Console, task: Task, protocol: MeasurementProtocol) -> Iterator[tuple[LocalRunner, Watcher]]:
     """A runner whose files go when the block ends, and what shows its progress."""
     import tempfile
     from dataclasses import asdict
@@ -685,7 +685,7 @@ def _runner(console: Console, task: Task, protocol: Protocol) -> Iterator[tuple[
         yield LocalRunner(task, Path(folder), **asdict(protocol)), watcher
 
 
-def _show_changes(console: Console, rows: Sequence[Row]) -> None:
+def _show_changes(console: Console, rows: Sequence[RecordRow]) -> None:
     """Each number beside the untouched network's."""
     from .objectives.objective import show, spread
 
@@ -699,7 +699,7 @@ def _show_changes(console: Console, rows: Sequence[Row]) -> None:
     _show_cells(console, ("", "untouched", "compressed", "change"), cells)
 
 
-def _show_comparisons(console: Console, found: Sequence[Comparison]) -> None:
+def _show_comparisons(console: Console, found: Sequence[RecordComparison]) -> None:
     _show_cells(console, ("", "recorded", "now", ""), [(c.name, c.recorded, c.now, c.verdict) for c in found])
 
 
@@ -763,10 +763,10 @@ def measure(
         typer.echo("\n".join(_measured(files, found, read["--precision"])))
 
 
-def _measured(files: list[Path], found: compare.Comparison, precision: float) -> list[str]:
+def _measured(files: list[Path], found: compare.LatencyComparison, precision: float) -> list[str]:
     """A comparison for people: numbers first, because names may be long."""
 
-    def line(metric: Metric, unit: str, text: str) -> str:
+    def line(metric: Estimate, unit: str, text: str) -> str:
         return f"{f'{metric.value:.4g}{unit}':<13}{f'[{metric.low:.4g}, {metric.high:.4g}]':<20}{text}"
 
     lines = [line(metric, " ms", str(path)) for path, metric in zip(files, found.ms, strict=True)]
@@ -832,7 +832,7 @@ def retarget_(
 def _show_retargeted(console: Console, found: Retargeted) -> None:
     from .objectives.objective import show, spread
 
-    def share(metric: Metric) -> str:
+    def share(metric: Estimate) -> str:
         within = f" [{metric.low:.3g}, {metric.high:.3g}]" if metric.low != metric.high else ""
         return f"{metric.value:.3g}{within}"
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from .objectives.objective import duration
 
 if TYPE_CHECKING:
-    from .objectives.measurement import Measurement, Metric
+    from .objectives.measurement import Estimate, Measurement
     from .results.candidate import Candidate
     from .results.front import Front
     from .search.preflight import Preflight
@@ -57,7 +57,7 @@ class Watcher:
     def phase(self, text: str) -> None:
         self.current = text
 
-    def report(self, phase: str, metrics: Mapping[str, Metric]) -> None:
+    def report(self, phase: str, metrics: Mapping[str, Estimate]) -> None:
         """What a runner is doing; its numbers are shown when it is done."""
         self.phase(phase)
 

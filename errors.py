@@ -81,7 +81,7 @@ class OverBudget(TrialError):
 class Stopped(TrialError):
     """Beyond doubt worse than another candidate, or below a limit; given up before its evaluation was over.
 
-    `estimate` is the metric as far as it is known (a `Metric`, or None).
+    `estimate` is the metric as far as it is known (a `Estimate`, or None).
     """
 
     def __init__(self, message: str, estimate: Any = None) -> None:

@@ -19,7 +19,7 @@ def untouched(folder: Path) -> tuple[LocalRunner, bytes, NDArray[Any]]:
     """A runner, the packed file of the network as it is, and whether it gets each of the 10,000 test images right."""
     runner = LocalRunner(cifar10(), folder)
     packed = runner.build(Recipe())
-    runner.choose_way([packed])
+    runner.tune_evaluation([packed])
     base = runner.scores(packed, "test")
     print(f"untouched: {100 * base.mean():.2f}%, {len(packed)} bytes", flush=True)
     return runner, packed, base

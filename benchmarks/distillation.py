@@ -31,7 +31,7 @@ from paretorch.runners.compression.compress import compress
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.training.distill import answers
+from paretorch.runners.training.distill import teacher_logits
 from paretorch.runners.training.finetune import finetune
 from paretorch.spaces.recipe import Prune, Quantize, Recover, Step
 from paretorch.spaces.structure import Structure, kept_channels
@@ -68,7 +68,7 @@ def speed() -> None:
     x = torch.randn(128 * steps, 3, 32, 32)
     data = TensorDataset(x, torch.randint(0, 10, (len(x),)))
     task = Task("speed", lambda: network, data, data)
-    structure, stored = trace(network, x[:2]), answers(task, network)
+    structure, stored = trace(network, x[:2]), teacher_logits(task, network)
     recipe = Recipe(tuple(Quantize(layer.name, 4) for layer in structure.layers))
     ways = {way: (settings, None) for way, settings in WAYS.items()}
     ways |= {f"{way}, stored": (WAYS[way], stored) for way in ("answers, T 2", "answers, last layers")}
@@ -77,7 +77,7 @@ def speed() -> None:
         for way, (settings, given) in ways.items():
             student = compress(copy.deepcopy(network), recipe, structure, x[:2])
             begin = time.thread_time()
-            finetune(student, network, Recover("finetune", 1, **settings), task, 0, answers=given)
+            finetune(student, network, Recover("finetune", 1, **settings), task, 0, teacher_logits=given)
             took.setdefault(way, []).append(1000 * (time.thread_time() - begin) / steps)
     for way, found in took.items():
         print(f"{way:<30} {min(found):6.0f} {np.median(found):6.0f}")

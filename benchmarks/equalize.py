@@ -122,9 +122,9 @@ def on_cifar10(seeds: int) -> None:
             runner = LocalRunner(task, Path(folder), seed=seed)
             base_file = runner.build(Recipe())
             if not seed:
-                runner.choose_way([base_file])
-                way = runner.way
-            runner.way = way
+                runner.tune_evaluation([base_file])
+                plan = runner.plan
+            runner.plan = plan
             base, outputs = runner.scores(base_file, "test"), runner.outputs(base_file)
             for row, column, recipe in recipes(runner.structure, Recover("batchnorm")):
                 data = runner.build(recipe)

@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 import paretorch.search.study as study_module
 from paretorch import Study, Task
 from paretorch.objectives import cost
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.runners.local import LocalRunner
@@ -55,12 +55,12 @@ class Imagined(LocalRunner):
         loss = sum(2.0 ** -bits.get(layer.name, 32) / (1 + i) for i, layer in enumerate(self.structure.layers))
         accuracy = max(0.0, 0.95 - loss - 1e-4 * int(recipe.key[:2], 16) / 255)
         self.path(recipe).write_bytes(b"x" * 1000)
-        metrics: Mapping[str, Metric] = {
-            "size_bytes": Metric.exact(size),
-            "onnx_bytes": Metric.exact(size),
-            "macs": Metric.exact(cost.macs(self.structure, recipe)),
-            "latency_ms": Metric(size / 1e5, size / 1.1e5, size / 0.9e5, 100),
-            "accuracy": Metric.rate(round(10_000 * accuracy), 10_000),
+        metrics: Mapping[str, Estimate] = {
+            "size_bytes": Estimate.exact(size),
+            "onnx_bytes": Estimate.exact(size),
+            "macs": Estimate.exact(cost.macs(self.structure, recipe)),
+            "latency_ms": Estimate(size / 1e5, size / 1.1e5, size / 0.9e5, 100),
+            "accuracy": Estimate.rate(round(10_000 * accuracy), 10_000),
         }
         return Measurement(metrics, {"build": 0.0, "latency": 0.0, "evaluate": 0.0})
 

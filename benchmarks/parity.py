@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Recipe, Task
 from paretorch.runners.compression.library import LayerLibrary
-from paretorch.runners.graphs.simulate import Agreement, agreement
+from paretorch.runners.graphs.simulate import SimulationAgreement, agreement
 from paretorch.runners.local import LocalRunner
 from paretorch.spaces.recipe import Recover
 from paretorch.spaces.space import Rule, Space
@@ -131,7 +131,7 @@ def task(name: str) -> Task:
     return Task(name, lambda: network, TensorDataset(x[train], y[train]), TensorDataset(x[held], y[held]))
 
 
-def compare(name: str, count: int, seed: int = 0) -> Iterator[tuple[Recipe, Agreement, float, float, float]]:
+def compare(name: str, count: int, seed: int = 0) -> Iterator[tuple[Recipe, SimulationAgreement, float, float, float]]:
     """For random recipes of a network: the agreement, both accuracies (file, simulation), agreement where sure."""
     mine = task(name)
     with TemporaryDirectory() as folder:

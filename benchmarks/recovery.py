@@ -85,9 +85,9 @@ def main() -> None:
             runner = LocalRunner(task, Path(folder), seed=seed)
             base_file = runner.build(Recipe())
             if not seed:
-                runner.choose_way([base_file])
-                way = runner.way
-            runner.way = way
+                runner.tune_evaluation([base_file])
+                plan = runner.plan
+            runner.plan = plan
             base = runner.scores(base_file, "test")
             if not seed:
                 print(f"untouched: {100 * base.mean():.2f}%, {len(base_file)} bytes", flush=True)

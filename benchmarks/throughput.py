@@ -41,7 +41,7 @@ from task import task as cifar10
 from paretorch import Rule, Space, Study, Task
 from paretorch.objectives import cost
 from paretorch.objectives.pareto import hypervolume
-from paretorch.runners.compression.library import shaped
+from paretorch.runners.compression.library import compress_layer
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.task import inputs
@@ -81,7 +81,7 @@ def by_hand(task: Task, structure: Any, overhead: Any, base: tuple[float, float]
         with torch.inference_mode():
             for name, width in bits.items():
                 weight = model.get_submodule(name).weight
-                scale = shaped(weight, width, 0.0).scale
+                scale = compress_layer(weight, width, 0.0).scale
                 weight.copy_(codes(weight, scale, width) * scale.view(-1, *[1] * (weight.ndim - 1)))
         reestimate_batchnorms(model, calibration)
         with torch.inference_mode():

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from paretorch.configs.digits import splits
 from paretorch.objectives.cost import weight_bytes
 from paretorch.objectives.pareto import hypervolume
-from paretorch.runners.compression.library import shaped
+from paretorch.runners.compression.library import compress_layer
 from paretorch.runners.operators.quantize import codes
 from paretorch.search.knapsack import front as knapsack_front
 
@@ -174,7 +174,7 @@ def trained(channels: tuple[int, ...], strides: tuple[int, ...], seed: int) -> N
 
 def compressed(weight: Tensor, bits: int, sparsity: float) -> Tensor:
     """The weight as it would ship, of at most 8 bits."""
-    mask, scale, *_ = shaped(weight, bits, sparsity)
+    mask, scale, *_ = compress_layer(weight, bits, sparsity)
     assert scale is not None
     weight = weight if mask is None else weight * mask
     return codes(weight, scale, bits) * scale.view(-1, *[1] * (weight.ndim - 1))

@@ -14,7 +14,7 @@ Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Metric:
+class Estimate:
     """A value and its 95% interval; `n` is what it rests on (images, timed pairs), 0 for an exact number."""
 
     value: float
@@ -23,18 +23,18 @@ class Metric:
     n: int = 0
 
     @classmethod
-    def exact(cls, value: float) -> Metric:
+    def exact(cls, value: float) -> Estimate:
         return cls(float(value), float(value), float(value))
 
-    def times(self, factor: float) -> Metric:
+    def times(self, factor: float) -> Estimate:
         """The same in another unit."""
-        return Metric(factor * self.value, factor * self.low, factor * self.high, self.n)
+        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
 
     @classmethod
-    def rate(cls, hits: float, n: int) -> Metric:
+    def rate(cls, hits: float, n: int) -> Estimate:
         """A share of successes with Wilson's interval (Wilson 1927), which holds at 0 and 1 too.
 
-        >>> metric = Metric.rate(90, 100)
+        >>> metric = Estimate.rate(90, 100)
         >>> round(metric.low, 4), round(metric.high, 4)
         (0.8256, 0.9448)
         """
@@ -45,10 +45,10 @@ class Metric:
         return cls(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
 
     @classmethod
-    def of(cls, scores: NDArray[np.float64]) -> Metric:
+    def of(cls, scores: NDArray[np.float64]) -> Estimate:
         """The mean of one score per sample: with Wilson's interval where all are 0 or 1, else with a normal one.
 
-        >>> Metric.of(np.array([1.0, 0.0, 1.0, 1.0])) == Metric.rate(3, 4)
+        >>> Estimate.of(np.array([1.0, 0.0, 1.0, 1.0])) == Estimate.rate(3, 4)
         True
         """
         if ((scores == 0) | (scores == 1)).all():
@@ -56,7 +56,7 @@ class Metric:
         return cls.mean(float(scores.sum()), float((scores * scores).sum()), len(scores))
 
     @classmethod
-    def mean(cls, total: float, total_of_squares: float, n: int) -> Metric:
+    def mean(cls, total: float, total_of_squares: float, n: int) -> Estimate:
         """The mean of `n` scores with a normal interval, from their sum and their sum of squares."""
         value = total / n
         variance = max(0.0, total_of_squares / n - value * value) * (n / (n - 1) if n > 1 else 1.0)
@@ -68,7 +68,7 @@ class Metric:
 class Measurement:
     """What one run of a recipe gave: metrics by name, seconds by phase, and where it ran."""
 
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Estimate]
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     fidelity: str = "full"
@@ -81,14 +81,14 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        metrics = {name: Metric(**entry) for name, entry in data["metrics"].items()}
+        metrics = {name: Estimate(**entry) for name, entry in data["metrics"].items()}
         return cls(metrics, data.get("seconds", {}), data.get("environment", {}), data.get("fidelity", "full"))
 
 
-def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
+def flat(metrics: Mapping[str, Estimate]) -> dict[str, float]:
     """Values with the ends of their intervals, where they have one, for tables.
 
-    >>> flat({"size_bytes": Metric.exact(10), "accuracy": Metric(0.9, 0.8, 0.95, 40)})
+    >>> flat({"size_bytes": Estimate.exact(10), "accuracy": Estimate(0.9, 0.8, 0.95, 40)})
     {'size_bytes': 10.0, 'accuracy': 0.9, 'accuracy_low': 0.8, 'accuracy_high': 0.95}
     """
     found: dict[str, float] = {}

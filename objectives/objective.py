@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .measurement import Metric
+    from .measurement import Estimate
 
 _Value = TypeVar("_Value", float, "NDArray[np.float64]")
 COSTS = ("size_bytes", "latency_ms", "macs")
@@ -188,7 +188,7 @@ def show(metric: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def spread(name: str, metric: Metric) -> str:
+def spread(name: str, metric: Estimate) -> str:
     """Half the interval, in the unit in which `show` gives the value."""
     if metric.low == metric.high:
         return ""
@@ -196,12 +196,12 @@ def spread(name: str, metric: Metric) -> str:
     return f"±{100 * half:.2f}" if name in (*_SHARES, "accuracy_difference") else f"±{half:.2g}"
 
 
-def speed(latency: Metric, base: Metric) -> str:
+def speed(latency: Estimate, base: Estimate) -> str:
     """What the intervals say of a latency beside another: `faster`, `slower`, or `same speed` where they overlap."""
     return "faster" if latency.high < base.low else "slower" if latency.low > base.high else "same speed"
 
 
-def against(name: str, metric: Metric, base: Metric) -> str:
+def against(name: str, metric: Estimate, base: Estimate) -> str:
     """A number beside the baseline's: `14% of baseline`, `2.1x faster`, `-0.41 points`."""
     if name in ("latency_ms", "latency_ratio"):
         verdict = speed(metric, base)

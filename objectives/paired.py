@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .measurement import Z95, Metric
+from .measurement import Z95, Estimate
 
 # Standard errors by which a candidate must be worse to be given up. A study looks half a dozen times at every candidate,
 # against a dozen others; 4 standard errors (p = 3e-5) keep the chance of a wrong end below 1 in 400 for all of it.
@@ -52,7 +52,7 @@ def difference(better: NDArray[np.floating], worse: NDArray[np.floating]) -> Dif
     return Difference(float(d.mean()), error, n)
 
 
-def paired(scores: NDArray[np.floating], others: NDArray[np.floating]) -> Metric:
+def paired(scores: NDArray[np.floating], others: NDArray[np.floating]) -> Estimate:
     """The mean of the first scores less that of the others on the same samples, with a 95% interval for pairs.
 
     `[n]`, `[n]`. Where all scores are 0 or 1, the interval is that of Bonett & Price (2012, "Adjusted Wald confidence
@@ -70,8 +70,8 @@ def paired(scores: NDArray[np.floating], others: NDArray[np.floating]) -> Metric
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(others, dtype=np.float64)
     d, n = a - b, len(a)
     if not (((a == 0) | (a == 1)) & ((b == 0) | (b == 1))).all():
-        return Metric.mean(float(d.sum()), float((d * d).sum()), n)
+        return Estimate.mean(float(d.sum()), float((d * d).sum()), n)
     more, less = (float((d == sign).sum() + 1) / (n + 2) for sign in (1, -1))
     centre, half = more - less, Z95 * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
     value = float(d.mean())
-    return Metric(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)), n)
+    return Estimate(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)), n)

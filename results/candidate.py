@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..spaces.recipe import Recipe
 
 OK, OVER_BUDGET, STOPPED, FAILED = "ok", "over_budget", "stopped", "failed"
@@ -31,7 +31,7 @@ class Candidate:
     excess: Mapping[str, float] = field(default_factory=dict)
     picks: Mapping[str, int] | None = None
     label: str = ""
-    test: Mapping[str, Metric] = field(default_factory=dict)
+    test: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def violation(self) -> float:
@@ -63,5 +63,5 @@ class Candidate:
             excess=data["excess"],
             picks=data["picks"],
             label=data["label"],
-            test={name: Metric(**entry) for name, entry in data.get("test", {}).items()},
+            test={name: Estimate(**entry) for name, entry in data.get("test", {}).items()},
         )

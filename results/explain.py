@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import RecipeError, TrialError
 from ..objectives import cost
-from ..objectives.measurement import Z95, Metric
+from ..objectives.measurement import Z95, Estimate
 from ..objectives.objective import Budget
 from ..objectives.paired import difference
 from ..runners.evaluate import predictions, rebatched
@@ -56,7 +56,7 @@ class Cost:
 
     what: str
     recipe: Recipe
-    metric: Metric
+    metric: Estimate
     divergence: float
     size_bytes: int
 
@@ -70,7 +70,7 @@ class Explanation:
     """
 
     costs: tuple[Cost, ...]
-    metric: Metric
+    metric: Estimate
     divergence: float
     size_bytes: int
     images: int
@@ -159,7 +159,7 @@ def explain(
         near, better, bytes_ = bench.measure(other)
         gain = difference(better, points)
         half = Z95 * gain.error
-        metric = Metric(gain.value, gain.value - half, gain.value + half, gain.n)
+        metric = Estimate(gain.value, gain.value - half, gain.value + half, gain.n)
         return Cost(what, other, metric, away - divergence(bench.dense, near), bytes_ - size)
 
     found: list[tuple[Decision, Cost]] = []
@@ -183,7 +183,7 @@ def explain(
         keeps, _, best = max(tried, key=lambda entry: entry[:2])
         others = [step for step in best.recipe.steps if not isinstance(step, Recover)]
         suggestion = replace(best, recipe=Recipe((*others, *training)))
-    whole = Metric.of(points)
+    whole = Estimate.of(points)
     return Explanation(tuple(c for _, c in found), whole, away, size, len(points), suggestion, keeps)
 
 
@@ -204,7 +204,7 @@ class _Bench:
     def measure(self, recipe: Recipe) -> tuple[Tensor, NDArray[np.float64], int]:
         """A recipe's outputs, its scores sample by sample, and the bytes of its file."""
         packed = self.runner.build(recipe)
-        way = self.runner.way
+        way = self.runner.plan
         outputs, points = [], []
         network = self.runner.target.load(unpack(packed).SerializeToString(), way.threads)
         for out, targets in predictions(network, rebatched(self.batches, way.batch), way.workers):

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import StudyError
 from ..objectives.objective import show, spread
 from ..runners.artifact import card, write
-from ..runners.record import Protocol, Record, rows
+from ..runners.record import MeasurementProtocol, Record, rows
 from ..search.finalists import check_parity
 from ..search.study import UNTIMED, open_front
 from ..spaces.recipe import Recipe
@@ -59,13 +59,13 @@ def record_of(front: Front, candidate: Candidate) -> Record:
     )
 
 
-def asked_of(front: Front) -> tuple[Protocol, str]:
+def asked_of(front: Front) -> tuple[MeasurementProtocol, str]:
     """How a study on disk measures, and the name of its task; raises `StudyError` when it does not say so."""
     assert front.directory is not None
     path = front.directory / "study.json"
     try:
         asked = json.loads(path.read_text())["snapshot"]
-        return Protocol(**asked["measure"], seed=asked["seed"]), str(asked["task"])
+        return MeasurementProtocol(**asked["measure"], seed=asked["seed"]), str(asked["task"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path} does not say how was measured: {error!r}") from error
 

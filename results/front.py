@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, StudyError
-from ..objectives.measurement import Measurement, Metric, flat
+from ..objectives.measurement import Estimate, Measurement, flat
 from ..objectives.objective import COSTS, Budget, Objective, speed
 from ..objectives.pareto import hypervolume, knee, nondominated
-from ..search.finalists import clusters, unlike
+from ..search.finalists import clusters, parity_failure
 from .candidate import OK, OVER_BUDGET, STOPPED, Candidate
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Front:
     budget: Budget
     baseline: Measurement
     directory: Path | None = None
-    test_baseline: Metric | None = None
+    test_baseline: Estimate | None = None
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The objectives as numbers to minimise, relative to the baseline."""
@@ -65,13 +65,13 @@ class Front:
         """Whether more of a metric is better."""
         return next((o.maximize for o in self.objectives if o.metric == metric), metric not in COSTS)
 
-    def latency(self, candidate: Candidate) -> tuple[Metric, Metric] | None:
+    def latency(self, candidate: Candidate) -> tuple[Estimate, Estimate] | None:
         """A candidate's latency and the baseline's, to be compared; None where it was not measured.
 
         Of a finalist that is the ratio that the clean process has measured, and 1.
         """
         if (ratio := candidate.test.get("latency_ratio")) is not None:
-            return ratio, Metric.exact(1.0)
+            return ratio, Estimate.exact(1.0)
         found = candidate.measurement.metrics.get("latency_ms") if candidate.measurement else None
         base = self.baseline.metrics.get("latency_ms")
         return None if found is None or base is None else (found, base)
@@ -98,7 +98,7 @@ class Front:
 
         Members whose file is not what was simulated are passed over, unless all are.
         """
-        sound = tuple(m for m in self.members if not unlike(m))
+        sound = tuple(m for m in self.members if not parity_failure(m))
         found = self._knee(sound or self.members)
         number = self.clusters.get(found.number, found.number)
         return next(m for m in self.members if m.number == number)
@@ -203,7 +203,7 @@ class Front:
         if member.number in self.clusters:
             said["cluster"] = self.clusters[member.number]
         if "parity_metric" in member.test:
-            said["parity"] = f"failed: {why}" if (why := unlike(member)) else "passed"
+            said["parity"] = f"failed: {why}" if (why := parity_failure(member)) else "passed"
         return said
 
     def export(self, pick: str, to: str | Path, force: bool = False) -> Path:

@@ -194,7 +194,7 @@ class _Registration:
 
     def _link(self, model: LoggedModel, name: str, version: object) -> None:
         """Let the pages of the model, of the version and of the candidate's run lead to each other."""
-        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.entities import Estimate, LoggedModelOutput
 
         links = json.dumps([{"name": name, "version": str(version)}])
         self._call(self._client.set_logged_model_tags, model.model_id, {"mlflow.modelVersions": links})
@@ -205,7 +205,7 @@ class _Registration:
             self._call(self._client.get_metric_history, self._run_id, metric)[-1] for metric in self._run.data.metrics
         ]
         # With the time that they have on the run they become the model's, too, and are not on the run once more.
-        metrics = [Metric(m.key, m.value, m.timestamp, m.step, model.model_id) for m in known]
+        metrics = [Estimate(m.key, m.value, m.timestamp, m.step, model.model_id) for m in known]
         self._call(self._client.log_batch, self._run_id, metrics=metrics)
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportFailed, StudyError
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import COSTS
 from ..objectives.pareto import nondominated
 from ..runners.evaluate import evaluate
 from ..runners.files import packing
 from ..runners.files.atomic import write_atomic
-from ..runners.record import Protocol
+from ..runners.record import MeasurementProtocol
 from ..runners.targets.target import DEFAULT, Network, Target, as_target
 from ..runners.task import Task, batches
 from ..runners.timing.compare import verdict
@@ -38,7 +38,7 @@ _INPUTS, _CHUNK = 256, 32  # on which outputs are compared, and how many of them
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TargetAgreement:
     """The outputs of a file beside ONNX Runtime's: on how many inputs, the share of equal classes, the largest
     difference as a share of the largest output."""
 
@@ -48,7 +48,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Moved:
+class MemberOnTarget:
     """A member of the front on the other target.
 
     before: its share of the baseline's latency where it was found. latency_ms, ratio: there; None when it does not run.
@@ -58,12 +58,12 @@ class Moved:
 
     number: int
     recipe: str
-    before: Metric
-    latency_ms: Metric | None = None
-    ratio: Metric | None = None
+    before: Estimate
+    latency_ms: Estimate | None = None
+    ratio: Estimate | None = None
     verdict: str = ""
-    agreement: Agreement | None = None
-    metric: Metric | None = None
+    agreement: TargetAgreement | None = None
+    metric: Estimate | None = None
     on_front: bool = False
     reason: str = ""
 
@@ -78,10 +78,10 @@ class Retargeted:
     found_on: str
     target: str
     environment: Mapping[str, str]
-    protocol: Protocol
+    protocol: MeasurementProtocol
     inputs: str
-    baseline_ms: Metric
-    members: tuple[Moved, ...]
+    baseline_ms: Estimate
+    members: tuple[MemberOnTarget, ...]
     pareto: tuple[int, ...]
     timed: bool
 
@@ -117,11 +117,11 @@ def retarget(
     batch = np.resize(inputs[0], (protocol.batch, *inputs[0].shape[1:]))
     say("the baseline")
     network = target.load(baseline, protocol.threads)
-    yardstick = target.yardstick(baseline, batch, 2 * protocol.seconds, protocol.threads)
+    baseline_latency = target.baseline_latency(baseline, batch, 2 * protocol.seconds, protocol.threads)
     moved, candidates = [], []
     for position, member in enumerate(front.members, 1):
         say(f"candidate {member.number} ({position} of {len(front.members)})")
-        found = Moved(member.number, member.recipe.describe(), _before(member, front.baseline))
+        found = MemberOnTarget(member.number, member.recipe.describe(), _before(member, front.baseline))
         steps = [step for network in member.recipe.networks() for step in network.steps]
         refused = [reason for step in steps if (reason := target.supports(step))]
         model = None if refused else _onnx(study / "candidates" / f"{member.recipe.key}.safetensors")
@@ -129,19 +129,19 @@ def retarget(
             moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))
             continue
         try:
-            latency, ratio = target.latency(model, network, batch, yardstick.value, 4 * protocol.seconds, protocol.threads)  # fmt: skip
+            latency, ratio = target.latency(model, network, batch, baseline_latency.value, 4 * protocol.seconds, protocol.threads)  # fmt: skip
             found = replace(found, latency_ms=latency, ratio=ratio, verdict=verdict(ratio))
             if target.milliseconds is None:
                 runs = target.load(model, protocol.threads)
                 found = replace(found, agreement=_agreement(runs, reference.load(model, protocol.threads), inputs))
                 if task is not None:
-                    found = replace(found, metric=Metric.of(evaluate(runs, task, batches(task, "validation"))))
+                    found = replace(found, metric=Estimate.of(evaluate(runs, task, batches(task, "validation"))))
         except ExportFailed as error:
             moved.append(replace(found, reason=str(error)))
             continue
-        candidates.append(_there(member, found, front, yardstick, task))
+        candidates.append(_there(member, found, front, baseline_latency, task))
         moved.append(replace(found, reason=candidates[-1].reason))
-    there = replace(front, candidates=tuple(candidates), baseline=_with(front.baseline, latency_ms=yardstick))
+    there = replace(front, candidates=tuple(candidates), baseline=_with(front.baseline, latency_ms=baseline_latency))
     on = {member.number for member in there.members}
     return Retargeted(
         study=front.directory.name if front.directory else study.name,
@@ -153,7 +153,7 @@ def retarget(
         environment=dict(target.environment),
         protocol=protocol,
         inputs=f"{sum(map(len, inputs))} {'inputs of the validation split' if task else 'made-up inputs (normal)'}",
-        baseline_ms=yardstick,
+        baseline_ms=baseline_latency,
         members=tuple(replace(member, on_front=member.number in on) for member in moved),
         pareto=_pareto(there),
         timed=target.milliseconds is None,
@@ -195,26 +195,28 @@ def _inputs(reference: Network, shape: Sequence[int], task: Task | None) -> Iter
             return
 
 
-def _agreement(found: Network, reference: Network, inputs: Sequence[NDArray[np.float32]]) -> Agreement:
+def _agreement(found: Network, reference: Network, inputs: Sequence[NDArray[np.float32]]) -> TargetAgreement:
     mine, theirs = (np.concatenate([run(x) for x in inputs]) for run in (found, reference))
     classes = [outputs.reshape(len(outputs), -1).argmax(1) for outputs in (mine, theirs)]
     largest = float(np.abs(theirs).max()) or 1.0
-    return Agreement(len(mine), float((classes[0] == classes[1]).mean()), float(np.abs(mine - theirs).max()) / largest)
+    return TargetAgreement(
+        len(mine), float((classes[0] == classes[1]).mean()), float(np.abs(mine - theirs).max()) / largest
+    )
 
 
-def _before(member: Candidate, baseline: Measurement) -> Metric:
+def _before(member: Candidate, baseline: Measurement) -> Estimate:
     assert member.measurement is not None
     # Finalists were timed for longer.
     latency = member.test.get("latency_ms", member.measurement.metrics["latency_ms"])
     base = baseline.value("latency_ms")
-    return Metric(latency.value / base, latency.low / base, latency.high / base, latency.n)
+    return Estimate(latency.value / base, latency.low / base, latency.high / base, latency.n)
 
 
-def _with(measurement: Measurement, **metrics: Metric) -> Measurement:
+def _with(measurement: Measurement, **metrics: Estimate) -> Measurement:
     return replace(measurement, metrics={**measurement.metrics, **metrics})
 
 
-def _there(member: Candidate, found: Moved, front: Front, baseline: Metric, task: Task | None) -> Candidate:
+def _there(member: Candidate, found: MemberOnTarget, front: Front, baseline: Estimate, task: Task | None) -> Candidate:
     """The member as a candidate of the other target: inside its limits, or over them."""
     assert member.measurement is not None
     assert found.latency_ms is not None

@@ -9,14 +9,14 @@ from pathlib import Path
 import yaml
 
 from ..errors import ArtifactError, RecipeError, TaskError
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
 from .compression.compress import check_fits
 from .files.packing import unpack
 from .graphs.onnx_export import session
 from .local import LocalRunner, Report
-from .record import Protocol, Record, Row, rows
+from .record import MeasurementProtocol, Record, RecordRow, rows
 
 
 def read_recipe(path: Path) -> tuple[Recipe, Path | None]:
@@ -46,7 +46,7 @@ def read_recipe(path: Path) -> tuple[Recipe, Path | None]:
 
 
 def apply_recipe(
-    runner: LocalRunner, recipe: Recipe, protocol: Protocol, to: Path, name: str, report: Report
+    runner: LocalRunner, recipe: Recipe, protocol: MeasurementProtocol, to: Path, name: str, report: Report
 ) -> Record:
     """Carry a recipe out on the runner's network, measure the file on all splits, and write it as an artifact.
 
@@ -67,8 +67,8 @@ def apply_recipe(
 
 
 def measure_again(
-    runner: LocalRunner, packed: bytes, recorded: Record, protocol: Protocol, report: Report
-) -> tuple[Row, ...]:
+    runner: LocalRunner, packed: bytes, recorded: Record, protocol: MeasurementProtocol, report: Report
+) -> tuple[RecordRow, ...]:
     """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign task."""
     metric = runner.task.metric_name
     known = [row.metric for row in recorded.rows if row.split and row.baseline and not row.metric.startswith("latency")]
@@ -83,7 +83,7 @@ def measure_again(
     base, base_file = runner.baseline()
     report("measuring the artifact", {})
     found = runner.measure_again(packed, "validation")
-    sizes = {"size_bytes": Metric.exact(len(packed)), "onnx_bytes": Metric.exact(unpack(packed).ByteSize())}
+    sizes = {"size_bytes": Estimate.exact(len(packed)), "onnx_bytes": Estimate.exact(unpack(packed).ByteSize())}
     test, test_base = _on_test(runner, packed, base_file, report)
     latency = _joined(found["latency_ms"], test.get("latency_ms"))
     measured = Measurement({metric: found[metric], **sizes, "latency_ms": latency})
@@ -91,7 +91,7 @@ def measure_again(
                 test_base=test_base, box=4 * protocol.seconds)  # fmt: skip
 
 
-def _joined(first: Metric, second: Metric | None) -> Metric:
+def _joined(first: Estimate, second: Estimate | None) -> Estimate:
     """Two timings in two sessions: their interval holds what sessions differ by."""
     if second is None:
         return first
@@ -103,9 +103,9 @@ def _joined(first: Metric, second: Metric | None) -> Metric:
 
 def _on_test(
     runner: LocalRunner, packed: bytes, base: bytes, report: Report
-) -> tuple[Mapping[str, Metric], Metric | None]:
+) -> tuple[Mapping[str, Estimate], Estimate | None]:
     """The file's numbers and the untouched network's metric on the test split, where there is one."""
     if runner.task.test is None:
         return {}, None
     report("evaluating on the test split", {})
-    return runner.measure_again(packed), Metric.of(runner.scores(base, "test"))
+    return runner.measure_again(packed), Estimate.of(runner.scores(base, "test"))

@@ -172,7 +172,7 @@ def load(directory: str | Path, threads: int = 1) -> OnnxModule:
 
 
 @dataclass(frozen=True)
-class Sound:
+class VerifiedArtifact:
     """An artifact that was found to be whole, and what it gives for the fixed pseudo-random inputs here and now."""
 
     packed: bytes
@@ -182,7 +182,7 @@ class Sound:
     outputs: Mapping[str, Any]
 
 
-def inspect(directory: str | Path) -> Sound:
+def inspect(directory: str | Path) -> VerifiedArtifact:
     """All that can be checked without a task; raises `ArtifactError`.
 
     Beyond the digests: nothing lies there that does not belong to it, the packed file gives `model.onnx` bit for bit,
@@ -213,7 +213,7 @@ def inspect(directory: str | Path) -> Sound:
         RecursionError,
     ) as error:
         raise ArtifactError(f"{folder} is whole, but not what paretorch writes: {error}") from error
-    return Sound(packed, recipe, record, dict(environment), outputs)
+    return VerifiedArtifact(packed, recipe, record, dict(environment), outputs)
 
 
 def probe(model: bytes) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _TRIAL = 0.15  # seconds that the obvious way may take for the images on which t
 
 
 @dataclass(frozen=True)
-class Way:
+class EvaluationPlan:
     """`workers` batches in flight, each on `threads` threads, of `batch` images (0: as the task's batches come)."""
 
     workers: int = 1
@@ -51,9 +51,9 @@ class Way:
         return f"{f'{self.workers} x ' if self.workers > 1 else ''}{images} at a time, {each}"
 
 
-def obvious() -> Way:
+def obvious() -> EvaluationPlan:
     """A thread per core, the task's own batches."""
-    return Way(1, cores())
+    return EvaluationPlan(1, cores())
 
 
 def cores() -> int:
@@ -88,17 +88,17 @@ def evaluate(
     network: Network,
     task: Task,
     batches: Iterable[tuple[Tensor, Tensor]],
-    way: Way | None = None,
+    plan: EvaluationPlan | None = None,
     watch: Watch | None = None,
 ) -> NDArray[np.float64]:
     """The task's metric of an exported network, sample by sample.
 
     watch: hears of the scores so far after 256, 512, 1024, ... samples, and may raise what ends the evaluation.
     """
-    way = way or Way()
+    plan = plan or EvaluationPlan()
     found: list[NDArray[np.float64]] = []
     seen, look = 0, FIRST
-    for outputs, targets in predictions(network, rebatched(batches, way.batch), way.workers):
+    for outputs, targets in predictions(network, rebatched(batches, plan.batch), plan.workers):
         found.append(scores(task, outputs, targets))
         seen += len(outputs)
         if watch and seen >= look:
@@ -142,7 +142,7 @@ def fastest(
     batches: Iterable[tuple[Tensor, Tensor]],
     load: Callable[[bytes, int], Network],
     seconds: float = _TRIAL,
-) -> tuple[Way, float]:
+) -> tuple[EvaluationPlan, float]:
     """The fastest way to evaluate packed files like these, and how many times as fast as the obvious way it is.
 
     load: of the target that runs them.
@@ -156,7 +156,7 @@ def fastest(
     count = sum(len(x) for x, _ in images)
     first = obvious()
     everything = {
-        Way(workers, threads, batch)
+        EvaluationPlan(workers, threads, batch)
         for workers, threads in {(1, cores()), (cores(), 1)}
         for batch in BATCHES
         if batch * workers <= count
@@ -164,10 +164,10 @@ def fastest(
     reference, base = _timed(first, graphs, images, load)
     expected = [scores(task, outputs, targets) for outputs, targets in reference]
     best, least = first, base
-    for way in sorted(everything, key=lambda w: (w.workers, w.threads, w.batch)):
-        found, took = _timed(way, graphs, images, load)
+    for plan in sorted(everything, key=lambda w: (w.workers, w.threads, w.batch)):
+        found, took = _timed(plan, graphs, images, load)
         if took < 0.95 * least and _same(reference, found, expected, task):
-            best, least = way, took
+            best, least = plan, took
     return best, base / least
 
 
@@ -193,18 +193,18 @@ def _some(
 
 
 def _timed(
-    way: Way,
+    plan: EvaluationPlan,
     graphs: Sequence[bytes],
     images: Sequence[tuple[Tensor, Tensor]],
     load: Callable[[bytes, int], Network],
 ) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """What each file gives for all images, and the seconds of the faster of two goes."""
-    networks = [load(graph, way.threads) for graph in graphs]
-    parts = list(rebatched(images, way.batch))
+    networks = [load(graph, plan.threads) for graph in graphs]
+    parts = list(rebatched(images, plan.batch))
     took = []
     for _ in range(2):
         begin = time.perf_counter()
-        found = [list(predictions(network, parts, way.workers)) for network in networks]
+        found = [list(predictions(network, parts, plan.workers)) for network in networks]
         took.append(time.perf_counter() - begin)
     joined = [(torch.cat([out for out, _ in pairs]), torch.cat([y for _, y in pairs])) for pairs in found]
     return joined, min(took)

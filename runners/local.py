@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ExportFailed, TaskError
 from ..objectives.cost import macs
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
 from ..spaces.structure import Structure
 from .compression.calibration import Calibration
@@ -45,11 +45,11 @@ from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchn
 from .operators.moments import Moments, match_moments, output_moments
 from .targets.target import DEFAULT, Network, Target, as_target
 from .task import Task, batches, dataset, example_input, inputs
-from .training.distill import WORTH, answers
+from .training.distill import WORTH, teacher_logits
 from .training.finetune import State, finetune
 
 # The callback of a study: the phase in words and what is known so far; it may raise OverBudget.
-Report = Callable[[str, Mapping[str, Metric]], None]
+Report = Callable[[str, Mapping[str, Estimate]], None]
 # Images at a time for BatchNorm statistics, in the layout that convolutions on a CPU like best: 1.5 to 2.5 times as fast
 # as 128 images in the layout they come in (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
 _CHUNK = 32
@@ -59,7 +59,7 @@ _ZSTD_19 = 1 << 19
 _IN_MEMORY = 1 << 30  # bytes of validation images that are kept decoded between trials
 
 
-def _ignore(phase: str, metrics: Mapping[str, Metric]) -> None:
+def _ignore(phase: str, metrics: Mapping[str, Estimate]) -> None:
     pass
 
 
@@ -128,7 +128,7 @@ class LocalRunner:
         weights = sum(layer.params for layer in self.structure.layers)
         self.zstd_level = 19 if weights <= _ZSTD_19 else 1  # one level for a study, or its sizes could not be compared
         self._validation: list[tuple[Tensor, Tensor]] | None = None
-        self.way = obvious()
+        self.plan = obvious()
         self._baseline: Network | None = None
         self.baseline_ms: float | None = None
 
@@ -205,9 +205,9 @@ class LocalRunner:
         return [part.contiguous(memory_format=_layout(part)) for part in parts]
 
     @cached_property
-    def answers(self) -> Tensor | None:
+    def teacher_logits(self) -> Tensor | None:
         """The untouched network's outputs for all training samples, or None where they cannot be reused."""
-        return answers(self.task, self.model)
+        return teacher_logits(self.task, self.model)
 
     @cached_property
     def statistics(self) -> Calibration:
@@ -250,9 +250,9 @@ class LocalRunner:
         """What was scored on every validation sample, if that is still there and readable."""
         return read_scores(self.scores_path(recipe))
 
-    def _keep_scores(self, recipe: Recipe, scores: NDArray[np.float64]) -> Metric:
+    def _keep_scores(self, recipe: Recipe, scores: NDArray[np.float64]) -> Estimate:
         write_scores(self.scores_path(recipe), scores)
-        return Metric.of(scores)
+        return Estimate.of(scores)
 
     def seconds_per_epoch(self, seconds: float = 1.0) -> float:
         """About how long a pass over the training images takes, from as many steps as fit into some time, 2 to 16."""
@@ -265,9 +265,9 @@ class LocalRunner:
             count = max(2, min(16, int(seconds / took)))
         return took * steps
 
-    def choose_way(self, files: Sequence[bytes]) -> float:
+    def tune_evaluation(self, files: Sequence[bytes]) -> float:
         """Evaluate from now on in the way that is fastest for such files; gives the gain over the obvious way."""
-        self.way, gain = fastest(files, self.task, self.validation(), self.target.load)
+        self.plan, gain = fastest(files, self.task, self.validation(), self.target.load)
         return gain
 
     def build(
@@ -346,7 +346,7 @@ class LocalRunner:
         reused = step.epochs >= WORTH and step.distill and not step.features
         finetune(
             model, self.model, step, self.task, (int(recipe.key[:8], 16) ^ self.seed) % 2**31, lambda text: report(text, {}),
-            answers=self.answers if reused else None,
+            teacher_logits=self.teacher_logits if reused else None,
             state=state, keep=lambda state: write_atomic(self.partial_path(recipe), state.to_bytes()),
         )  # fmt: skip
 
@@ -356,10 +356,10 @@ class LocalRunner:
         data = self.build(Recipe())
         self.use_baseline(data)
         self._check_parity()
-        yardstick = self.target.yardstick(_model(data), self._batch(), self.seconds, self.threads)
-        self.baseline_ms = yardstick.value
+        baseline_latency = self.target.baseline_latency(_model(data), self._batch(), self.seconds, self.threads)
+        self.baseline_ms = baseline_latency.value
         metrics = self._sizes(Recipe(), data) | {
-            "latency_ms": yardstick,
+            "latency_ms": baseline_latency,
             self.task.metric_name: self._keep_scores(Recipe(), self.scores(data)),
         }
         return Measurement(metrics, {"total": time.perf_counter() - started}, environment(self.target)), data
@@ -390,27 +390,27 @@ class LocalRunner:
 
     def scores(self, data: bytes, split: str = "validation", watch: Watch | None = None) -> NDArray[np.float64]:
         """The metric of a packed file on every sample of a split, in the split's order."""
-        network = self.target.load(_model(data), self.way.threads)
+        network = self.target.load(_model(data), self.plan.threads)
         images = self.validation() if split == "validation" else batches(self.task, split)  # type: ignore[arg-type]
-        return evaluate(network, self.task, images, self.way, watch)
+        return evaluate(network, self.task, images, self.plan, watch)
 
     def outputs(self, data: bytes) -> Tensor:
         """What a packed file gives for all validation samples, in the split's order."""
-        network = self.target.load(_model(data), self.way.threads)
-        found = predictions(network, rebatched(self.validation(), self.way.batch), self.way.workers)
+        network = self.target.load(_model(data), self.plan.threads)
+        found = predictions(network, rebatched(self.validation(), self.plan.batch), self.plan.workers)
         return torch.cat([outputs for outputs, _ in found])
 
     def targets(self) -> Tensor:
         """The targets of all validation samples, in the split's order."""
         return torch.cat([targets for _, targets in self.validation()])
 
-    def _sizes(self, recipe: Recipe, data: bytes) -> dict[str, Metric]:
+    def _sizes(self, recipe: Recipe, data: bytes) -> dict[str, Estimate]:
         model = packing.unpack(data)
         return {
-            "size_bytes": Metric.exact(len(data)),
-            "onnx_bytes": Metric.exact(model.ByteSize()),
-            "zstd_bytes": Metric.exact(zstd_bytes(model, data, self.zstd_level)),
-            "macs": Metric.exact(macs(self.structure, recipe)),
+            "size_bytes": Estimate.exact(len(data)),
+            "onnx_bytes": Estimate.exact(model.ByteSize()),
+            "zstd_bytes": Estimate.exact(zstd_bytes(model, data, self.zstd_level)),
+            "macs": Estimate.exact(macs(self.structure, recipe)),
         }
 
     def run(
@@ -459,7 +459,7 @@ class LocalRunner:
         lap("store")
         return Measurement(metrics, laps, environment(self.target))
 
-    def _latency(self, data: bytes, seconds: float | None = None) -> Metric:
+    def _latency(self, data: bytes, seconds: float | None = None) -> Estimate:
         assert self._baseline is not None
         box = self.seconds if seconds is None else seconds
         found, ratio = self.target.latency(
@@ -469,11 +469,11 @@ class LocalRunner:
             raise ExportFailed("the clock measured no time at all for the exported network")
         return found
 
-    def measure_again(self, data: bytes, split: str = "test") -> dict[str, Metric]:
+    def measure_again(self, data: bytes, split: str = "test") -> dict[str, Estimate]:
         """A stored file on another split, with a latency of four times the usual time box."""
-        found = Metric.of(self.scores(data, split))
+        found = Estimate.of(self.scores(data, split))
         timed = self._latency(data, 4 * self.seconds)
-        return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Metric.exact(len(data))}
+        return {self.task.metric_name: found, "latency_ms": timed, "size_bytes": Estimate.exact(len(data))}
 
 
 def _restored(model: nn.Module, path: Path) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ArtifactError
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import against, show, spread
 
 # By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
@@ -20,7 +20,7 @@ _BETWEEN_RUNS = 0.05
 
 
 @dataclass(frozen=True)
-class Protocol:
+class MeasurementProtocol:
     """How the numbers came about; the fields are those of `LocalRunner`."""
 
     threads: int = 1
@@ -41,7 +41,7 @@ _RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "Py
 
 
 @dataclass(frozen=True)
-class Row:
+class RecordRow:
     """One measured number, the untouched network's beside it, and in words how it was measured.
 
     split: whose inputs were used; empty for what needs none.
@@ -49,8 +49,8 @@ class Row:
 
     metric: str
     split: str
-    found: Metric
-    baseline: Metric | None
+    found: Estimate
+    baseline: Estimate | None
     protocol: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Row:
                 "protocol": self.protocol}  # fmt: skip
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+    def from_dict(cls, data: Mapping[str, Any]) -> RecordRow:
         base = data["baseline"]
         return cls(str(data["metric"]), str(data["split"] or ""), _metric(data), None if base is None else _metric(base),
                    str(data["protocol"]))  # fmt: skip
@@ -76,8 +76,8 @@ class Row:
         return against(self.metric, self.found, self.baseline).removesuffix(" of baseline")
 
 
-def _metric(data: Mapping[str, Any]) -> Metric:
-    return Metric(float(data["value"]), float(data["low"]), float(data["high"]), int(data["n"]))
+def _metric(data: Mapping[str, Any]) -> Estimate:
+    return Estimate(float(data["value"]), float(data["low"]), float(data["high"]), int(data["n"]))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Record:
 
     name: str
     task: str
-    rows: tuple[Row, ...]
-    protocol: Protocol | None = None
+    rows: tuple[RecordRow, ...]
+    protocol: MeasurementProtocol | None = None
     budget: tuple[str, ...] = ()
     over_budget: Mapping[str, float] = field(default_factory=dict)
     check: Mapping[str, Any] | None = None
@@ -113,8 +113,8 @@ class Record:
             return cls(
                 name=str(data.get("name", "")),
                 task=str(data.get("task", "")),
-                rows=tuple(Row.from_dict(row) for row in data.get("metrics", ())),
-                protocol=None if protocol is None else Protocol(**protocol),
+                rows=tuple(RecordRow.from_dict(row) for row in data.get("metrics", ())),
+                protocol=None if protocol is None else MeasurementProtocol(**protocol),
                 budget=tuple(data.get("budget", ())),
                 over_budget=dict(data.get("over_budget", {})),
                 check=data.get("check"),
@@ -126,7 +126,7 @@ class Record:
 def _from_version_1(data: Mapping[str, Any]) -> Record:
     """Artifacts of version 1 held the study's candidate as it was journalled, and no protocol."""
     candidate = data["candidate"]
-    test = {name: Metric(**entry) for name, entry in candidate["test"].items()}
+    test = {name: Estimate(**entry) for name, entry in candidate["test"].items()}
     found, base = (Measurement.from_dict(entry) for entry in (candidate["measurement"], data["baseline"]))
     return Record(
         name=f"candidate {candidate['number']}",
@@ -140,19 +140,19 @@ def _from_version_1(data: Mapping[str, Any]) -> Record:
 def rows(
     found: Measurement,
     base: Measurement,
-    protocol: Protocol | None = None,
+    protocol: MeasurementProtocol | None = None,
     *,
-    test: Mapping[str, Metric] | None = None,
-    test_base: Metric | None = None,
+    test: Mapping[str, Estimate] | None = None,
+    test_base: Estimate | None = None,
     box: float | None = None,
-) -> tuple[Row, ...]:
+) -> tuple[RecordRow, ...]:
     """A file's measurement as rows; `test` is what `LocalRunner.measure_again` gave for it on the test split, or a
     study for a finalist (`search.finalists`).
 
     test_base: the untouched network's metric there. box: seconds that the latency in `found` was measured for.
     """
     test = test or {}
-    parts: list[Row] = []
+    parts: list[RecordRow] = []
     for name, metric in found.metrics.items():
         beside = base.metrics.get(name)
         if name == "latency_ms":
@@ -160,18 +160,20 @@ def rows(
             again = test.get(name)
             seconds = box if again is None else None if protocol is None else 4 * protocol.seconds
             clean = "latency_ratio" in test
-            parts.append(Row(name, "validation", again or metric, beside, _timing(protocol, seconds, beside, clean)))
+            parts.append(
+                RecordRow(name, "validation", again or metric, beside, _timing(protocol, seconds, beside, clean))
+            )
         elif metric.n:
-            parts.append(Row(name, "validation", metric, beside, _scoring(protocol, "validation", metric)))
+            parts.append(RecordRow(name, "validation", metric, beside, _scoring(protocol, "validation", metric)))
             if name in test:
-                parts.append(Row(name, "test", test[name], test_base, _scoring(protocol, "test", test[name])))
+                parts.append(RecordRow(name, "test", test[name], test_base, _scoring(protocol, "test", test[name])))
         else:
-            parts.append(Row(name, "", metric, beside, _EXACT.get(name, "exact")))
+            parts.append(RecordRow(name, "", metric, beside, _EXACT.get(name, "exact")))
     scored = "test" if any(metric.n and name in test for name, metric in found.metrics.items() if name != "latency_ms") else "validation"  # fmt: skip
     for name, metric in test.items():
         if name not in found.metrics:
-            beside, split = (Metric.exact(1.0), "validation") if name == "latency_ratio" else (None, scored)
-            parts.append(Row(name, split, metric, beside, _FINALIST.get(name, _PAIRED)))
+            beside, split = (Estimate.exact(1.0), "validation") if name == "latency_ratio" else (None, scored)
+            parts.append(RecordRow(name, split, metric, beside, _FINALIST.get(name, _PAIRED)))
     return tuple(parts)
 
 
@@ -196,13 +198,15 @@ _EXACT = {
 }
 
 
-def _scoring(protocol: Protocol | None, split: str, metric: Metric) -> str:
-    runtime = (protocol or Protocol()).runtime
+def _scoring(protocol: MeasurementProtocol | None, split: str, metric: Estimate) -> str:
+    runtime = (protocol or MeasurementProtocol()).runtime
     return (f"the mean over the {metric.n} samples of the {split} split, computed by {runtime} from the packed file read back; "
             "95% interval")  # fmt: skip
 
 
-def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | None, clean: bool = False) -> str:
+def _timing(
+    protocol: MeasurementProtocol | None, seconds: float | None, base: Estimate | None, clean: bool = False
+) -> str:
     if protocol is None:
         return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"
     many = f"{protocol.batch} inputs" if protocol.batch > 1 else "one input"
@@ -223,7 +227,7 @@ def _timing(protocol: Protocol | None, seconds: float | None, base: Metric | Non
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RecordComparison:
     """A recorded number beside the same number now. verdict: in words; agrees: whether they are the same for all one knows."""
 
     name: str
@@ -233,13 +237,13 @@ class Comparison:
     agrees: bool
 
 
-def compare(recorded: Sequence[Row], now: Sequence[Row]) -> list[Comparison]:
+def compare(recorded: Sequence[RecordRow], now: Sequence[RecordRow]) -> list[RecordComparison]:
     """The rows that both hold, side by side."""
     fresh = {(row.metric, row.split): row for row in now}
     return [_compared(row, fresh[row.metric, row.split]) for row in recorded if (row.metric, row.split) in fresh]
 
 
-def _compared(then: Row, now: Row) -> Comparison:
+def _compared(then: RecordRow, now: RecordRow) -> RecordComparison:
     name, old, new = then.metric, then.found, now.found
     texts = [f"{show(name, row.found.value)} {spread(name, row.found)}".rstrip() for row in (then, now)]
     if name == "latency_ms" and then.baseline is not None and now.baseline is not None:
@@ -257,16 +261,16 @@ def _compared(then: Row, now: Row) -> Comparison:
         verdict = "inside the interval" if agrees else f"DIFFERS by {against(name, new, old)}"
         if new.value == old.value:
             verdict = "the same"
-    return Comparison(then.name, texts[0], texts[1], verdict, agrees)
+    return RecordComparison(then.name, texts[0], texts[1], verdict, agrees)
 
 
-def _ratio(row: Row) -> tuple[float, float]:
+def _ratio(row: RecordRow) -> tuple[float, float]:
     """The interval of a latency as a share of the untouched network's, which was its yardstick."""
     assert row.baseline is not None
     return row.found.low / row.baseline.value, row.found.high / row.baseline.value
 
 
-def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Comparison | None:
+def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> RecordComparison | None:
     """What a file gives for the fixed pseudo-random inputs: recorded beside now; None where nothing was recorded."""
     if not recorded:
         return None
@@ -281,7 +285,7 @@ def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) 
     verdict = (
         "the same" if agrees and not worst else f"within {100 * tolerance:g}% of the largest" if agrees else "DIFFERS"
     )
-    return Comparison("outputs", f"{len(then)} of {recorded['shape']}", told, verdict, agrees)
+    return RecordComparison("outputs", f"{len(then)} of {recorded['shape']}", told, verdict, agrees)
 
 
 def changed_environment(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -49,7 +49,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class SensitivityRow:
     """One layer at one level: its divergence, and the packed bytes of the layer (weight, scales, bias)."""
 
     layer: str
@@ -65,12 +65,12 @@ class Sensitivity:
 
     unit: what a divergence is, `KL` or `SQUARED`. images: on how many calibration images it was measured.
 
-        >>> found = Sensitivity((Row("fc", 4, 0.0, 0.02, 36),), KL, 512)
+        >>> found = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
         >>> found.divergence("fc", 4), found.divergence("fc")
         (0.02, 0.0)
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SensitivityRow, ...]
     unit: str
     images: int
 
@@ -111,7 +111,7 @@ class Sensitivity:
         """A row per layer and level; `unit` is a column, so that a CSV file says what it holds."""
         import pandas
 
-        columns = [field.name for field in fields(Row)]
+        columns = [field.name for field in fields(SensitivityRow)]
         table = pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
         return table.assign(unit=self.unit)
 
@@ -129,8 +129,8 @@ class Sensitivity:
         try:
             if data["version"] > VERSION:
                 raise ArtifactError(f"a sensitivity of version {data['version']}; this paretorch reads up to {VERSION}")
-            rows = [Row(**row) for row in data["rows"]]
-            rows = [Row(**asdict(row) | {"divergence": math.inf if row.divergence is None else float(row.divergence)}) for row in rows]  # fmt: skip
+            rows = [SensitivityRow(**row) for row in data["rows"]]
+            rows = [SensitivityRow(**asdict(row) | {"divergence": math.inf if row.divergence is None else float(row.divergence)}) for row in rows]  # fmt: skip
             return cls(tuple(rows), str(data["unit"]), int(data["images"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"not a sensitivity: {error!r}") from error
@@ -233,7 +233,7 @@ def measure_sensitivity(
             }
             recipe = _recipe(layer.name, level, methods)
             size = layer_bytes(Structure((layer,)), recipe)
-            rows.append(Row(layer.name, *level, bench.divergence(layer, recipe), size))
+            rows.append(SensitivityRow(layer.name, *level, bench.divergence(layer, recipe), size))
             done += 1
     return Sensitivity(tuple(rows), unit_of(bench.dense), len(runner.calibration))
 

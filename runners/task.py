@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from ..errors import Diverged, TaskError
-from ..objectives.measurement import Metric
+from ..objectives.measurement import Estimate
 from ..objectives.objective import COSTS
 from ..spaces.recipe import CRITERIA, STUDENT, known_criterion
 
@@ -217,9 +217,9 @@ def scores(task: Task, outputs: Tensor, targets: Tensor) -> NDArray[np.float64]:
     return found.numpy()
 
 
-def score(task: Task, pairs: Iterable[tuple[Tensor, Tensor]]) -> Metric:
+def score(task: Task, pairs: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
     """The task's metric over `(outputs, targets)` pairs; raises as `scores` does."""
     found = [scores(task, outputs, targets) for outputs, targets in pairs]
     if not found:
         raise TaskError(f"task {task.name!r}: there are no samples to score")
-    return Metric.of(np.concatenate(found))
+    return Estimate.of(np.concatenate(found))

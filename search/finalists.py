@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ArtifactError, StudyError, TrialError
-from ..objectives.measurement import Z95, Metric
+from ..objectives.measurement import Z95, Estimate
 from ..objectives.objective import COSTS
 from ..objectives.paired import paired
 from ..results.candidate import Candidate
@@ -98,8 +98,8 @@ def measure_finalists(
                 path = paths[key]()
                 if task.test is not None and not entry:
                     listener.phase(f"{names[key]} on the test split {place}")
-                    each = process.scores(path, task, batches(task, "test"), runner.way)
-                    found = {task.metric_name: Metric.of(each), "size_bytes": Metric.exact(path.stat().st_size)}
+                    each = process.scores(path, task, batches(task, "test"), runner.plan)
+                    found = {task.metric_name: Estimate.of(each), "size_bytes": Estimate.exact(path.stat().st_size)}
                     if key != BASELINE:
                         ratio = process.ratio(path, base_path, batch, runner.threads, 4 * runner.seconds)
                         found |= _beside_baseline(directory, task.metric_name, each, ratio, runner.baseline_ms)
@@ -115,8 +115,8 @@ def measure_finalists(
 
 
 def _beside_baseline(
-    directory: Path, metric: str, each: NDArray[np.float64], ratio: Metric, baseline_ms: float | None
-) -> dict[str, Metric]:
+    directory: Path, metric: str, each: NDArray[np.float64], ratio: Estimate, baseline_ms: float | None
+) -> dict[str, Estimate]:
     """A finalist's numbers against the baseline's: latency, and the paired difference of the metric."""
     found = {"latency_ratio": ratio}
     if baseline_ms is not None:
@@ -126,7 +126,7 @@ def _beside_baseline(
     return found
 
 
-def _parity(packed: bytes, task: Task, seconds: float) -> dict[str, Metric]:
+def _parity(packed: bytes, task: Task, seconds: float) -> dict[str, Estimate]:
     """A packed file in ONNX Runtime beside the simulation of its graph, on the same inputs, drawn from a split."""
     split: Split = "validation" if task.test is None else "test"
     targets: list[Tensor] = []
@@ -143,16 +143,16 @@ def _parity(packed: bytes, task: Task, seconds: float) -> dict[str, Metric]:
     expected, real = (scores(task, given, torch.cat(targets)) for given in (simulated, outputs))
     known = {
         "parity_metric": paired(real, expected),
-        "parity_simulated": Metric.of(expected),
-        "parity_mean_output": Metric.exact(found.mean_difference),
-        "parity_max_output": Metric.exact(found.max_difference),
+        "parity_simulated": Estimate.of(expected),
+        "parity_mean_output": Estimate.exact(found.mean_difference),
+        "parity_max_output": Estimate.exact(found.max_difference),
     }
     if found.answers:
-        known["parity_agreement"] = Metric.rate(round(found.agree * found.answers), found.answers)
+        known["parity_agreement"] = Estimate.rate(round(found.agree * found.answers), found.answers)
     return known
 
 
-def unlike(candidate: Candidate) -> str:
+def parity_failure(candidate: Candidate) -> str:
     """In what a finalist's file is not the network that was simulated; empty where it is, or where nobody has looked.
 
     At least 99.5% of 1,000 answers must be the same; of fewer the share must not be surely below that, by its 95%
@@ -177,7 +177,7 @@ def unlike(candidate: Candidate) -> str:
 
 def check_parity(candidate: Candidate) -> None:
     """Raises `StudyError` for a finalist whose file is not the network that was simulated."""
-    if why := unlike(candidate):
+    if why := parity_failure(candidate):
         raise StudyError(f"candidate {candidate.number}: its file does not compute what was simulated: {why}; pick another one, or "
                          "take it all the same with --force (in Python force=True)")  # fmt: skip
 
@@ -202,19 +202,19 @@ def scores_on_test(directory: Path | None, key: str) -> NDArray[np.floating] | N
     return None if directory is None else read_scores(_scores_path(directory, key))
 
 
-def read_finalists(directory: Path) -> dict[str, dict[str, Metric]]:
+def read_finalists(directory: Path) -> dict[str, dict[str, Estimate]]:
     """What is known of a study's finalists, by recipe key and `baseline`; raises `StudyError` for a damaged file."""
     path = directory / "finalists.json"
     if not path.exists():
         return {}
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        return {key: {name: Metric(**entry) for name, entry in numbers.items()} for key, numbers in found.items()}
+        return {key: {name: Estimate(**entry) for name, entry in numbers.items()} for key, numbers in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise StudyError(f"{path} is damaged ({error}); delete it, and the same search measures the finalists again") from error  # fmt: skip
 
 
-def with_tests(candidates: Sequence[Candidate], directory: Path) -> tuple[list[Candidate], Metric | None]:
+def with_tests(candidates: Sequence[Candidate], directory: Path) -> tuple[list[Candidate], Estimate | None]:
     """The candidates with their numbers on the test split, and the baseline's metric there."""
     known = read_finalists(directory)
     base = next((metric for name, metric in known.get(BASELINE, {}).items() if name not in COSTS), None)
@@ -242,7 +242,7 @@ def clusters(front: Front) -> dict[int, int]:
     found_scores = {
         m.number: s for m in front.members if (s := scores_on_test(front.directory, m.recipe.key)) is not None
     }
-    known = [m for m in front.members if m.number in found_scores and m.test and not unlike(m)]
+    known = [m for m in front.members if m.number in found_scores and m.test and not parity_failure(m)]
     sign = 1.0 if front.maximizes(front.quality) else -1.0
     heads: list[Candidate] = []
     found: dict[int, int] = {}
@@ -259,7 +259,7 @@ def clusters(front: Front) -> dict[int, int]:
     return found
 
 
-def _cost(member: Candidate, name: str) -> Metric:
+def _cost(member: Candidate, name: str) -> Estimate:
     """A cost of a measured candidate, the latency as a finalist where it was timed as one."""
     assert member.measurement is not None
     return member.test.get(name) or member.measurement.metrics[name]
@@ -269,7 +269,7 @@ def _cheaper(member: Candidate, head: Candidate, costs: Sequence[str]) -> bool:
     return any(_cost(member, name).high < _cost(head, name).low for name in costs)
 
 
-def optimism(front: Front) -> Metric | None:
+def optimism(front: Front) -> Estimate | None:
     """By how much the members lost more than the baseline from the validation to the test split, on average.
 
     Above zero selection has made them look better than they are. The 95% interval (normal; the two splits are
@@ -283,7 +283,7 @@ def optimism(front: Front) -> Metric | None:
     usual = front.baseline.value(name) - front.test_baseline.value
     value = sign * float(np.mean([m.measurement.value(name) - m.test[name].value - usual for m in members]))  # type: ignore[union-attr]
     if directory is None:
-        return Metric.exact(value)
+        return Estimate.exact(value)
     keys = [m.recipe.key for m in members]
     splits = (
         [read_scores(directory / "candidates" / f"{key}.npy") for key in (Recipe().key, *keys)],
@@ -292,11 +292,11 @@ def optimism(front: Front) -> Metric | None:
     variance = 0.0
     for base, *others in splits:
         if base is None or any(s is None or s.shape != base.shape for s in others):
-            return Metric.exact(value)
+            return Estimate.exact(value)
         d = np.mean([s.astype(np.float64) - base for s in others if s is not None], axis=0)
         variance += float(d.var(ddof=1)) / len(d) if len(d) > 1 else 0.0
     half = Z95 * math.sqrt(variance)
-    return Metric(value, value - half, value + half, len(members))
+    return Estimate(value, value - half, value + half, len(members))
 
 
 def described_clusters(front: Front) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
 from ..runners.compression.compress import compress, folded_norms
 from ..runners.compression.library import Method
@@ -219,7 +219,7 @@ def nonzero_shares(
                     affine = scheme == "affine"
                     method = Method(pattern=zeros if isinstance(zeros, str) else "", scheme=scheme)
                     factor = channel_factors(norm)[::every] if affine and norm is not None else torch.ones(len(weight))
-                    made = runner.library.shaped(weight, bits, zeros_of(zeros), method, factor=factor)
+                    made = runner.library.compress_layer(weight, bits, zeros_of(zeros), method, factor=factor)
                     assert made.scale is not None
                     kept = weight if made.mask is None else weight * made.mask
                     step = made.scale.clamp_min(1e-12) / (factor if affine else 1)
@@ -286,8 +286,8 @@ def preflight(
         measured = runner.run(smallest) if smallest.steps else baseline
     except Diverged as error:  # its metric is lost, as may be expected of the smallest of all; its size is known
         warnings.append(f"the smallest recipe ({smallest.describe()}) does not compute any more: {error}")
-        size = Metric.exact(len(runner.build(smallest)))
-        measured = Measurement({"size_bytes": size, "latency_ms": Metric.exact(math.nan)})
+        size = Estimate.exact(len(runner.build(smallest)))
+        measured = Measurement({"size_bytes": size, "latency_ms": Estimate.exact(math.nan)})
     for limit in budget.limits:
         reachable = None
         if limit.metric == "size_bytes" and limit.upper:

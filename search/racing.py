@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Stopped
-from ..objectives.measurement import Z95, Metric
+from ..objectives.measurement import Z95, Estimate
 from ..objectives.objective import show
 from ..objectives.paired import difference
 from ..runners.evaluate import Watch
@@ -52,7 +52,7 @@ def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:
             raise Stopped(
                 f"{metric} {show(metric, float(scores.mean()))} after {len(scores)} images, where {rival.name} has "
                 f"{show(metric, here)}: worse{by} beyond doubt",
-                Metric(value, value - half, value + half, found.n),
+                Estimate(value, value - half, value + half, found.n),
             )
 
     return watch

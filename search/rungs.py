@@ -35,7 +35,7 @@ _USUAL = 3.0  # of so many one climbs
 
 
 @dataclass(frozen=True)
-class Standing:
+class RungEntry:
     """A candidate on a rung.
 
     metric: the task's, higher is better, NaN when it failed. losses: what is minimised. eligible: whether more training
@@ -58,7 +58,7 @@ class Ladder:
     """
 
     names: tuple[str, ...]
-    rungs: list[list[Standing]] = field(init=False)
+    rungs: list[list[RungEntry]] = field(init=False)
     above: dict[int, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Ladder:
             return _USUAL
         return 2.0 if tau >= 0.25 else 1.0
 
-    def climber(self, may: Callable[[int], bool] = lambda rung: True) -> tuple[int, int] | None:
+    def next_promotion(self, may: Callable[[int], bool] = lambda rung: True) -> tuple[int, int] | None:
         """`(number, its rung)` of the candidate to train further, None when a new one should be begun.
 
         The highest rungs come first. `may` says whether there is time for training up to a rung.
@@ -116,7 +116,7 @@ class Ladder:
         """How many stand on each rung, and how well it foretells the next.
 
         >>> ladder = Ladder(("untrained", "1 epoch"))
-        >>> ladder.rungs[0].append(Standing(0, 0.5, (0.5, 0.1)))
+        >>> ladder.rungs[0].append(RungEntry(0, 0.5, (0.5, 0.1)))
         >>> ladder.describe()
         '1 untrained, 0 of 1 epoch'
         """

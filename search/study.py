@@ -41,25 +41,25 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Diverged, OverBudget, Stopped, StudyError, TaskError, TrialError
 from ..objectives import cost
-from ..objectives.measurement import Measurement, Metric
+from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import Budget, Objective, duration, show
 from ..objectives.pareto import nondominated
 from ..results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from ..results.front import Front
 from ..results.journal import Journal, locked, undisturbed
-from ..runners.evaluate import Way
+from ..runners.evaluate import EvaluationPlan
 from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.targets.target import DEFAULT, Target, as_target
 from ..runners.task import Task, check_criteria, dataset, scores
 from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
-from ..spaces.space import Axis, Space, anchors, default_space
+from ..spaces.space import Axis, Space, default_space, reference_recipes
 from . import ensembles as together
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
 from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, nonzero_shares, preflight, within
 from .racing import Rival, race
-from .rungs import PILOT, Ladder, Standing, ranked
+from .rungs import PILOT, Ladder, RungEntry, ranked
 from .sampler import GENERATION, in_space, make_sampler
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Study:
         self.listener: Listener = listener or Quiet()
         self.config, self.config_text, self.config_file = config, config_text, config_file
         self.candidates: list[Candidate] = []
-        self.test_baseline: Metric | None = None
+        self.test_baseline: Estimate | None = None
         self.tracker: Tracker | None = None
         self.opened = False  # whether all that a report is made of is known
         self.behind = False  # whether MLflow has missed a candidate
@@ -272,7 +272,7 @@ class Study:
             self.overhead = cost.FileOverhead(**stored["overhead"])
             self.overheads = {name: cost.FileOverhead(**of) for name, of in stored.get("overheads", {}).items()}
             self.runner.use_baseline(self._packed_baseline(), self.baseline.value("latency_ms"))
-            self.runner.way = Way(**stored["way"])
+            self.runner.plan = EvaluationPlan(**stored["way"])
             self.guessed = stored["seconds"]
             self._use(self.space.as_ladder() if stored["rungs"] else self.space)
         else:
@@ -288,7 +288,7 @@ class Study:
                 "baseline": self.baseline.to_dict(),
                 "overhead": asdict(found.overhead),
                 "overheads": {name: asdict(overhead) for name, overhead in found.overheads.items()},
-                "way": asdict(self.runner.way),
+                "way": asdict(self.runner.plan),
                 "seconds": self.guessed,
                 "rungs": self.space.ladder,
                 "environment": environment(self.target),
@@ -310,9 +310,9 @@ class Study:
         self.listener.phase("finding the fastest way to evaluate")
         smallest = self.runner.path(found.smallest)
         works = found.smallest.steps and self.task.metric_name in found.smallest_measured.metrics
-        gain = self.runner.choose_way([packed, *([smallest.read_bytes()] if works else [])])
+        gain = self.runner.tune_evaluation([packed, *([smallest.read_bytes()] if works else [])])
         told = f", {gain:.1f} times as fast as one batch on all threads, with the same predictions" if gain > 1 else ""
-        self.listener.say(f"evaluates {self.runner.way.describe()}{told}")
+        self.listener.say(f"evaluates {self.runner.plan.describe()}{told}")
         laps = found.smallest_measured.seconds
         parity = seconds_of_parity(smallest.read_bytes() if works else packed, self.runner.calibration[:4])
         self.guessed = {"trial": math.fsum(laps.values()), "evaluate": laps.get("evaluate", 0.0), "epoch": 0.0,
@@ -402,7 +402,7 @@ class Study:
                 self.ladder.above[origin] = upper
         if candidate.measurement is None:
             if rung:
-                self.ladder.rungs[rung].append(Standing(number, math.nan, eligible=False))
+                self.ladder.rungs[rung].append(RungEntry(number, math.nan, eligible=False))
             return
         metric, own = candidate.measurement.metrics[self.task.metric_name], self.baseline.value(self.task.metric_name)
         # What has lost less than half its interval has nothing to win back that could be told from luck.
@@ -412,7 +412,7 @@ class Study:
         losses = tuple(
             o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives
         )
-        self.ladder.rungs[rung].append(Standing(number, metric.value, losses, eligible, bool(candidate.label)))
+        self.ladder.rungs[rung].append(RungEntry(number, metric.value, losses, eligible, bool(candidate.label)))
 
     def _whole(self, candidate: Candidate) -> bool:
         """Whether all is known of a candidate, and it keeps the limits that training does not change."""
@@ -436,7 +436,7 @@ class Study:
                    if standing.get(c.number, top) < top and c.number not in self.ladder.above]  # fmt: skip
         while True:
             last = [found for found in waiting if found[0] not in self.ladder.above and may(found[1] + 1)]
-            found = last[0] if last and left <= len(waiting) else self.ladder.climber(may)
+            found = last[0] if last and left <= len(waiting) else self.ladder.next_promotion(may)
             if found is None:
                 return None
             number, rung = found
@@ -446,7 +446,7 @@ class Study:
                 return picks
             self.ladder.above[number] = twin.number  # other choices gave the same recipe, which has been carried out
 
-    def _rivals(self, rung: int, known: Mapping[str, Metric]) -> list[Rival]:
+    def _rivals(self, rung: int, known: Mapping[str, Estimate]) -> list[Rival]:
         """Whom a candidate with these costs must not be worse than, beyond doubt, to be evaluated to its end."""
         metric, base = self.task.metric_name, self.baseline.value(self.task.metric_name)
         found = []
@@ -472,7 +472,7 @@ class Study:
                     found.append(Rival(f"#{number}", scores))
         return found
 
-    def _best(self, rung: int) -> list[Standing]:
+    def _best(self, rung: int) -> list[RungEntry]:
         """The candidates on a rung that nothing there beats."""
         whole = [s for s in self.ladder.rungs[rung] if self._whole(self.candidates[s.number])]
         return [s for s, kept in zip(whole, nondominated([s.losses for s in whole]), strict=True) if kept]
@@ -587,7 +587,7 @@ class Study:
         return Front(everything, self.objectives, self.budget, self.baseline, self.directory, self.test_baseline)
 
     def _search(self, trials: int | None, started: float, time_limit: float | None) -> None:
-        trivial = anchors(self.space, self.runner.structure)
+        trivial = reference_recipes(self.space, self.runner.structure)
         foreign = {label for label, recipe in trivial if any(map(self.target.supports, recipe.steps))}
         if foreign:
             self.listener.say(f"target    {self.target.name} cannot run the trivial baselines {', '.join(label for label, _ in trivial if label in foreign)}")  # fmt: skip
@@ -811,7 +811,7 @@ class Study:
         """What became of a recipe, and the seconds that the runner took for it."""
         number = len(self.candidates)
         base = self._baseline_values()
-        known: dict[str, Metric] = {}
+        known: dict[str, Estimate] = {}
 
         def judge(values: Mapping[str, float], tolerance: float) -> None:
             excess = self.budget.excess(values, base)
@@ -823,7 +823,7 @@ class Study:
             if over:
                 raise OverBudget(_over(values, over, self.budget, base), excess)
 
-        def report(phase: str, metrics: Mapping[str, Metric]) -> None:
+        def report(phase: str, metrics: Mapping[str, Estimate]) -> None:
             known.update(metrics)
             self.listener.phase(f"trial {number}: {phase}")
             if phase == "measured before training" and not label:

@@ -232,8 +232,8 @@ class Ensemble:
 
 Step = Student | Prune | LowRank | Equalize | Sparsify | Cluster | Quantize | Recover | Ensemble
 # The order of surgery: a step may rely on all that stand before it. (Beside an ensemble no other stands.)
-ORDER: tuple[type, ...] = (Student, Prune, LowRank, Equalize, Sparsify, Cluster, Quantize, Recover, Ensemble)
-_NAMES = {kind.__name__.lower(): kind for kind in ORDER}
+PASS_ORDER: tuple[type, ...] = (Student, Prune, LowRank, Equalize, Sparsify, Cluster, Quantize, Recover, Ensemble)
+_NAMES = {kind.__name__.lower(): kind for kind in PASS_ORDER}
 _Kind = TypeVar("_Kind")
 _METHODS = ("batchnorm", "statistics", "finetune")
 _TRAINED = ("all", "last", "scales")
@@ -250,7 +250,7 @@ _TYPES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
 
 def _canonical(step: Step) -> Step:
     """The step with plain numbers and sorted names: 1, 1.0 and NumPy's 1 are equal but would give three texts."""
-    if not isinstance(step, ORDER):
+    if not isinstance(step, PASS_ORDER):
         raise RecipeError(f"{step!r} is not a step; steps: {', '.join(_NAMES)}")
     values: dict[str, Any] = {}
     for entry in fields(step):
@@ -457,7 +457,7 @@ class Recipe:
             raise RecipeError(
                 "recover: features beside equalize, which gives channels another scale than they have in the teacher; leave one out"
             )
-        steps.sort(key=lambda step: (ORDER.index(type(step)), _target(step)))
+        steps.sort(key=lambda step: (PASS_ORDER.index(type(step)), _target(step)))
         object.__setattr__(self, "steps", tuple(steps))
 
     def of(self, kind: type[_Kind]) -> list[_Kind]:

@@ -587,7 +587,7 @@ def _untrained(structure: Structure) -> Recover:
     return Recover("batchnorm" if structure.folds else "statistics")
 
 
-def anchors(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
+def reference_recipes(space: Space, structure: Structure) -> list[tuple[str, Recipe]]:
     """The trivial baselines that everybody would try first, so that the front shows what the search adds."""
     widths = {width for rule in space.activation_bits for width in rule.choices} | {32}
     usual = 8 if 8 in widths else max(widths - {32}, default=32)

@@ -83,8 +83,8 @@ def heat_tables(found: Sensitivity, width: int = 80) -> list[Table]:
 def heat_rows(found: Sensitivity) -> list[dict[str, str | float]]:
     """The heat map as plain data: a row per layer, a column per level, a dash where a layer lacks it.
 
-    >>> from paretorch.runners.sensitivity import Row
-    >>> heat_rows(Sensitivity((Row("fc", 8, 0.0, 0.01, 36), Row("fc", 32, 0.5, 0.02, 80)), KL, 512))
+    >>> from paretorch.runners.sensitivity import SensitivityRow
+    >>> heat_rows(Sensitivity((SensitivityRow("fc", 8, 0.0, 0.01, 36), SensitivityRow("fc", 32, 0.5, 0.02, 80)), KL, 512))
     [{'layer': 'fc', '8 bits': 0.01, '50% zeros': 0.02}]
     """
     value: dict[tuple[str, int, float | str], str | float]

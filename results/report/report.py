@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from ...objectives.measurement import Metric, flat
+from ...objectives.measurement import Estimate, flat
 from ...objectives.objective import COSTS, Limit, show
 from ...objectives.objective import against as _against
 from ...objectives.objective import spread as _spread
 from ...objectives.pareto import hypervolume, nondominated
-from ...search.finalists import described_clusters, optimism, unlike
+from ...search.finalists import described_clusters, optimism, parity_failure
 from ...spaces.recipe import Recipe
 from ..candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from ..front import Front
@@ -111,13 +111,13 @@ def _values(front: Front) -> dict[str, float]:
     return {name: metric.value for name, metric in front.baseline.metrics.items()}
 
 
-def _interval(name: str, metric: Metric) -> str:
+def _interval(name: str, metric: Estimate) -> str:
     if metric.low == metric.high:
         return show(name, metric.value)
     return f"{show(name, metric.value)} [{show(name, metric.low)}, {show(name, metric.high)}]"
 
 
-def _metric(candidate: Candidate, name: str) -> Metric | None:
+def _metric(candidate: Candidate, name: str) -> Estimate | None:
     return candidate.measurement.metrics.get(name) if candidate.measurement else None
 
 
@@ -171,7 +171,7 @@ def _nearest(front: Front, count: int) -> list[Candidate]:
     return front.least_violating(count) or sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
 
-def _of(front: Front, member: Candidate, name: str) -> Metric | None:
+def _of(front: Front, member: Candidate, name: str) -> Estimate | None:
     """The number that counts: a finalist's latency is that of the clean process."""
     found = _metric(member, name)
     return member.test.get(name, found) if name == "latency_ms" else found
@@ -194,7 +194,7 @@ def marks(front: Front, member: Candidate) -> list[str]:
         said.append("recommended")
     elif head not in (None, member.number):
         said.append(f"like #{head}")
-    return [*said, *(["not what was simulated"] if unlike(member) else [])]
+    return [*said, *(["not what was simulated"] if parity_failure(member) else [])]
 
 
 def preferred(front: Front) -> str:
@@ -206,7 +206,7 @@ def warned(front: Front) -> list[str]:
     """What one should know before a member is taken: which are slower than the baseline, whose file is another network."""
     slower = [f"#{m.number}" for m in front.members if front.speed(m) == "slower"]
     said = [f"Slower than the untouched network: {', '.join(slower)}"] if slower else []
-    return said + [f"#{m.number} is not what was simulated: {why}" for m in front.members if (why := unlike(m))]
+    return said + [f"#{m.number} is not what was simulated: {why}" for m in front.members if (why := parity_failure(m))]
 
 
 def hypervolume_curve(front: Front) -> list[float]:
@@ -286,7 +286,7 @@ def front_table(front: Front) -> Table:
         table.add_column(f"test {quality}" if len(quality) < 9 else "test", min_width=7, max_width=11, overflow="fold")
     table.add_column("what", ratio=1, overflow="fold", min_width=16)
 
-    def cell(name: str, metric: Metric | None, beside: str = "") -> str:
+    def cell(name: str, metric: Estimate | None, beside: str = "") -> str:
         if metric is None:
             return "-"
         under = "\n".join(text for text in (_spread(name, metric), beside.removesuffix(" of baseline")) if text)
@@ -369,7 +369,7 @@ def _cells(front: Front) -> tuple[list[str], list[list[_Cell]]]:
     return heads, out
 
 
-def _both(name: str, metric: Metric | None) -> tuple[str, str]:
+def _both(name: str, metric: Estimate | None) -> tuple[str, str]:
     """The value and its interval, apart."""
     value, _, interval = (_interval(name, metric) if metric else "-").partition(" [")
     return value, f"[{interval}" if interval else ""
@@ -597,8 +597,8 @@ class _Point:
 
     role: str
     number: int
-    x: Metric
-    y: Metric
+    x: Estimate
+    y: Estimate
     label: str
     hover: str
 
@@ -815,7 +815,7 @@ def _draw(ax: Any, panel: _Panel) -> dict[str, Any]:
     return {key: shown[key] for key in order if key in shown}
 
 
-def _bars(metrics: Sequence[Metric]) -> list[list[float]]:
+def _bars(metrics: Sequence[Estimate]) -> list[list[float]]:
     return [[max(0.0, m.value - m.low) for m in metrics], [max(0.0, m.high - m.value) for m in metrics]]
 
 

@@ -25,7 +25,7 @@ from ..operators.fold import reestimate_batchnorms
 from ..operators.hessian import gram, groups_of
 from ..operators.hooks import attached
 from ..task import Criterion
-from .library import Evidence, LayerLibrary, digest
+from .library import LayerLibrary, LayerStatistics, digest
 
 VERSION = 1  # of what is computed here; raised when it comes out otherwise
 _MEMORY = 1 << 30  # bytes of Hessians that are accumulated in one pass
@@ -91,9 +91,9 @@ class Statistics:
         numbers = digest(*self.model.state_dict().values(), answer)
         return hashlib.sha256(repr((*about, numbers, self.calibration.images)).encode()).hexdigest()
 
-    def __getitem__(self, layer: str) -> Evidence:
+    def __getitem__(self, layer: str) -> LayerStatistics:
         self.model.get_submodule(layer)
-        return Evidence(
+        return LayerStatistics(
             f"{self.key}/{layer}",
             self.calibration.seed,
             partial(self._get, HESSIAN, layer),

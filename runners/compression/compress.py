@@ -28,7 +28,7 @@ from ..operators.moments import DIVIDED
 from ..operators.prune import prune_channels
 from ..operators.quantize import FakeQuantize, codes
 from .calibration import Calibration
-from .library import LayerLibrary, Method, shaped
+from .library import LayerLibrary, Method, compress_layer
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FrozenWeight:
 
 
 @dataclass(frozen=True)
-class _Patient:
+class CompressionContext:
     """What every act is given: the network, the recipe, and what is known of the network before any step."""
 
     model: nn.Module
@@ -73,43 +73,43 @@ class Skip(nn.Module):
         return x
 
 
-def drop_blocks(patient: _Patient) -> None:
-    for step in patient.recipe.of(Student):
+def drop_blocks(context: CompressionContext) -> None:
+    for step in context.recipe.of(Student):
         for name in step.drop:
-            patient.model.set_submodule(name, Skip())
+            context.model.set_submodule(name, Skip())
 
 
-def remove_channels(patient: _Patient) -> None:
-    group_of = {layer.name: layer.output for layer in patient.structure.layers if layer.output}
-    keep = {step.group: step.keep for step in patient.recipe.of(Prune)}
-    prune_channels(patient.model, keep, group_of, patient.example)
+def remove_channels(context: CompressionContext) -> None:
+    group_of = {layer.name: layer.output for layer in context.structure.layers if layer.output}
+    keep = {step.group: step.keep for step in context.recipe.of(Prune)}
+    prune_channels(context.model, keep, group_of, context.example)
 
 
-def factor_layers(patient: _Patient) -> None:
-    model, recipe, library = patient.model, patient.recipe, patient.library
+def factor_layers(context: CompressionContext) -> None:
+    model, recipe, library = context.model, context.recipe, context.library
     for step in recipe.of(LowRank):
         layer = model.get_submodule(step.layer)
         vectors = library.basis(layer.weight) if library else None  # type: ignore[arg-type]
         model.set_submodule(step.layer, factored(layer, step.rank, vectors))
     try:
         with torch.no_grad():
-            model(patient.example)
+            model(context.example)
     except Exception as error:  # whatever a network raises that reads its layers' attributes itself
         names = ", ".join(step.layer for step in recipe.of(LowRank))
         raise RecipeError(f"the network does not run with layers of low rank in the place of {names}: "
                           f"{type(error).__name__}: {error}; leave out the step of the layer that it names") from error  # fmt: skip
 
 
-def equalize_channels(patient: _Patient) -> None:
+def equalize_channels(context: CompressionContext) -> None:
     """Scales of a network that was cut down are found in a copy whose BatchNorms fit it again; what it computes stays."""
-    model, calibration = patient.model, patient.calibration
-    (step,) = patient.recipe.of(Equalize)
-    pairs, reasons = find_pairs(model, patient.example)
+    model, calibration = context.model, context.calibration
+    (step,) = context.recipe.of(Equalize)
+    pairs, reasons = find_pairs(model, context.example)
     if not pairs:
         raise RecipeError(f"the recipe does not fit this network: equalize: {no_pairs(reasons.items())}")
     if step.by == "activations" and calibration is None:
         raise ValueError("equalize by activations needs the ranges of channels: give compress() a calibration")
-    repaired = calibration.after(model).model if calibration and _cut(patient.recipe) else model
+    repaired = calibration.after(model).model if calibration and _cut(context.recipe) else model
     peaks = channel_peaks(repaired, pairs, calibration.parts) if calibration and step.by == "activations" else None
     for pair, scales in zip(pairs, equalizing_scales(repaired, pairs, peaks), strict=True):
         scale_channels(model, pair, scales)
@@ -123,9 +123,9 @@ def _cut(recipe: Recipe) -> bool:
     return any(isinstance(step, Student | Prune | LowRank) for step in recipe.steps)
 
 
-def shape_weights(patient: _Patient) -> None:
+def shape_weights(context: CompressionContext) -> None:
     """Zeros first: one parametrization per layer, because neither scales nor codebooks must see what is zeroed."""
-    model, recipe, library, calibration = patient.model, patient.recipe, patient.library, patient.calibration
+    model, recipe, library, calibration = context.model, context.recipe, context.library, context.calibration
     sparse = {part: step for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
     quantized = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}
     clustered = {part: step.bits for step in recipe.of(Cluster) for part in parts(model, step.layer)}
@@ -137,14 +137,16 @@ def shape_weights(patient: _Patient) -> None:
             statistics = calibration.after(model)
         else:
             statistics = calibration.of(model) if recipe.of(Equalize) else calibration.untouched
-    norms = folded_norms(model, patient.structure)
+    norms = folded_norms(model, context.structure)
     for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
         weight = layer.weight.detach()  # type: ignore[operator,union-attr]
-        evidence = statistics[name] if statistics else None
+        layer_statistics = statistics[name] if statistics else None
         norm = norms.get(name) if method.scheme == "affine" else None
         factor = channel_factors(norm) if norm is not None else None
-        made = (library.shaped if library else shaped)(weight, bits, ratio, method, evidence, factor=factor)
+        made = (library.compress_layer if library else compress_layer)(
+            weight, bits, ratio, method, layer_statistics, factor=factor
+        )
         if made.weight is not None:
             weight.copy_(made.weight)
         shows: nn.Module = FakeQuantize(
@@ -183,7 +185,7 @@ def _level(sparse: Sparsify | None, quantized: Quantize | None) -> tuple[int, fl
 
 
 # Sparsify, Cluster and Quantize share one act; a new technique is one line here and one step in `spaces.recipe`.
-ACTS: tuple[tuple[tuple[type, ...], Callable[[_Patient], None]], ...] = (
+PASSES: tuple[tuple[tuple[type, ...], Callable[[CompressionContext], None]], ...] = (
     ((Student,), drop_blocks),
     ((Prune,), remove_channels),
     ((LowRank,), factor_layers),
@@ -278,10 +280,10 @@ def compress(
     network before any step; raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
-    patient = _Patient(model.eval(), recipe, structure.of(recipe), example, library, calibration)
-    for kinds, act in ACTS:
+    context = CompressionContext(model.eval(), recipe, structure.of(recipe), example, library, calibration)
+    for kinds, act in PASSES:
         if any(recipe.of(kind) for kind in kinds):
-            act(patient)
+            act(context)
     return model
 
 

@@ -86,7 +86,7 @@ PLAIN = Method()
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LayerStatistics:
     """What calibration knows of one layer: `key` names it, the numbers come when they are asked for.
 
     criteria: functions of the user's by name.
@@ -99,7 +99,7 @@ class Evidence:
     criteria: Mapping[str, Criterion] = field(default_factory=dict)
 
 
-class Shaped(NamedTuple):
+class CompressedLayer(NamedTuple):
     """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` or `affine_grid` gives
     it, or None above 8 bits. weight: in place of the layer's own, or None. zero: the zero point of an affine grid, or None."""
 
@@ -109,36 +109,36 @@ class Shaped(NamedTuple):
     zero: int | None = None
 
 
-def shaped(
+def compress_layer(
     weight: Tensor,
     bits: int,
     ratio: float,
     method: Method = PLAIN,
-    evidence: Evidence | None = None,
+    layer_statistics: LayerStatistics | None = None,
     sweep: Callable[[Tensor, Tensor, str], Tensor] = order,
     factor: Tensor | None = None,
-) -> Shaped:
+) -> CompressedLayer:
     """A layer at a level: zeros first, because the scale must not see what is zeroed, then the rounding.
 
     evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order` gives. factor: what folding multiplies
     the output channels by, over which an affine grid is laid; no other needs it.
 
-        >>> mask, scale, *_ = shaped(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
+        >>> mask, scale, *_ = compress_layer(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
         >>> mask.tolist(), scale.shape
         ([[1.0, 0.0, 0.0, 1.0]], torch.Size([1]))
     """
     method = method.at(bits, ratio)
-    if method.needs and evidence is None:
+    if method.needs and layer_statistics is None:
         raise ValueError(
             f"{method} needs the {', '.join(sorted(method.needs))} of the layer: give compress() a calibration"
         )
     mask, scale, adjusted, zero = None, None, None, None
     if ratio and method.criterion == "obs":
-        hessian = evidence.hessian()  # type: ignore[union-attr]
+        hessian = layer_statistics.hessian()  # type: ignore[union-attr]
         places = sweep(weight, hessian, method.pattern) if sweepable(weight) else None
         mask, adjusted = obs(weight, hessian, ratio, method.pattern, places)
     elif ratio:
-        mask = mask_of(_scores(weight, method, evidence), ratio, method.pattern)
+        mask = mask_of(_scores(weight, method, layer_statistics), ratio, method.pattern)
     current = weight if adjusted is None else adjusted
     if bits <= 8:
         kept = current if mask is None else current * mask
@@ -150,37 +150,37 @@ def shaped(
             scale = weight_scales(kept, bits, method.ranges, method.group_size)
             wide = spread(scale, current, method.group_size)
         if method.rounding != "nearest":
-            assert evidence is not None
-            adjusted = ROUNDINGS[method.rounding](current, wide, bits, evidence.hessian(), mask, zero=zero)
-    return Shaped(mask, scale, adjusted, zero)
+            assert layer_statistics is not None
+            adjusted = ROUNDINGS[method.rounding](current, wide, bits, layer_statistics.hessian(), mask, zero=zero)
+    return CompressedLayer(mask, scale, adjusted, zero)
 
 
-def _scores(weight: Tensor, method: Method, evidence: Evidence | None) -> Tensor:
+def _scores(weight: Tensor, method: Method, layer_statistics: LayerStatistics | None) -> Tensor:
     """How important each weight is by a criterion that leaves the others as they are."""
     if method.criterion == "magnitude":
         return weight.detach().abs()
-    assert evidence is not None
+    assert layer_statistics is not None
     if method.criterion == "taylor":  # Molchanov et al. 2019, equation 8: what the square of a weight's step costs
-        return weight.detach().square() * evidence.fisher()
+        return weight.detach().square() * layer_statistics.fisher()
     if method.criterion == "activation":
-        return activation_scores(weight, evidence.hessian())
+        return activation_scores(weight, layer_statistics.hessian())
     if method.criterion not in CRITERIA:
-        return _own_scores(weight, method.criterion, evidence)
-    return random_scores(weight, int(digest(weight.detach().contiguous())[:8], 16) ^ evidence.seed)
+        return _own_scores(weight, method.criterion, layer_statistics)
+    return random_scores(weight, int(digest(weight.detach().contiguous())[:8], 16) ^ layer_statistics.seed)
 
 
-def _own_scores(weight: Tensor, name: str, evidence: Evidence) -> Tensor:
+def _own_scores(weight: Tensor, name: str, layer_statistics: LayerStatistics) -> Tensor:
     """What a function of the user's says of each weight."""
-    if name not in evidence.criteria:
+    if name not in layer_statistics.criteria:
         raise RecipeError(
             f"criterion {name!r}: the task has no such function; give it as Task(criteria={{{name!r}: function}}), or a configuration "
-            f"whose space names it; functions of the task: {', '.join(evidence.criteria) or 'none'}"
+            f"whose space names it; functions of the task: {', '.join(layer_statistics.criteria) or 'none'}"
         )
     weight = weight.detach()
-    norms = input_norms(weight, evidence.hessian()) if weight[0].numel() <= LARGEST_HESSIAN else None
+    norms = input_norms(weight, layer_statistics.hessian()) if weight[0].numel() <= LARGEST_HESSIAN else None
     try:
         with torch.no_grad():
-            found = evidence.criteria[name](weight.clone(), norms)
+            found = layer_statistics.criteria[name](weight.clone(), norms)
     except Exception as error:  # whatever the user's function raises
         raise TaskError(
             f"criterion {name!r} failed for a weight of shape {tuple(weight.shape)}: {type(error).__name__}: {error}"
@@ -215,8 +215,8 @@ class LayerLibrary:
 
         >>> library = LayerLibrary(limit=0)
         >>> weight = torch.randn(8, 4)
-        >>> mask, scale, *_ = library.shaped(weight, 4, 0.5)
-        >>> torch.equal(scale, shaped(weight, 4, 0.5)[1])
+        >>> mask, scale, *_ = library.compress_layer(weight, 4, 0.5)
+        >>> torch.equal(scale, compress_layer(weight, 4, 0.5)[1])
         True
     """
 
@@ -229,30 +229,30 @@ class LayerLibrary:
         self._lock = threading.Lock()
         self._unpruned = limit  # bytes written since the folder was measured, which it has never been
 
-    def shaped(
+    def compress_layer(
         self,
         weight: Tensor,
         bits: int,
         ratio: float,
         method: Method = PLAIN,
-        evidence: Evidence | None = None,
+        layer_statistics: LayerStatistics | None = None,
         factor: Tensor | None = None,
-    ) -> Shaped:
-        """What the function `shaped` gives, bit for bit; the tensors are the caller's own.
+    ) -> CompressedLayer:
+        """What the function `compress_layer` gives, bit for bit; the tensors are the caller's own.
 
         Not kept where a function of the user's chose the zeros: a function has no content that could name an entry.
         """
         bits = bits if bits <= 8 else 32
         if bits == 32 and not ratio:
-            return Shaped(None, None, None)
+            return CompressedLayer(None, None, None)
         plain, method = weight.detach().cpu().contiguous(), method.at(bits, ratio)
         affine = method.scheme == "affine"
         factor = factor.cpu() if affine and factor is not None else None
         if "function" in method.needs:
-            made = shaped(plain, bits, ratio, method, evidence, order, factor)
+            made = compress_layer(plain, bits, ratio, method, layer_statistics, order, factor)
             mask, scale, adjusted = (None if tensor is None else tensor.to(weight) for tensor in made[:3])
-            return Shaped(mask, scale, adjusted, made.zero)
-        key = _key(plain, bits, ratio, method, evidence, factor)
+            return CompressedLayer(mask, scale, adjusted, made.zero)
+        key = _key(plain, bits, ratio, method, layer_statistics, factor)
         entry = self._recall(key)
         if entry is None:
             wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -267,7 +267,11 @@ class LayerLibrary:
                 wanted["weight"] = (plain.dtype, tuple(plain.shape))
             entry = self.find(key, wanted)
             if entry is None:
-                entry = _entry(shaped(plain, bits, ratio, method, evidence, partial(self._order, evidence), factor))
+                entry = _entry(
+                    compress_layer(
+                        plain, bits, ratio, method, layer_statistics, partial(self._order, layer_statistics), factor
+                    )
+                )
                 self.put(key, entry)
             self._remember(key, entry)
         mask = scale = adjusted = None
@@ -278,11 +282,11 @@ class LayerLibrary:
             scale = entry["scale"].to(weight.device, copy=True)  # a scale is trained in place
         if method.adjusts:
             adjusted = entry["weight"].to(weight.device, copy=True)
-        return Shaped(mask, scale, adjusted, int(entry["zero"]) if affine else None)
+        return CompressedLayer(mask, scale, adjusted, int(entry["zero"]) if affine else None)
 
-    def _order(self, evidence: Evidence | None, weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+    def _order(self, layer_statistics: LayerStatistics | None, weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
         """What `operators.obs.order` gives: one sweep for all levels of a layer."""
-        key = f"{_key(weight, 32, 0.0, Method('obs', pattern), evidence)}-order"
+        key = f"{_key(weight, 32, 0.0, Method('obs', pattern), layer_statistics)}-order"
         entry = self._recall(key) or self.find(key, {"order": (torch.float32, tuple(weight.shape))})
         if entry is None:
             entry = {"order": order(weight, hessian, pattern)}
@@ -403,7 +407,7 @@ def _key(
     bits: int,
     ratio: float,
     method: Method = PLAIN,
-    evidence: Evidence | None = None,
+    layer_statistics: LayerStatistics | None = None,
     factor: Tensor | None = None,
 ) -> str:
     about: tuple[object, ...] = (VERSION, torch.__version__, str(weight.dtype), tuple(weight.shape), bits, float(ratio))
@@ -412,14 +416,14 @@ def _key(
         about = (*about, *fields, *([group_size] if group_size else []))
         if scheme != "symmetric":
             about = (*about, scheme, "" if factor is None else digest(factor))
-    if evidence is not None and method.needs:
-        about = (*about, evidence.seed if method.needs == {"seed"} else evidence.key)
+    if layer_statistics is not None and method.needs:
+        about = (*about, layer_statistics.seed if method.needs == {"seed"} else layer_statistics.key)
     found = hashlib.sha256(repr(about).encode() + b"\0")
     found.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
     return found.hexdigest()
 
 
-def _entry(made: Shaped) -> _Entry:
+def _entry(made: CompressedLayer) -> _Entry:
     entry = {}
     if made.mask is not None:
         entry["mask"] = torch.from_numpy(np.packbits(made.mask.flatten().to(torch.uint8).numpy()))

@@ -231,7 +231,7 @@ def quantized_graph(
     paths = _number(float_model)
     if not frozen:
         return float_model
-    graph = _Graph(float_model, paths, calibration)
+    graph = _QuantizedGraph(float_model, paths, calibration)
     for name, weight in frozen.items():
         graph.set_weight(name, model.get_submodule(name), weight, factors.get(name))
     graph.insert_activations(int8_products)
@@ -252,7 +252,7 @@ class _Int8Layer:
     activations: int = 8  # bits of what the layer reads
 
 
-class _Graph:
+class _QuantizedGraph:
     """An ONNX graph under surgery."""
 
     def __init__(self, model: onnx.ModelProto, paths: Mapping[str, str], calibration: Sequence[Tensor]) -> None:

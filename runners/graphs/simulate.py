@@ -122,7 +122,7 @@ class Simulation:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class SimulationAgreement:
     """A file in ONNX Runtime against the simulation of its graph.
 
     n: inputs. answers: how many answers were compared (one per input, more where outputs have positions); 0 for outputs
@@ -137,7 +137,9 @@ class Agreement:
     max_difference: float
 
 
-def agreement(packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS) -> tuple[Agreement, Tensor, Tensor]:
+def agreement(
+    packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS
+) -> tuple[SimulationAgreement, Tensor, Tensor]:
     """Compare a packed file in ONNX Runtime with the simulation of its graph on the first `limit` of the inputs.
 
     Gives the comparison, the simulated outputs and the runtime's, each `[n, ...]`. The answer to an input is the class
@@ -163,7 +165,7 @@ def agreement(packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS) -> t
     return compared(expected, outputs), expected, outputs
 
 
-def compared(expected: Tensor, outputs: Tensor) -> Agreement:
+def compared(expected: Tensor, outputs: Tensor) -> SimulationAgreement:
     """Outputs against expected outputs of the same shape, `[n, classes, ...]`.
 
     >>> compared(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 0.9], [0.0, 0.1]])).agree
@@ -172,7 +174,7 @@ def compared(expected: Tensor, outputs: Tensor) -> Agreement:
     difference = (outputs - expected).abs() / expected.abs().max().clamp_min(1e-12)
     classes = expected.ndim > 1 and expected.shape[1] > 1
     equal = (expected.argmax(1) == outputs.argmax(1)).float() if classes else torch.ones(0)
-    return Agreement(
+    return SimulationAgreement(
         len(expected),
         equal.numel(),
         float(equal.mean()) if classes else 1.0,

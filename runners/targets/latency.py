@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...objectives.measurement import Metric
+from ...objectives.measurement import Estimate
 
 _SHORTEST = 2e-3  # seconds that one timing lasts at least
 
@@ -23,7 +23,7 @@ def latency(
     baseline_ms: float | None = None,
     seconds: float = 0.5,
     clock: Callable[[], int] = time.thread_time_ns,
-) -> tuple[Metric, Metric]:
+) -> tuple[Estimate, Estimate]:
     """`(milliseconds, ratio to the baseline)` of one run of `candidate` on `batch`, each with a 95% interval.
 
     Both are warmed up, then run in turns, so that a change of the machine's speed meets both alike. The estimate is the
@@ -47,7 +47,7 @@ def latency(
     pairs = np.array(times, dtype=np.float64) / runs
     ratio = median(pairs[:, 0] / np.maximum(pairs[:, 1], 1.0))
     scale = baseline_ms if baseline_ms is not None else float(np.median(pairs[:, 1])) / 1e6
-    return Metric(ratio.value * scale, ratio.low * scale, ratio.high * scale, ratio.n), ratio
+    return Estimate(ratio.value * scale, ratio.low * scale, ratio.high * scale, ratio.n), ratio
 
 
 def block(run: Callable[[], object], runs: int, clock: Callable[[], int]) -> int:
@@ -63,10 +63,10 @@ def block(run: Callable[[], object], runs: int, clock: Callable[[], int]) -> int
     return clock() - begin
 
 
-def median(values: NDArray[np.float64]) -> Metric:
+def median(values: NDArray[np.float64]) -> Estimate:
     """The median with its distribution-free 95% interval (order statistics n/2 -+ 0.98 sqrt(n))."""
     ordered = np.sort(values)
     n = len(ordered)
     half = 0.98 * np.sqrt(n)
     low, high = max(0, int(np.floor(n / 2 - half))), min(n - 1, int(np.ceil(n / 2 + half)))
-    return Metric(float(np.median(ordered)), float(ordered[low]), float(ordered[high]), n)
+    return Estimate(float(np.median(ordered)), float(ordered[low]), float(ordered[high]), n)

@@ -126,12 +126,12 @@ def costs(model: bytes, batch: int = 1) -> list[Cost]:
 
     The shapes are those of a run: ONNX Runtime knows them of every operator, the shape inference of ONNX does not.
     """
-    graph = _Graph(model)
+    graph = _CostGraph(model)
     shapes = graph.shapes(batch)
     return [graph.cost(node, shapes) for node in graph.layers]
 
 
-class _Graph:
+class _CostGraph:
     """An ONNX graph, to look things up in."""
 
     def __init__(self, model: bytes) -> None:

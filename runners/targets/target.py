@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ExportFailed, TargetError
-from ...objectives.measurement import Metric
+from ...objectives.measurement import Estimate
 from ...spaces.recipe import Quantize, Step
 from . import latency as measure
 from .runtime import session
@@ -88,20 +88,22 @@ class Target:
         baseline_ms: float | None = None,
         seconds: float = 0.5,
         threads: int = 1,
-    ) -> tuple[Metric, Metric]:
+    ) -> tuple[Estimate, Estimate]:
         """`(milliseconds, ratio to the baseline)` of an ONNX file: see `measure.latency`; exact where computed."""
         if self.milliseconds is not None:
             found = self.milliseconds(candidate, len(batch))
-            return Metric.exact(found), Metric.exact(found / (baseline_ms or found))
+            return Estimate.exact(found), Estimate.exact(found / (baseline_ms or found))
         return self._paired(self.load(candidate, threads), baseline, batch, baseline_ms, seconds, threads)
 
-    def yardstick(self, baseline: bytes, batch: NDArray[Any], seconds: float = 0.5, threads: int = 1) -> Metric:
+    def baseline_latency(
+        self, baseline: bytes, batch: NDArray[Any], seconds: float = 0.5, threads: int = 1
+    ) -> Estimate:
         """The milliseconds of the file that all others are compared with: two measurements, and what both hold."""
         if self.milliseconds is not None:
-            return Metric.exact(self.milliseconds(baseline, len(batch)))
+            return Estimate.exact(self.milliseconds(baseline, len(batch)))
         network = self.load(baseline, threads)
         (a, _), (b, _) = (self._paired(network, network, batch, None, seconds, threads) for _ in range(2))
-        return Metric((a.value + b.value) / 2, min(a.low, b.low), max(a.high, b.high), a.n + b.n)
+        return Estimate((a.value + b.value) / 2, min(a.low, b.low), max(a.high, b.high), a.n + b.n)
 
     def _paired(
         self,
@@ -111,7 +113,7 @@ class Target:
         baseline_ms: float | None,
         seconds: float,
         threads: int,
-    ) -> tuple[Metric, Metric]:
+    ) -> tuple[Estimate, Estimate]:
         clock = time.thread_time_ns if threads == 1 and self.calling_thread else time.perf_counter_ns
         return measure.latency(candidate, baseline, batch, baseline_ms, seconds, clock)
 

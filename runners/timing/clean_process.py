@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ArtifactError, ExportFailed, ParetorchError
-from ...objectives.measurement import Metric
+from ...objectives.measurement import Estimate
 from ..files import packing
 from ..targets.target import DEFAULT, TARGETS, Network, Target, as_target
 from .compare import estimate, pin, sample, timer_of, warm_up
@@ -43,7 +43,7 @@ from .compare import estimate, pin, sample, timer_of, warm_up
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluate import Way
+    from ..evaluate import EvaluationPlan
     from ..task import Task
 
 _PRECISION = 0.01  # half the interval of a latency's ratio at which timing ends
@@ -68,17 +68,19 @@ class CleanProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
         self._end()
 
-    def scores(self, path: Path, task: Task, batches: Iterable[tuple[Tensor, Tensor]], way: Way) -> NDArray[np.float64]:
+    def scores(
+        self, path: Path, task: Task, batches: Iterable[tuple[Tensor, Tensor]], plan: EvaluationPlan
+    ) -> NDArray[np.float64]:
         """The task's metric of a packed file on every sample, in the samples' order.
 
         Raises `ExportFailed` when the file does not run, and what `runners.task.scores` raises.
         """
         from ..evaluate import evaluate
 
-        self._need(way.workers)
-        self._ask({"do": "load", "path": str(path), "threads": way.threads, "target": self.target})
+        self._need(plan.workers)
+        self._ask({"do": "load", "path": str(path), "threads": plan.threads, "target": self.target})
         free: queue.SimpleQueue[Connection[Any, Any]] = queue.SimpleQueue()
-        for connection in self._connections[: way.workers]:
+        for connection in self._connections[: plan.workers]:
             free.put(connection)
 
         def network(inputs: NDArray[Any]) -> NDArray[Any]:
@@ -88,9 +90,9 @@ class CleanProcess:
             finally:
                 free.put(connection)
 
-        return evaluate(network, task, batches, way)
+        return evaluate(network, task, batches, plan)
 
-    def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Metric:
+    def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Estimate:
         """A packed file's latency as a share of another one's, by the protocol of `runners.timing.compare`, on this batch.
 
         It ends when half the 95% interval is within 1%, or after `seconds`. Raises `ExportFailed`.
@@ -98,7 +100,7 @@ class CleanProcess:
         self._need(1)
         request = {"do": "time", "paths": [str(path), str(against)], "threads": threads, "seconds": seconds,
                    "target": self.target}  # fmt: skip
-        return Metric(**self._ask(request, batch)["ratio"])
+        return Estimate(**self._ask(request, batch)["ratio"])
 
     def _need(self, workers: int) -> None:
         """Start a process with as many sockets, unless there is one."""
@@ -168,13 +170,15 @@ class ThisProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
         pass
 
-    def scores(self, path: Path, task: Task, batches: Iterable[tuple[Tensor, Tensor]], way: Way) -> NDArray[np.float64]:
+    def scores(
+        self, path: Path, task: Task, batches: Iterable[tuple[Tensor, Tensor]], plan: EvaluationPlan
+    ) -> NDArray[np.float64]:
         """As `CleanProcess.scores`."""
         from ..evaluate import evaluate
 
-        return evaluate(self.target.load(_model(path), way.threads), task, batches, way)
+        return evaluate(self.target.load(_model(path), plan.threads), task, batches, plan)
 
-    def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Metric:
+    def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Estimate:
         """As `CleanProcess.ratio`."""
         return _ratio(self.target, [path, against], batch, threads, seconds)
 
@@ -264,11 +268,11 @@ def _model(path: str | Path) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _ratio(target: Target, paths: Sequence[Path], batch: NDArray[Any], threads: int, seconds: float) -> Metric:
+def _ratio(target: Target, paths: Sequence[Path], batch: NDArray[Any], threads: int, seconds: float) -> Estimate:
     """The latency of the first file as a share of the second's."""
     if target.milliseconds is not None:
         own, other = (target.milliseconds(_model(path), len(batch)) for path in paths)
-        return Metric.exact(own / other)
+        return Estimate.exact(own / other)
     cores = os.sched_getaffinity(0)
     pin(threads)  # this thread, and those that the sessions start from here
     try:

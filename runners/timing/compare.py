@@ -45,7 +45,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...errors import ArtifactError, ConfigError, ExportFailed, ParetorchError, TargetError
-from ...objectives.measurement import Metric
+from ...objectives.measurement import Estimate
 from ..targets.latency import block, median
 from ..targets.runtime import session
 from .random_inputs import Shapes, feed
@@ -56,15 +56,15 @@ Timer = Callable[[], float]  # runs a block and gives the milliseconds of one ru
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LatencyComparison:
     """What was measured: of each file the milliseconds of a run, and with two the ratio of the first to the second.
 
     pairs: timed blocks per file. reached: whether the interval (of the ratio, or of the one file's time) is as narrow as
     asked. inputs: by name, of each file. environment: what the numbers depend on beside the files.
     """
 
-    ms: tuple[Metric, ...]
-    ratio: Metric | None
+    ms: tuple[Estimate, ...]
+    ratio: Estimate | None
     verdict: str | None
     pairs: int
     reached: bool
@@ -82,7 +82,7 @@ def compare(
     seconds: float = 20.0,
     shapes: Shapes | None = None,
     seed: int = 0,
-) -> Comparison:
+) -> LatencyComparison:
     """Measure a file, or the first of two against the second, in a fresh process as the module says.
 
     precision: half the interval as a share of the estimate. batch: 1 when None, or what a file fixes. shapes: of inputs
@@ -117,9 +117,9 @@ def compare(
     if "error" in answer:
         kind, told = answer["error"]
         raise ConfigError(told, "measure") if kind == "ConfigError" else ArtifactError(told)
-    return Comparison(**answer | {
-        "ms": tuple(Metric(**entry) for entry in answer["ms"]),
-        "ratio": answer["ratio"] and Metric(**answer["ratio"]),
+    return LatencyComparison(**answer | {
+        "ms": tuple(Estimate(**entry) for entry in answer["ms"]),
+        "ratio": answer["ratio"] and Estimate(**answer["ratio"]),
         "inputs": tuple(answer["inputs"]),
     })  # fmt: skip
 
@@ -151,7 +151,7 @@ def parse_precision(text: str) -> float:
     return value
 
 
-def verdict(ratio: Metric) -> str:
+def verdict(ratio: Estimate) -> str:
     """In words what the interval of candidate / baseline says."""
     return "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no significant difference"
 
@@ -196,12 +196,12 @@ def sample(
     return np.array(rows)
 
 
-def estimate(times: NDArray[np.float64]) -> Metric:
+def estimate(times: NDArray[np.float64]) -> Estimate:
     """The ratio of the first column to the second with its interval; of one column, its median."""
     return median(times[:, 0] / times[:, 1] if times.shape[1] > 1 else times[:, 0])
 
 
-def precise(found: Metric, precision: float) -> bool:
+def precise(found: Estimate, precision: float) -> bool:
     """Whether half the interval is within `precision` of the value."""
     return (found.high - found.low) / 2 <= precision * found.value
 
@@ -209,7 +209,7 @@ def precise(found: Metric, precision: float) -> bool:
 # --- in the fresh process ---------------------------------------------------------------------------------------------
 
 
-def _measure(request: dict[str, Any]) -> Comparison:
+def _measure(request: dict[str, Any]) -> LatencyComparison:
     threads: int = request["threads"]
     cores = pin(threads)
     files = request["files"]
@@ -246,7 +246,7 @@ def _measure(request: dict[str, Any]) -> Comparison:
         "clock": "CPU time of the thread" if threads == 1 else "wall clock",
         "onnxruntime": ort.__version__,
     }
-    return Comparison(
+    return LatencyComparison(
         ms=tuple(median(column) for column in times.T),
         ratio=ratio,
         verdict=verdict(ratio) if ratio else None,

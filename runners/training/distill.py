@@ -18,7 +18,7 @@ from ...spaces.recipe import Recover
 from ..operators.hooks import attached, run_once
 from ..task import Task, batches, dataset
 
-ANSWERS = 256 << 20  # bytes of the teacher's answers that are kept in memory
+TEACHER_LOGITS_BYTES = 256 << 20  # bytes of the teacher's answers that are kept in memory
 # A training of so many epochs uses answers that were computed for all samples at once. A shorter one would pay more
 # for that than it gives back, and asks the teacher as it goes.
 WORTH = 0.25
@@ -72,7 +72,7 @@ def repeatable(task: Task, samples: int = 64) -> bool:
 
 
 @torch.no_grad()
-def answers(task: Task, teacher: nn.Module, limit: int = ANSWERS) -> Tensor | None:
+def teacher_logits(task: Task, teacher: nn.Module, limit: int = TEACHER_LOGITS_BYTES) -> Tensor | None:
     """The teacher's outputs `[samples, classes]` for all training samples, in their order.
 
     None where they cannot be reused: samples come augmented or are left out of batches, outputs are no `[n, classes]`, or

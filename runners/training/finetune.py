@@ -82,7 +82,7 @@ def finetune(
     seed: int,
     progress: Progress = lambda text: None,
     *,
-    answers: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
     state: State | None = None,
     keep: Callable[[State], None] | None = None,
 ) -> None:
@@ -106,7 +106,7 @@ def finetune(
         soft = bool(step.distill) and outputs.ndim == 2
         if soft or names:
             with torch.no_grad(), recorded(teacher, names) as theirs, mixed_precision():
-                taught = teacher(x).float() if answers is None or names else answers[indices]
+                taught = teacher(x).float() if teacher_logits is None or names else teacher_logits[indices]
         if soft:
             value = step.distill * soft_loss(outputs, taught, temperature(step, done)) + (1 - step.distill) * value
         return value + step.features * feature_loss(own, theirs) if names else value

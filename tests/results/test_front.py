@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError, StudyError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import FAILED, OK, OVER_BUDGET, Candidate
 from paretorch.results.front import Front
@@ -22,9 +22,9 @@ IMAGES = 1000
 def measured(accuracy, size, latency=1.0):
     return Measurement(
         {
-            "accuracy": Metric.rate(accuracy * IMAGES, IMAGES),
-            "size_bytes": Metric.exact(size),
-            "latency_ms": Metric(latency, latency * 0.9, latency * 1.1, 50),
+            "accuracy": Estimate.rate(accuracy * IMAGES, IMAGES),
+            "size_bytes": Estimate.exact(size),
+            "latency_ms": Estimate(latency, latency * 0.9, latency * 1.1, 50),
         }
     )
 
@@ -212,7 +212,7 @@ def test_the_table_holds_what_was_measured(study):
 def test_the_table_survives_csv_and_keeps_the_test_split(study, tmp_path):
     import pandas as pd
 
-    finalist = candidate(8, 0.87, 240, test={"accuracy": Metric.rate(860, IMAGES)})
+    finalist = candidate(8, 0.87, 240, test={"accuracy": Estimate.rate(860, IMAGES)})
     table = front(*study.candidates, finalist).table()
     table.to_csv(tmp_path / "front.csv", index=False)
     again = pd.read_csv(tmp_path / "front.csv", keep_default_na=True)
@@ -225,7 +225,7 @@ def test_the_table_survives_csv_and_keeps_the_test_split(study, tmp_path):
 def test_a_candidate_survives_json():
     full = candidate(
         3, 0.8, 400, state=OVER_BUDGET, reason="too slow", excess={"latency_ms <= 4": 0.5}, picks={"width": 1},
-        label="width 0.5", test={"accuracy": Metric.rate(790, IMAGES)},
+        label="width 0.5", test={"accuracy": Estimate.rate(790, IMAGES)},
     )  # fmt: skip
     for found in (full, Candidate(4, Recipe(), FAILED, "diverged")):
         assert Candidate.from_dict(json.loads(json.dumps(found.to_dict()))) == found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from paretorch.errors import ConfigError, StudyError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results import register as module
 from paretorch.results.candidate import Candidate
@@ -42,8 +42,8 @@ def packed() -> bytes:
 
 
 def measured(accuracy: int, size: float) -> Measurement:
-    return Measurement({"accuracy": Metric.rate(accuracy, 200), "size_bytes": Metric.exact(size),
-                        "latency_ms": Metric(0.5, 0.4, 0.6, 9)})  # fmt: skip
+    return Measurement({"accuracy": Estimate.rate(accuracy, 200), "size_bytes": Estimate.exact(size),
+                        "latency_ms": Estimate(0.5, 0.4, 0.6, 9)})  # fmt: skip
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def study(directory: Path, packed: bytes) -> SimpleNamespace:
     for path in directory.glob("mlflow.db*"):
         path.rename(folder / path.name)
     best = Candidate(1, Recipe((Quantize("1", 4),)), "ok", "", measured(189, len(packed)), {}, {"1": 0}, "",
-                     {"accuracy": Metric.rate(930, 1000)})  # fmt: skip
+                     {"accuracy": Estimate.rate(930, 1000)})  # fmt: skip
     (folder / "candidates" / f"{best.recipe.key}.safetensors").write_bytes(packed)
     gone = Candidate(2, Recipe((Quantize("1", 3),)), "ok", "", measured(100, 9999), {}, {"1": 1})
     measure = {"threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512}

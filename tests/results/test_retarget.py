@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from paretorch.errors import ConfigError, StudyError
-from paretorch.objectives.measurement import Metric
+from paretorch.objectives.measurement import Estimate
 from paretorch.results.retarget import retarget, table_rows
 from paretorch.results.tracking.tracker import add_targets
 from paretorch.runners.targets.roofline import Profile, analytic
@@ -130,7 +130,7 @@ def test_a_study_on_a_profile_is_exact_and_goes_on(tmp_path):
     assert "target    npu cannot run the trivial baselines fp16, uniform 6-bit" in heard.said
     for candidate in front.candidates:
         latency = candidate.measurement.metrics["latency_ms"]
-        assert latency == Metric.exact(latency.value)
+        assert latency == Estimate.exact(latency.value)
         assert not any(map(NPU.supports, candidate.recipe.steps))
     stored = json.loads((tmp_path / "s" / "study.json").read_text())
     assert stored["snapshot"]["measure"]["target"] == NPU.profile
@@ -193,7 +193,7 @@ def test_the_front_there_is_decided_by_the_latency_there(searched):
         others = [point(n) for n in there if n != number]
         beaten = any(all(a <= b for a, b in zip(o, point(number), strict=True)) and o != point(number) for o in others)
         assert member.on_front == (not beaten), number
-        assert member.ratio == Metric.exact(member.latency_ms.value / found.baseline_ms.value)
+        assert member.ratio == Estimate.exact(member.latency_ms.value / found.baseline_ms.value)
     best = min(there.values(), key=lambda m: m.latency_ms.value).latency_ms.value
     assert any(there[number].latency_ms.value == best for number in found.pareto)
 

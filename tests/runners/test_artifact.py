@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ArtifactError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.runners import artifact
 from paretorch.runners.artifact import card, inspect, load, verify, write
 from paretorch.runners.compression.library import LayerLibrary
@@ -26,7 +26,7 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import export_float, session
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.record import Protocol, Record, rows
+from paretorch.runners.record import MeasurementProtocol, Record, rows
 from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
@@ -43,11 +43,14 @@ def packed(network):
 
 
 def written_to(directory, packed):
-    exact = {"size_bytes": Metric.exact(len(packed)), "onnx_bytes": Metric.exact(packing.unpack(packed).ByteSize())}
-    found = Measurement({**exact, "latency_ms": Metric(2.0, 1.9, 2.1, 50), "accuracy": Metric.rate(971, 1000)})
-    base = Measurement({"size_bytes": Metric.exact(1e5), "latency_ms": Metric(4.0, 3.9, 4.1, 50), "accuracy": Metric.rate(973, 1000)})  # fmt: skip
+    exact = {"size_bytes": Estimate.exact(len(packed)), "onnx_bytes": Estimate.exact(packing.unpack(packed).ByteSize())}
+    found = Measurement({**exact, "latency_ms": Estimate(2.0, 1.9, 2.1, 50), "accuracy": Estimate.rate(971, 1000)})
+    base = Measurement({"size_bytes": Estimate.exact(1e5), "latency_ms": Estimate(4.0, 3.9, 4.1, 50), "accuracy": Estimate.rate(973, 1000)})  # fmt: skip
     record = Record(
-        "best", "mine", rows(found, base, Protocol(threads=2, seconds=0.25)), Protocol(threads=2, seconds=0.25)
+        "best",
+        "mine",
+        rows(found, base, MeasurementProtocol(threads=2, seconds=0.25)),
+        MeasurementProtocol(threads=2, seconds=0.25),
     )
     return write(directory, packed, RECIPE, record.to_dict(), card(RECIPE, record, HERE), HERE)
 
@@ -68,7 +71,7 @@ def test_an_artifact_holds_all_that_is_needed(written, packed):
     assert measured["size_bytes"]["value"] == measured["size_bytes"]["high"] == len(packed)
     assert measured["size_bytes"]["split"] is None
     assert measured["accuracy"] | {"baseline": 0, "protocol": 0} == {"metric": "accuracy", "split": "validation",
-        "baseline": 0, "protocol": 0} | vars(Metric.rate(971, 1000))  # fmt: skip
+        "baseline": 0, "protocol": 0} | vars(Estimate.rate(971, 1000))  # fmt: skip
     assert "1000 samples of the validation split" in measured["accuracy"]["protocol"]
     for text in ("one input", "2 threads", "in turns with the untouched network", "0.25 s", "4 ms"):
         assert text in measured["latency_ms"]["protocol"]

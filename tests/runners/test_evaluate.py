@@ -6,7 +6,7 @@ import torch
 
 from paretorch.errors import ExportFailed, Stopped, TaskError
 from paretorch.runners import evaluate as module
-from paretorch.runners.evaluate import Way, evaluate, fastest, obvious, predictions, rebatched
+from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obvious, predictions, rebatched
 from paretorch.runners.graphs.onnx_export import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.targets.target import as_target
@@ -48,7 +48,9 @@ def test_the_watcher_sees_ever_more_and_may_end_it(network, task_of):
     runtime = loaded(export_float(model, x[:2]))
     labels = model(x).argmax(1)
     seen = []
-    whole = evaluate(runtime, task, parts(x, labels, 100), Way(2, 1, 50), lambda scores: seen.append(len(scores)))
+    whole = evaluate(
+        runtime, task, parts(x, labels, 100), EvaluationPlan(2, 1, 50), lambda scores: seen.append(len(scores))
+    )
     assert seen == [300, 550, 1050]  # the first multiples of 50 from 256, 512 and 1024 on
     assert len(whole) == 1200
 
@@ -57,7 +59,7 @@ def test_the_watcher_sees_ever_more_and_may_end_it(network, task_of):
         raise Stopped("enough")
 
     with pytest.raises(Stopped):
-        evaluate(runtime, task, parts(x, labels, 100), Way(2, 1, 50), stop)
+        evaluate(runtime, task, parts(x, labels, 100), EvaluationPlan(2, 1, 50), stop)
     with pytest.raises(TaskError, match="no samples"):
         evaluate(runtime, task, [])
 
@@ -75,8 +77,8 @@ def test_the_fastest_way_gives_the_same_scores(network, task_of, tmp_path):
     runner = LocalRunner(task_of(model, x), tmp_path, seconds=0.02, calibration_images=64)
     files = [runner.build(Recipe()), runner.build(Recipe((Quantize("stem", 4, 8), Quantize("down", 8, 8))))]
     before = [runner.scores(data) for data in files]
-    assert runner.way == obvious()
-    gain = runner.choose_way(files)
+    assert runner.plan == obvious()
+    gain = runner.tune_evaluation(files)
     assert gain >= 1
     for data, scores in zip(files, before, strict=True):
         np.testing.assert_array_equal(runner.scores(data), scores)
@@ -89,9 +91,9 @@ def test_a_way_whose_predictions_differ_is_not_taken(network, task_of, tmp_path,
     data = runner.build(Recipe())
     real = module._timed
 
-    def timed(way, graphs, images, load):
-        found, took = real(way, graphs, images, load)
-        if way != obvious():
+    def timed(plan, graphs, images, load):
+        found, took = real(plan, graphs, images, load)
+        if plan != obvious():
             outputs = found[0][0].clone()
             outputs[3] = outputs[3].roll(1)
             return [(outputs, found[0][1])], took / 100
@@ -99,7 +101,7 @@ def test_a_way_whose_predictions_differ_is_not_taken(network, task_of, tmp_path,
 
     monkeypatch.setattr(module, "_timed", timed)
     assert fastest([data], runner.task, runner.validation(), runner.target.load)[0] == obvious()
-    monkeypatch.setattr(module, "_timed", lambda way, *more: (real(way, *more)[0], 1 + (way == obvious())))
-    way, gain = fastest([data], runner.task, runner.validation(), runner.target.load)
-    assert way != obvious(), "it is the outputs that decide above, not the time"
+    monkeypatch.setattr(module, "_timed", lambda plan, *more: (real(plan, *more)[0], 1 + (plan == obvious())))
+    plan, gain = fastest([data], runner.task, runner.validation(), runner.target.load)
+    assert plan != obvious(), "it is the outputs that decide above, not the time"
     assert gain == 2

@@ -186,7 +186,7 @@ def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, mon
 def test_the_teacher_answers_once_for_all_candidates(runner, monkeypatch, tmp_path):
     """Reused or computed anew, the file is the same; a short training does not ask for all of them."""
     asked = []
-    real = local_module.answers
+    real = local_module.teacher_logits
     monkeypatch.setattr(local_module, "answers", lambda *a: (asked.append(a), real(*a))[1])
     recipes = [Recipe((Quantize("stem", bits), Recover("finetune", 0.5, 0.02))) for bits in (2, 3)]
     runner.build(Recipe((Quantize("stem", 2), Recover("finetune", 0.2, 0.02))))

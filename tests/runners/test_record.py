@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from paretorch.objectives.measurement import Metric
-from paretorch.runners.record import Row, changed_environment, compare, compare_outputs
+from paretorch.objectives.measurement import Estimate
+from paretorch.runners.record import RecordRow, changed_environment, compare, compare_outputs
 
-BASE = Metric(4.0, 3.9, 4.1, 50)
+BASE = Estimate(4.0, 3.9, 4.1, 50)
 
 
 def one(then, now):
@@ -18,20 +18,22 @@ def one(then, now):
 @pytest.mark.parametrize(
     ("now", "agrees", "verdict"),
     [
-        (Metric.rate(971, 1000), True, "the same"),
-        (Metric.rate(965, 1000), True, "inside the interval"),
-        (Metric.rate(950, 1000), False, "DIFFERS by -2.10 points"),
-        (Metric.rate(999, 1000), False, "DIFFERS by +2.80 points"),
+        (Estimate.rate(971, 1000), True, "the same"),
+        (Estimate.rate(965, 1000), True, "inside the interval"),
+        (Estimate.rate(950, 1000), False, "DIFFERS by -2.10 points"),
+        (Estimate.rate(999, 1000), False, "DIFFERS by +2.80 points"),
     ],
 )
 def test_a_metric_must_lie_inside_the_recorded_interval(now, agrees, verdict):
-    found = one(Row("accuracy", "test", Metric.rate(971, 1000), None, ""), Row("accuracy", "test", now, None, ""))
+    found = one(
+        RecordRow("accuracy", "test", Estimate.rate(971, 1000), None, ""), RecordRow("accuracy", "test", now, None, "")
+    )
     assert (found.agrees, found.verdict, found.name) == (agrees, verdict, "accuracy, test")
 
 
 @pytest.mark.parametrize(("now", "agrees"), [(1000, True), (1001, False)])
 def test_bytes_are_exact(now, agrees):
-    found = one(*(Row("size_bytes", "", Metric.exact(size), None, "") for size in (1000, now)))
+    found = one(*(RecordRow("size_bytes", "", Estimate.exact(size), None, "") for size in (1000, now)))
     assert found.agrees == agrees
     assert agrees or (found.recorded, found.now) == ("1,000", "1,001"), "told apart although both are 1 kB"
 
@@ -49,7 +51,7 @@ def test_bytes_are_exact(now, agrees):
 def test_a_speed_is_the_ratio_to_the_untouched_network(ratio, base, verdict):
     def timed(share, yardstick):
         value = share * yardstick
-        return Row("latency_ms", "validation", Metric(value, 0.98 * value, 1.02 * value, 50), Metric(yardstick, 0.99 * yardstick, 1.01 * yardstick, 50), "")  # fmt: skip
+        return RecordRow("latency_ms", "validation", Estimate(value, 0.98 * value, 1.02 * value, 50), Estimate(yardstick, 0.99 * yardstick, 1.01 * yardstick, 50), "")  # fmt: skip
 
     found = one(timed(0.5, 4.0), timed(ratio, base))
     assert found.verdict == verdict
@@ -57,7 +59,7 @@ def test_a_speed_is_the_ratio_to_the_untouched_network(ratio, base, verdict):
 
 
 def test_only_what_both_hold_is_compared():
-    row = Row("accuracy", "test", Metric.rate(1, 2), None, "")
+    row = RecordRow("accuracy", "test", Estimate.rate(1, 2), None, "")
     assert compare([row], []) == []
     assert compare([], [row]) == []
 

@@ -14,7 +14,16 @@ from paretorch.runners import sensitivity as module
 from paretorch.runners.compression.compress import chunks, compress, freeze, one_factor
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.fold import reestimate_batchnorms
-from paretorch.runners.sensitivity import KL, SQUARED, Prefix, Row, Sensitivity, divergence, levels, measure_sensitivity
+from paretorch.runners.sensitivity import (
+    KL,
+    SQUARED,
+    Prefix,
+    Sensitivity,
+    SensitivityRow,
+    divergence,
+    levels,
+    measure_sensitivity,
+)
 from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Sparsify
 from paretorch.spaces.space import Rule, Space
 
@@ -319,7 +328,7 @@ def test_progress_is_told(network, task_of, tmp_path):
 
 
 def test_it_survives_json():
-    found = Sensitivity((Row("a", 2, 0.5, math.inf, 10), Row("b", 32, 0.25, 0.125, 20)), KL, 64)
+    found = Sensitivity((SensitivityRow("a", 2, 0.5, math.inf, 10), SensitivityRow("b", 32, 0.25, 0.125, 20)), KL, 64)
     text = found.to_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert Sensitivity.from_json(text) == found

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from paretorch.errors import Diverged, TaskError
-from paretorch.objectives.measurement import Metric
+from paretorch.objectives.measurement import Estimate
 from paretorch.runners.task import Task, accuracy, batches, dataset, example_input, inputs, loss, score
 
 
@@ -225,12 +225,12 @@ def returned(outputs, targets):
 
 def test_a_score_of_hits_has_the_interval_of_a_rate():
     hits = [1.0] * 90 + [0.0] * 10
-    expected = Metric.rate(90, 100)
+    expected = Estimate.rate(90, 100)
     assert score(task(metric=returned), pairs(hits[:64], hits[64:])) == expected
     outputs = F.one_hot(torch.tensor([int(hit) for hit in hits]), 2).float()
     assert score(task(), iter([(outputs, torch.ones(100))])) == expected
     perfect = score(task(metric=lambda o, t: o[:, 0] > 0), pairs([1.0] * 50))
-    assert perfect == Metric.rate(50, 50)
+    assert perfect == Estimate.rate(50, 50)
     assert perfect.low < 0.95, "50 of 50 is not certain, whoever counts"
 
 
@@ -280,4 +280,4 @@ def test_no_samples_have_no_score():
 
 def test_a_score_may_come_from_numpy():
     metric = score(task(metric=lambda o, t: np.full(len(o), 0.25)), pairs([1.0, 0.0]))
-    assert metric == Metric(0.25, 0.25, 0.25, 2)
+    assert metric == Estimate(0.25, 0.25, 0.25, 2)

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import paretorch
 from paretorch.errors import RecipeError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from paretorch.results.explain import explain
@@ -20,7 +20,7 @@ from paretorch.results.front import Front
 from paretorch.runners.apply import apply_recipe, read_recipe
 from paretorch.runners.artifact import verify
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.record import Protocol
+from paretorch.runners.record import MeasurementProtocol
 from paretorch.runners.task import Task
 from paretorch.search.ensembles import TRIED, Network, best, chosen, combinations, eligible
 from paretorch.search.study import Quiet, Study, open_front
@@ -161,7 +161,7 @@ def test_an_ensemble_ships(finished, tmp_path):
     assert recipe == member.recipe
     fresh = LocalRunner(task(), tmp_path / "applied", seconds=0.002, calibration_images=32)
     fresh.directory.mkdir()
-    protocol = Protocol(threads=1, batch=1, seconds=0.002, calibration_images=32, seed=0)
+    protocol = MeasurementProtocol(threads=1, batch=1, seconds=0.002, calibration_images=32, seed=0)
     apply_recipe(fresh, recipe, protocol, tmp_path / "again", "again", lambda phase, metrics: None)
     assert verify(tmp_path / "again")["weights.safetensors"] == verify(path)["weights.safetensors"]
     with pytest.raises(RecipeError, match="an ensemble has no decisions of its own; explain one of its networks"):
@@ -173,13 +173,15 @@ def test_an_ensemble_ships(finished, tmp_path):
 
 def candidate(number, accuracy, size, state=OK, recipe=None, macs=100.0):
     metrics = {"accuracy": accuracy, "size_bytes": size, "macs": macs}
-    measured = Measurement({name: Metric.exact(value) for name, value in metrics.items()})
+    measured = Measurement({name: Estimate.exact(value) for name, value in metrics.items()})
     return Candidate(number, recipe or Recipe((Quantize(f"layer{number}", 4),)), state, "", measured)
 
 
 def front_of(*candidates, budget=()):
     objectives = (Objective.parse("accuracy"), Objective.parse("size_bytes"))
-    base = Measurement({"accuracy": Metric.exact(0.9), "size_bytes": Metric.exact(1000), "macs": Metric.exact(100)})
+    base = Measurement(
+        {"accuracy": Estimate.exact(0.9), "size_bytes": Estimate.exact(1000), "macs": Estimate.exact(100)}
+    )
     return Front(tuple(candidates), objectives, Budget.parse(budget), base)
 
 

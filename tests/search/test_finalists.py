@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import StudyError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.objectives.paired import paired
 from paretorch.results.candidate import OK, Candidate
@@ -21,14 +21,14 @@ from paretorch.search.finalists import (
     described_clusters,
     described_optimism,
     optimism,
+    parity_failure,
     read_finalists,
-    unlike,
     with_tests,
 )
 from paretorch.spaces.recipe import Quantize, Recipe
 
 N = 400
-BASE = Measurement({"accuracy": Metric.rate(900, 1000), "size_bytes": Metric.exact(1000), "latency_ms": Metric(8, 7.9, 8.1, 50)})  # fmt: skip
+BASE = Measurement({"accuracy": Estimate.rate(900, 1000), "size_bytes": Estimate.exact(1000), "latency_ms": Estimate(8, 7.9, 8.1, 50)})  # fmt: skip
 
 
 def right(count, first=0):
@@ -39,8 +39,8 @@ def right(count, first=0):
 
 
 def member(number, size, accuracy=0.9, latency=4.0, **test):
-    metrics = {"accuracy": Metric.rate(accuracy * 1000, 1000), "size_bytes": Metric.exact(size),
-               "latency_ms": Metric(latency, 0.99 * latency, 1.01 * latency, 50)}  # fmt: skip
+    metrics = {"accuracy": Estimate.rate(accuracy * 1000, 1000), "size_bytes": Estimate.exact(size),
+               "latency_ms": Estimate(latency, 0.99 * latency, 1.01 * latency, 50)}  # fmt: skip
     return Candidate(number, Recipe((Quantize(f"layer{number}", 8),)), OK, measurement=Measurement(metrics), test=test)
 
 
@@ -51,9 +51,9 @@ def finalists(directory, members, scores, objectives=("accuracy", "size_bytes"),
     found = []
     for candidate, each in zip(members, scores, strict=True):
         write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", each)
-        found.append(replace(candidate, test={"accuracy": Metric.of(each), **candidate.test}))
+        found.append(replace(candidate, test={"accuracy": Estimate.of(each), **candidate.test}))
     front = Front(tuple(found), tuple(map(Objective.parse, objectives)), Budget(), BASE, directory,
-                  None if base is None else Metric.of(base))  # fmt: skip
+                  None if base is None else Estimate.of(base))  # fmt: skip
     if base is not None:
         write_scores(directory / "finalists" / f"{BASELINE}.npy", base)
     return front
@@ -83,8 +83,8 @@ def test_the_pairs_decide_and_not_the_intervals(tmp_path):
 
 
 def test_what_is_faster_has_an_advantage_where_that_is_an_objective(tmp_path):
-    slow = member(0, 100, 0.8, latency_ratio=Metric(0.9, 0.88, 0.92, 40), latency_ms=Metric(7.2, 7.04, 7.36, 40))
-    fast = member(1, 200, 0.9, latency_ratio=Metric(0.5, 0.48, 0.52, 40), latency_ms=Metric(4, 3.84, 4.16, 40))
+    slow = member(0, 100, 0.8, latency_ratio=Estimate(0.9, 0.88, 0.92, 40), latency_ms=Estimate(7.2, 7.04, 7.36, 40))
+    fast = member(1, 200, 0.9, latency_ratio=Estimate(0.5, 0.48, 0.52, 40), latency_ms=Estimate(4, 3.84, 4.16, 40))
     same = [right(350), right(350)]
     assert finalists(tmp_path, [slow, fast], same).clusters == {0: 0, 1: 0}
     three = ("accuracy", "size_bytes", "latency_ms")
@@ -121,11 +121,11 @@ def test_without_numbers_on_the_test_split_nothing_is_one(tmp_path):
 
 def parity(agree=1.0, difference=0.0, half=0.005, simulated=0.9, n=1000):
     return {
-        "parity_agreement": Metric.rate(agree * n, n),
-        "parity_metric": Metric(difference, difference - half, difference + half, n),
-        "parity_simulated": Metric.rate(simulated * n, n),
-        "parity_mean_output": Metric.exact(0.001),
-        "parity_max_output": Metric.exact(0.02),
+        "parity_agreement": Estimate.rate(agree * n, n),
+        "parity_metric": Estimate(difference, difference - half, difference + half, n),
+        "parity_simulated": Estimate.rate(simulated * n, n),
+        "parity_mean_output": Estimate.exact(0.001),
+        "parity_max_output": Estimate.exact(0.02),
     }
 
 
@@ -144,15 +144,15 @@ def parity(agree=1.0, difference=0.0, half=0.005, simulated=0.9, n=1000):
     ],
 )
 def test_whose_file_is_another_network(known, told):
-    assert unlike(member(0, 100, **known)) == told
+    assert parity_failure(member(0, 100, **known)) == told
 
 
 def test_outputs_without_classes_are_held_to_their_size():
     known = parity()
     del known["parity_agreement"]
-    assert not unlike(member(0, 100, **known))
-    known["parity_mean_output"] = Metric.exact(0.06)
-    assert unlike(member(0, 100, **known)) == "its outputs are 6% of the largest off the simulation's on average (at most 5% are allowed)"  # fmt: skip
+    assert not parity_failure(member(0, 100, **known))
+    known["parity_mean_output"] = Estimate.exact(0.06)
+    assert parity_failure(member(0, 100, **known)) == "its outputs are 6% of the largest off the simulation's on average (at most 5% are allowed)"  # fmt: skip
 
 
 def test_it_is_marked_recommended_to_nobody_and_exported_by_force_alone(tmp_path):
@@ -179,11 +179,11 @@ def test_optimism_is_a_difference_of_means_of_pairs(tmp_path):
     vals = [np.where(rng.random(300) < 0.1, rng.random(300) < 0.9, base_val).astype(float) for _ in range(3)]
     tests = [np.where(rng.random(N) < 0.1, rng.random(N) < 0.8, base_test).astype(float) for _ in range(3)]
     members = [member(n, 100 + n, 0.8 + n / 100) for n in range(3)]
-    members = [replace(m, measurement=Measurement({**m.measurement.metrics, "accuracy": Metric.of(v)}))
+    members = [replace(m, measurement=Measurement({**m.measurement.metrics, "accuracy": Estimate.of(v)}))
                for m, v in zip(members, sorted(vals, key=np.mean), strict=True)]  # fmt: skip
     vals = sorted(vals, key=np.mean)
     front = finalists(tmp_path, members, tests, base=base_test.astype(float))
-    front = replace(front, baseline=Measurement({**BASE.metrics, "accuracy": Metric.of(base_val.astype(float))}))
+    front = replace(front, baseline=Measurement({**BASE.metrics, "accuracy": Estimate.of(base_val.astype(float))}))
     assert len(front.members) == 3
     found = optimism(front)
     by_hand = np.mean([v - base_val for v in vals], 0), np.mean([t - base_test for t in tests], 0)
@@ -205,10 +205,10 @@ def test_finalists_of_an_older_study_are_read(tmp_path):
     """Before there were clusters an entry held three numbers, the baseline's among them, and no scores beside it."""
     candidate = member(0, 100)
     old = {name: vars(metric) for name, metric in
-           {"accuracy": Metric.rate(90, 100), "latency_ms": Metric(1, 0.9, 1.1, 10), "size_bytes": Metric.exact(7)}.items()}  # fmt: skip
+           {"accuracy": Estimate.rate(90, 100), "latency_ms": Estimate(1, 0.9, 1.1, 10), "size_bytes": Estimate.exact(7)}.items()}  # fmt: skip
     (tmp_path / "finalists.json").write_text(json.dumps({BASELINE: old, candidate.recipe.key: old}))
     (found,), base = with_tests([candidate], tmp_path)
-    assert base == Metric.rate(90, 100)
+    assert base == Estimate.rate(90, 100)
     assert found.test["latency_ms"].value == 1
     front = Front((found,), (Objective("accuracy", True),), Budget(), BASE, tmp_path, base)
     assert front.clusters == {}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretorch.objectives.pareto import hypervolume, nondominated
-from paretorch.search.rungs import PILOT, Ladder, Standing, ranked
+from paretorch.search.rungs import PILOT, Ladder, RungEntry, ranked
 
 points = st.lists(st.tuples(*[st.integers(0, 9)] * 2) | st.tuples(*[st.integers(0, 9)] * 2), min_size=1, max_size=25)
 
@@ -39,24 +39,24 @@ def ladder_of(count, rungs=2, **change):
     """A ladder with `count` at its foot, each better than the one before, all equally costly."""
     ladder = Ladder(("untrained", "1 epoch", "1 + 2 epochs")[:rungs])
     for number in range(count):
-        ladder.rungs[0].append(Standing(number, number / 100, (1 - number / 100, 0.5), **change))
+        ladder.rungs[0].append(RungEntry(number, number / 100, (1 - number / 100, 0.5), **change))
     return ladder
 
 
 def climb(ladder, upper=lambda standing: standing.metric):
     """Let everybody climb who would, giving new numbers; who did, in order."""
     climbed, new = [], itertools.count(1000)
-    while (found := ladder.climber()) is not None:
+    while (found := ladder.next_promotion()) is not None:
         number, rung = found
         standing = next(s for s in ladder.rungs[rung] if s.number == number)
         ladder.above[number] = above = next(new)
-        ladder.rungs[rung + 1].append(Standing(above, upper(standing), standing.losses))
+        ladder.rungs[rung + 1].append(RungEntry(above, upper(standing), standing.losses))
         climbed.append((number, rung))
     return climbed
 
 
 def test_the_pilots_climb_to_the_top_and_then_the_best_third():
-    assert ladder_of(0).climber() is None
+    assert ladder_of(0).next_promotion() is None
     climbed = climb(ladder_of(30))
     assert climbed[:PILOT] == [(number, 0) for number in range(PILOT)]
     assert [number for number, _ in climbed[PILOT:]] == list(range(29, 19 + PILOT, -1)), "room for 10, pilots included"
@@ -67,9 +67,9 @@ def test_the_pilots_climb_to_the_top_and_then_the_best_third():
 
 
 def test_who_may_not_climb_does_not():
-    assert ladder_of(30, eligible=False).climber() is None
+    assert ladder_of(30, eligible=False).next_promotion() is None
     ladder = ladder_of(30)
-    assert ladder.climber(lambda rung: rung == 0) is None, "no time for training"
+    assert ladder.next_promotion(lambda rung: rung == 0) is None, "no time for training"
 
 
 @pytest.mark.parametrize(("order", "share"), [(1, 3), (-1, 1)], ids=["foretold", "reversed"])
@@ -87,14 +87,14 @@ def test_the_correlation_is_of_those_on_both_rungs_and_of_enough_of_them():
     below, above = rng.normal(size=12), rng.normal(size=12)
     ladder = Ladder(("untrained", "1 epoch"))
     for number, (low, high) in enumerate(zip(below, above, strict=True)):
-        ladder.rungs[0].append(Standing(number, low, (-low,)))
-        ladder.rungs[0].append(Standing(100 + number, -low, (low,)))  # never climbs
+        ladder.rungs[0].append(RungEntry(number, low, (-low,)))
+        ladder.rungs[0].append(RungEntry(100 + number, -low, (low,)))  # never climbs
         if number == 5:
             assert ladder.tau(0) is None, "five pairs are none"
         ladder.above[number] = 1000 + number
-        ladder.rungs[1].append(Standing(1000 + number, high, (-high,)))
+        ladder.rungs[1].append(RungEntry(1000 + number, high, (-high,)))
     ladder.above[100] = 2000
-    ladder.rungs[1].append(Standing(2000, float("nan"), eligible=False))  # it failed up there
+    ladder.rungs[1].append(RungEntry(2000, float("nan"), eligible=False))  # it failed up there
     assert ladder.tau(0) == pytest.approx(kendalltau(below, above).statistic)
     assert ladder.describe().endswith(f"; Kendall's tau untrained -> 1 epoch {ladder.tau(0):.2f}")
 

@@ -21,7 +21,7 @@ import paretorch.runners.training.finetune as recover_module
 import paretorch.search.study as study_module
 from paretorch.errors import ConfigError, Diverged, ExportFailed, StudyError, TaskError
 from paretorch.objectives import cost
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.task import Task
 from paretorch.runners.timing.clean_process import CleanProcess
@@ -29,7 +29,7 @@ from paretorch.search import finalists
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Quiet, Study, open_front
 from paretorch.spaces.recipe import Equalize, Quantize, Recover
-from paretorch.spaces.space import Rule, Space, anchors
+from paretorch.spaces.space import Rule, Space, reference_recipes
 
 SPACE = Space(
     weight_bits=(Rule((3, 4, 6, 8)),),
@@ -75,7 +75,7 @@ class Fake(LocalRunner):
     ran: list = []  # noqa: RUF012
     fails = None
 
-    def choose_way(self, files):
+    def tune_evaluation(self, files):
         return 1.0
 
     def run(self, recipe, report=lambda phase, metrics: None, **_):
@@ -88,11 +88,11 @@ class Fake(LocalRunner):
         self.path(recipe).write_bytes(recipe.key.encode())
         return Measurement(
             {
-                "size_bytes": Metric.exact(size),
-                "onnx_bytes": Metric.exact(size),
-                "macs": Metric.exact(cost.macs(self.structure, recipe)),
-                "latency_ms": Metric.exact(0.01 + size / 1e6),
-                "accuracy": Metric.rate(round(100 - 1e5 / size * 0.1 - 8 * noise), 100),
+                "size_bytes": Estimate.exact(size),
+                "onnx_bytes": Estimate.exact(size),
+                "macs": Estimate.exact(cost.macs(self.structure, recipe)),
+                "latency_ms": Estimate.exact(0.01 + size / 1e6),
+                "accuracy": Estimate.rate(round(100 - 1e5 / size * 0.1 - 8 * noise), 100),
             }
         )
 
@@ -102,13 +102,13 @@ class FakeProcess(CleanProcess):
 
     refuses = None
 
-    def scores(self, path, task, batches, way):
+    def scores(self, path, task, batches, plan):
         if self.refuses:
             raise self.refuses
         return np.repeat([1.0, 0.0], [90, 10])
 
     def ratio(self, *_):
-        return Metric(0.5, 0.4, 0.6, 20)
+        return Estimate(0.5, 0.4, 0.6, 20)
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def fake(monkeypatch):
     monkeypatch.setattr(Fake, "fails", None)
     monkeypatch.setattr(FakeProcess, "refuses", None)
     monkeypatch.setattr(finalists, "process_for", lambda target: FakeProcess())
-    monkeypatch.setattr(finalists, "_parity", lambda packed, task, seconds: {"parity_metric": Metric(0, -0.01, 0.01, 100),
-                                                                     "parity_simulated": Metric.rate(90, 100),
-                                                                     "parity_agreement": Metric.rate(100, 100)})  # fmt: skip
+    monkeypatch.setattr(finalists, "_parity", lambda packed, task, seconds: {"parity_metric": Estimate(0, -0.01, 0.01, 100),
+                                                                     "parity_simulated": Estimate.rate(90, 100),
+                                                                     "parity_agreement": Estimate.rate(100, 100)})  # fmt: skip
     monkeypatch.setattr(study_module, "seconds_of_parity", lambda packed, inputs: 0.0)
     return Fake
 
@@ -257,7 +257,7 @@ def test_a_metric_that_is_nan_for_the_untouched_network_is_a_mistake(tmp_path):
 def test_anchors_come_first_and_nothing_runs_twice(tmp_path, fake):
     found = study(tmp_path, budget=())
     found.run(40)
-    expected = anchors(SPACE, found.runner.structure)
+    expected = reference_recipes(SPACE, found.runner.structure)
     assert [(c.label, c.recipe) for c in found.candidates[: len(expected)]] == expected
     assert not any(c.label for c in found.candidates[len(expected) :])
     ran = fake.ran[1:]  # after the preflight's
@@ -383,7 +383,7 @@ def test_a_recipe_that_is_too_slow_is_not_trained(tmp_path, fake, monkeypatch):
         assert gate_latency or not self.path(recipe).parent.parent.joinpath("study.json").exists()
         finetune = any(s.method == "finetune" for s in recipe.of(Recover))
         if gate_latency and finetune:
-            report("measured before training", {"latency_ms": Metric.exact(5.0), "size_bytes": Metric.exact(100)})
+            report("measured before training", {"latency_ms": Estimate.exact(5.0), "size_bytes": Estimate.exact(100)})
         if finetune:
             trained.append(recipe)
         return Fake.run(self, recipe, report)

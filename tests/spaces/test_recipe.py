@@ -12,7 +12,7 @@ from paretorch.errors import RecipeError
 from paretorch.spaces.recipe import (
     CRITERIA,
     EQUALIZATIONS,
-    ORDER,
+    PASS_ORDER,
     RANGES,
     ROUNDINGS,
     Cluster,
@@ -84,7 +84,7 @@ def test_the_order_of_steps_does_not_matter(found, random):
     assert other == recipe
     assert other.key == recipe.key
     assert hash(other) == hash(recipe)
-    kinds = [ORDER.index(type(step)) for step in recipe.steps]
+    kinds = [PASS_ORDER.index(type(step)) for step in recipe.steps]
     assert kinds == sorted(kinds)
 
 

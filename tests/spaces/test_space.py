@@ -22,7 +22,7 @@ from paretorch.spaces.recipe import (
     Student,
     plain,
 )
-from paretorch.spaces.space import Rule, Space, anchors, default_space, matches
+from paretorch.spaces.space import Rule, Space, default_space, matches, reference_recipes
 from paretorch.spaces.structure import (
     Group,
     Layer,
@@ -340,7 +340,7 @@ def test_the_default_space_holds_the_untouched_network(structure, images, data):
 @settings(deadline=None, max_examples=50)
 @given(structures())
 def test_anchors_are_distinct_and_begin_untouched(structure):
-    found = anchors(default_space(structure), structure)
+    found = reference_recipes(default_space(structure), structure)
     assert found[0] == ("untouched", Recipe())
     names = [name for name, _ in found]
     order = ["untouched", "fp16", "uniform 8-bit", "uniform 6-bit", "uniform 4-bit", "uniform 50% sparse"]
@@ -367,7 +367,7 @@ def test_anchors_follow_the_activations_of_the_space():
         (Space(activation_bits=(Rule((32,)),)), 32),
         (Space(activation_bits=(Rule((8, 32)),)), 8),
     ):
-        steps = dict(anchors(space, structure))["uniform 8-bit"].of(Quantize)
+        steps = dict(reference_recipes(space, structure))["uniform 8-bit"].of(Quantize)
         assert {step.activation_bits for step in steps} == {bits}
 
 

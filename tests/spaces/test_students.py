@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paretorch.errors import ConfigError, RecipeError
 from paretorch.objectives.cost import FileOverhead, macs, many, size_bytes
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Student, plain
-from paretorch.spaces.space import Rule, Space, anchors
+from paretorch.spaces.space import Rule, Space, reference_recipes
 from paretorch.spaces.structure import Group, Layer, Structure
 
 TINY = Structure(
@@ -110,13 +110,13 @@ def test_a_student_that_is_not_compressed_is_recovered_all_the_same():
 
 
 def test_a_student_alone_and_in_8_bits_are_trivial_baselines():
-    found = dict(anchors(SPACE, WHOLE))
+    found = dict(reference_recipes(SPACE, WHOLE))
     tiny = Student(factory="tiny", epochs=3)
     assert found["student tiny"].steps[0] == tiny
     assert {step.layer: step.weight_bits for step in found["student tiny, 8-bit"].of(Quantize)} == {"a": 8, "b": 8}
     untrained = replace(SPACE, recovery=(Recover("batchnorm"), Recover("finetune", 2)))
-    assert dict(anchors(untrained, WHOLE))["student deep"].of(Recover) == [Recover("finetune", 2)]
-    assert dict(anchors(untrained, WHOLE))["student tiny"].of(Recover)[0].epochs == 0, "it was trained before"
+    assert dict(reference_recipes(untrained, WHOLE))["student deep"].of(Recover) == [Recover("finetune", 2)]
+    assert dict(reference_recipes(untrained, WHOLE))["student tiny"].of(Recover)[0].epochs == 0, "it was trained before"
 
 
 def test_a_pattern_has_to_select_something_in_one_of_the_networks():

@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 
 from paretorch.results.report.heatmap import FILES, _png, heat_rows, heat_tables, short, write_sensitivity
-from paretorch.runners.sensitivity import KL, SQUARED, Row, Sensitivity
+from paretorch.runners.sensitivity import KL, SQUARED, Sensitivity, SensitivityRow
 
 
 def found(layers=3, levels=4, value=0.01, unit=KL):
     rows = [
-        Row(f"features.{i}.block.deep.conv{i}", bits, ratio, value * (i + 1), 10)
+        SensitivityRow(f"features.{i}.block.deep.conv{i}", bits, ratio, value * (i + 1), 10)
         for i in range(layers)
         for ratio in (0.0, 0.125)
         for bits in range(2, 2 + levels)
@@ -45,7 +45,15 @@ def test_it_fits_the_terminal_and_nothing_is_lost(width, layers):
 
 
 def test_a_pattern_stands_among_the_shares():
-    sensitivity = Sensitivity((Row("a", 32, 0.7, 0.5, 1), Row("a", 8, "2:4", 0.25, 1), Row("a", 8, 0.0, 0.1, 1)), KL, 1)
+    sensitivity = Sensitivity(
+        (
+            SensitivityRow("a", 32, 0.7, 0.5, 1),
+            SensitivityRow("a", 8, "2:4", 0.25, 1),
+            SensitivityRow("a", 8, 0.0, 0.1, 1),
+        ),
+        KL,
+        1,
+    )
     stream = io.StringIO()
     Console(file=stream, width=80).print(*heat_tables(sensitivity))
     assert stream.getvalue().split() == ["bits", "8", "8", "32", "zeros", "2:4", "70%", "a", "0.10", "0.25", "0.50"]
@@ -54,7 +62,7 @@ def test_a_pattern_stands_among_the_shares():
 
 
 def test_a_level_that_a_layer_lacks_is_a_dash():
-    rows = (Row("a", 4, 0.0, 0.5, 1), Row("b", 8, 0.5, math.inf, 1))
+    rows = (SensitivityRow("a", 4, 0.0, 0.5, 1), SensitivityRow("b", 8, 0.5, math.inf, 1))
     stream = io.StringIO()
     Console(file=stream, width=80).print(*heat_tables(Sensitivity(rows, KL, 1)))
     lines = [line.split() for line in stream.getvalue().splitlines()]
@@ -62,7 +70,11 @@ def test_a_level_that_a_layer_lacks_is_a_dash():
 
 
 def test_rows_for_a_table():
-    rows = (Row("a", 4, 0.0, 0.5, 1), Row("b", 32, 0.5, math.inf, 1), Row("b", 4, 0.5, 2.0, 1))
+    rows = (
+        SensitivityRow("a", 4, 0.0, 0.5, 1),
+        SensitivityRow("b", 32, 0.5, math.inf, 1),
+        SensitivityRow("b", 4, 0.5, 2.0, 1),
+    )
     assert heat_rows(Sensitivity(rows, KL, 1)) == [
         {"layer": "a", "4 bits": 0.5, "50% zeros": "-", "4 bits, 50% zeros": "-"},
         {"layer": "b", "4 bits": "-", "50% zeros": math.inf, "4 bits, 50% zeros": 2.0},

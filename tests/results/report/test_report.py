@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from paretorch.errors import ParetorchError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Limit, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
@@ -38,9 +38,9 @@ LAYERS = [f"layer{i}.conv" for i in range(12)]
 
 
 def measured(hits: int, size: float, latency: float | None = 0.5, metric: str = "accuracy") -> Measurement:
-    metrics = {metric: Metric.rate(hits, 1000), "size_bytes": Metric.exact(size)}
+    metrics = {metric: Estimate.rate(hits, 1000), "size_bytes": Estimate.exact(size)}
     if latency is not None:
-        metrics["latency_ms"] = Metric(latency, latency * 0.97, latency * 1.03, 40)
+        metrics["latency_ms"] = Estimate(latency, latency * 0.97, latency * 1.03, 40)
     return Measurement(metrics, {"evaluate": 1.0})
 
 
@@ -79,12 +79,12 @@ def study(
     members = {member.number for member in front.members}
     # Each loses 14 images in a thousand from validation to test, the untouched network 10.
     tested = [
-        replace(c, test={metric: Metric.rate(round(1000 * c.measurement.value(metric)) - 14, 1000)})
+        replace(c, test={metric: Estimate.rate(round(1000 * c.measurement.value(metric)) - 14, 1000)})
         if c.number in members and c.measurement
         else c
         for c in found
     ]
-    return replace(front, candidates=tuple(tested), test_baseline=Metric.rate(940, 1000))
+    return replace(front, candidates=tuple(tested), test_baseline=Estimate.rate(940, 1000))
 
 
 def test_the_sensitivity_is_shown_when_it_was_measured(tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def test_finalists_are_shown_with_what_is_known_of_them(tmp_path: Path) -> None:
     tested = {}
     for place, member in enumerate(members):
         write_scores(tmp_path / "finalists" / f"{member.recipe.key}.npy", np.arange(1000) % 10 < 9)
-        known = {"accuracy_difference": Metric(-0.004, -0.01, 0.002, 1000), "latency_ratio": Metric(1.25, 1.2, 1.3, 40),
-                 "latency_ms": Metric(1.25, 1.2, 1.3, 40), "parity_metric": Metric(0, -0.001, 0.001, 1000),
-                 "parity_agreement": Metric.rate(1000 if place else 980, 1000), "parity_simulated": Metric.rate(900, 1000)}  # fmt: skip
+        known = {"accuracy_difference": Estimate(-0.004, -0.01, 0.002, 1000), "latency_ratio": Estimate(1.25, 1.2, 1.3, 40),
+                 "latency_ms": Estimate(1.25, 1.2, 1.3, 40), "parity_metric": Estimate(0, -0.001, 0.001, 1000),
+                 "parity_agreement": Estimate.rate(1000 if place else 980, 1000), "parity_simulated": Estimate.rate(900, 1000)}  # fmt: skip
         tested[member.number] = replace(member, test={**member.test, **known})
     front = replace(found, candidates=tuple(tested.get(c.number, c) for c in found.candidates), directory=tmp_path,
                     objectives=found.objectives[:2])  # fmt: skip

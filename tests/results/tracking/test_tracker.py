@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from paretorch.errors import StudyError
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
@@ -31,13 +31,17 @@ from paretorch.results.report.report import FILES, hypervolume_curve, write_repo
 from paretorch.results.tracking import tracker as tracking
 from paretorch.results.tracking.tracker import Tracker, add_sensitivity, local_store, page, saved_uri, store_uri
 from paretorch.runners.files.atomic import write_scores
-from paretorch.runners.sensitivity import KL, Row, Sensitivity
+from paretorch.runners.sensitivity import KL, Sensitivity, SensitivityRow
 from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
 mlflow = pytest.importorskip("mlflow")
 event = pytest.importorskip("sqlalchemy.event")
 BASE = Measurement(
-    {"accuracy": Metric.rate(190, 200), "size_bytes": Metric.exact(1000), "latency_ms": Metric(1.0, 0.97, 1.04, 40)}
+    {
+        "accuracy": Estimate.rate(190, 200),
+        "size_bytes": Estimate.exact(1000),
+        "latency_ms": Estimate(1.0, 0.97, 1.04, 40),
+    }
 )
 
 
@@ -48,9 +52,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(hits: int, size: float, latency: float = 0.5) -> Measurement:
     metrics = {
-        "accuracy": Metric.rate(hits, 200),
-        "size_bytes": Metric.exact(size),
-        "latency_ms": Metric(latency, latency * 0.97, latency * 1.04, 40),
+        "accuracy": Estimate.rate(hits, 200),
+        "size_bytes": Estimate.exact(size),
+        "latency_ms": Estimate(latency, latency * 0.97, latency * 1.04, 40),
     }
     return Measurement(metrics, {"compress": 0.25, "evaluate": 1.5})
 
@@ -191,7 +195,7 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
 def test_finish_tells_what_was_found(directory: Path) -> None:
     tracker, found = started(directory), candidates()
     log_all(tracker, found)
-    found[2] = replace(found[2], test={"accuracy": Metric.rate(885, 1000)})
+    found[2] = replace(found[2], test={"accuracy": Estimate.rate(885, 1000)})
     # A better one takes the place of number 1.
     better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(192, 200, 0.3), {}, {"conv": 3, "fc": 3})
     found.append(better)
@@ -230,11 +234,11 @@ def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
     best = front(found, directory).members
     for candidate in best:
         write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", np.arange(100) % 10 / 10)
-        known = {"accuracy": Metric.rate(900, 1000), "latency_ratio": Metric(1.2, 1.1, 1.3, 40),
-                 "parity_agreement": Metric.rate(900, 1000), "parity_metric": Metric(0, 0, 0, 100),
-                 "parity_simulated": Metric.rate(900, 1000)}  # fmt: skip
+        known = {"accuracy": Estimate.rate(900, 1000), "latency_ratio": Estimate(1.2, 1.1, 1.3, 40),
+                 "parity_agreement": Estimate.rate(900, 1000), "parity_metric": Estimate(0, 0, 0, 100),
+                 "parity_simulated": Estimate.rate(900, 1000)}  # fmt: skip
         if candidate is not best[0]:
-            known["parity_agreement"] = Metric.rate(1000, 1000)
+            known["parity_agreement"] = Estimate.rate(1000, 1000)
         found[candidate.number] = replace(candidate, test=known)
     final = front(found, directory)
     tracker.finish(final, directory / "report", "")
@@ -255,7 +259,11 @@ def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
 
 
 def measure(directory: Path, divergence: float = 0.0123456) -> None:
-    rows = (Row("conv", 4, 0.0, divergence, 36), Row("conv", 3, 0.0, math.inf, 28), Row("fc", 4, 0.0, 1e-6, 20))
+    rows = (
+        SensitivityRow("conv", 4, 0.0, divergence, 36),
+        SensitivityRow("conv", 3, 0.0, math.inf, 28),
+        SensitivityRow("fc", 4, 0.0, 1e-6, 20),
+    )
     write_sensitivity(Sensitivity(rows, KL, 64), directory, name="digits")
 
 

@@ -13,7 +13,7 @@ from paretorch.errors import Diverged, RecipeError, TaskError
 from paretorch.runners.compression import calibration as module
 from paretorch.runners.compression.calibration import Calibration
 from paretorch.runners.compression.compress import compress, freeze
-from paretorch.runners.compression.library import LayerLibrary, Method, shaped
+from paretorch.runners.compression.library import LayerLibrary, Method, compress_layer
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files.packing import unpack
 from paretorch.runners.local import LocalRunner
@@ -145,7 +145,7 @@ def test_what_ships_is_what_was_rounded(name, network):
         *((sparse[0].criterion, sparse[0].pattern) if sparse else ("magnitude", "")), step.rounding, step.ranges
     )
     weight = model.get_submodule(step.layer).weight.detach()
-    made = shaped(weight, step.weight_bits, 0.5 if sparse else 0.0, method, calibration.untouched[step.layer])
+    made = compress_layer(weight, step.weight_bits, 0.5 if sparse else 0.0, method, calibration.untouched[step.layer])
     near = codes(weight if made.mask is None else weight * made.mask, made.scale, step.weight_bits)
     other = copy.deepcopy(model)
     frozen = freeze(compress(other, recipe, structure, x[:2], None, calibration), recipe)[step.layer]
@@ -168,10 +168,10 @@ def test_a_network_that_was_cut_down_is_calibrated_anew(steps, network):
     )
     weight = cut.get_submodule(layer).weight.detach()
     assert found.get_submodule(layer).weight.shape == weight.shape
-    expected = shaped(weight, 3, 0.0, Method(rounding="gptq"), calibration.after(cut)[layer]).weight
+    expected = compress_layer(weight, 3, 0.0, Method(rounding="gptq"), calibration.after(cut)[layer]).weight
     torch.testing.assert_close(found.get_submodule(layer).weight, expected)
     if isinstance(steps[0], Student):
-        dense = shaped(weight, 3, 0.0, Method(rounding="gptq"), calibration.untouched[layer]).weight
+        dense = compress_layer(weight, 3, 0.0, Method(rounding="gptq"), calibration.untouched[layer]).weight
         assert not torch.equal(dense, expected)
 
 
@@ -259,7 +259,7 @@ def test_criteria_rank_as_they_should(network):
 def test_the_draw_depends_on_the_seed_and_the_layer_alone(network):
     model, x = network("residual")
     made = [
-        shaped(model.get_submodule(layer).weight, 32, 0.5, Method("random"), Calibration(model, x[:n].split(16), seed=seed).untouched[layer])
+        compress_layer(model.get_submodule(layer).weight, 32, 0.5, Method("random"), Calibration(model, x[:n].split(16), seed=seed).untouched[layer])
         for layer, n, seed in (("layer1.0.conv1", 32, 0), ("layer1.0.conv1", 16, 0), ("layer1.0.conv1", 32, 1), ("layer1.1.conv1", 32, 0))
     ]  # fmt: skip
     assert torch.equal(made[0].mask, made[1].mask)

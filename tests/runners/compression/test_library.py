@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paretorch.runners.compression import library as module
-from paretorch.runners.compression.library import Evidence, LayerLibrary, Method, default_folder, shaped
+from paretorch.runners.compression.library import LayerLibrary, LayerStatistics, Method, compress_layer, default_folder
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.obs import order
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
@@ -44,7 +44,7 @@ def counted(monkeypatch):
 
     def compress(weight, bits, ratio, *more):
         calls.append((bits, ratio))
-        return shaped(weight, bits, ratio, *more)
+        return compress_layer(weight, bits, ratio, *more)
 
     monkeypatch.setattr(module, "shaped", compress)
     return calls
@@ -57,10 +57,10 @@ def test_it_gives_what_compressing_gives(tmp_path, shape, dtype):
     for _ in range(2):  # written, then read by another library
         library = LayerLibrary(tmp_path)
         for bits, ratio in LEVELS:
-            same(library.shaped(weight, bits, ratio), shaped(weight, bits, ratio))
-            same(library.shaped(weight, bits, ratio), shaped(weight, bits, ratio))
+            same(library.compress_layer(weight, bits, ratio), compress_layer(weight, bits, ratio))
+            same(library.compress_layer(weight, bits, ratio), compress_layer(weight, bits, ratio))
     turned = weights(2, (5, 6, 3, 3)).transpose(0, 1)  # not contiguous
-    same(LayerLibrary(tmp_path).shaped(turned, 4, 0.5), shaped(turned, 4, 0.5))
+    same(LayerLibrary(tmp_path).compress_layer(turned, 4, 0.5), compress_layer(turned, 4, 0.5))
 
 
 def test_each_level_is_compressed_once_for_all_libraries(tmp_path, counted):
@@ -68,11 +68,11 @@ def test_each_level_is_compressed_once_for_all_libraries(tmp_path, counted):
     for _ in range(3):
         library = LayerLibrary(tmp_path)
         for bits, ratio in LEVELS * 2:
-            library.shaped(weight, bits, ratio)
+            library.compress_layer(weight, bits, ratio)
     # 16 and 32 bits have no scale: with zeros they are one level, without there is nothing to compress.
     assert sorted(counted) == sorted({(min(b, 32) if b <= 8 else 32, r) for b, r in LEVELS} - {(32, 0.0)})
-    library.shaped(weight + 1e-6, 8, 0.0)
-    library.shaped(weight.view(6, 45), 8, 0.0)
+    library.compress_layer(weight + 1e-6, 8, 0.0)
+    library.compress_layer(weight.view(6, 45), 8, 0.0)
     assert len(counted) == 9, "another weight, and the same bytes in another shape, are other layers"
 
 
@@ -82,33 +82,33 @@ def test_one_sweep_serves_all_levels(tmp_path, monkeypatch, limit):
     sweeps = []
     monkeypatch.setattr(module, "order", lambda *about: sweeps.append(about) or order(*about))
     weight, x = weights(shape=(6, 8)), torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
-    evidence = Evidence("inputs", 0, lambda: (x @ x.T)[None], lambda: pytest.fail("nobody asked"))
+    layer_statistics = LayerStatistics("inputs", 0, lambda: (x @ x.T)[None], lambda: pytest.fail("nobody asked"))
     library = LayerLibrary(tmp_path, limit=limit)
     for bits in (4, 32):
         for ratio in (0.3, 0.5, 0.9):
-            found = library.shaped(weight, bits, ratio, Method("obs"), evidence)
-            same(found, shaped(weight, bits, ratio, Method("obs"), evidence))
+            found = library.compress_layer(weight, bits, ratio, Method("obs"), layer_statistics)
+            same(found, compress_layer(weight, bits, ratio, Method("obs"), layer_statistics))
     assert len(sweeps) == 1
-    LayerLibrary(tmp_path, limit=limit).shaped(weight, 8, 0.5, Method("obs"), evidence)
+    LayerLibrary(tmp_path, limit=limit).compress_layer(weight, 8, 0.5, Method("obs"), layer_statistics)
     assert len(sweeps) == (1 if limit else 2)
     before = len(sweeps)
-    library.shaped(weight, 32, 0.5, Method("obs", "2:4"), evidence)
-    library.shaped(weight + 1, 32, 0.5, Method("obs"), evidence)
-    library.shaped(weight, 32, 0.5, Method("obs"), replace(evidence, key="other inputs"))
+    library.compress_layer(weight, 32, 0.5, Method("obs", "2:4"), layer_statistics)
+    library.compress_layer(weight + 1, 32, 0.5, Method("obs"), layer_statistics)
+    library.compress_layer(weight, 32, 0.5, Method("obs"), replace(layer_statistics, key="other inputs"))
     assert len(sweeps) == before + 3
 
 
 def test_what_is_given_away_is_never_given_again(tmp_path):
     library, weight = LayerLibrary(tmp_path), weights()
-    mask, scale, *_ = library.shaped(weight, 4, 0.5)
+    mask, scale, *_ = library.compress_layer(weight, 4, 0.5)
     mask.zero_(), scale.zero_()
-    same(library.shaped(weight, 4, 0.5), shaped(weight, 4, 0.5))
+    same(library.compress_layer(weight, 4, 0.5), compress_layer(weight, 4, 0.5))
 
 
 def test_affine_grids_are_kept_by_the_factors_that_they_are_laid_over(tmp_path, counted):
-    weight, evidence = (
+    weight, layer_statistics = (
         weights(shape=(6, 8)),
-        Evidence("inputs", 0, lambda: torch.eye(8)[None], lambda: pytest.fail("nobody asked")),
+        LayerStatistics("inputs", 0, lambda: torch.eye(8)[None], lambda: pytest.fail("nobody asked")),
     )
     factors = [None, torch.full((6,), 2.0), torch.linspace(-3, 3, 6)]
     methods = [
@@ -120,28 +120,28 @@ def test_affine_grids_are_kept_by_the_factors_that_they_are_laid_over(tmp_path, 
         library = LayerLibrary(tmp_path)
         for factor in factors:
             for method in methods:
-                expected = shaped(weight, 4, 0.5, method, evidence, factor=factor)
-                same(library.shaped(weight, 4, 0.5, method, evidence, factor), expected)
+                expected = compress_layer(weight, 4, 0.5, method, layer_statistics, factor=factor)
+                same(library.compress_layer(weight, 4, 0.5, method, layer_statistics, factor), expected)
                 assert expected.scale.shape == (1,)
                 assert 0 <= expected.zero < 16
     assert len(counted) == len(factors) * len(methods)
     same(
-        library.shaped(weight, 4, 0.5, factor=factors[1]), library.shaped(weight, 4, 0.5)
+        library.compress_layer(weight, 4, 0.5, factor=factors[1]), library.compress_layer(weight, 4, 0.5)
     )  # without effect, and one entry
     assert len(counted) == len(factors) * len(methods) + 1
 
 
 def test_the_version_counts(tmp_path, counted, monkeypatch):
-    LayerLibrary(tmp_path).shaped(weights(), 4, 0.5)
+    LayerLibrary(tmp_path).compress_layer(weights(), 4, 0.5)
     monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
-    LayerLibrary(tmp_path).shaped(weights(), 4, 0.5)
+    LayerLibrary(tmp_path).compress_layer(weights(), 4, 0.5)
     assert len(counted) == 2
 
 
 def test_who_changes_the_algorithm_must_raise_the_version():
     """Numbers that every platform computes alike. When this fails on purpose, raise `library.VERSION`, then mend it."""
     weight = torch.tensor([[8.0, -4.0, 2.0, 1.0], [1.0, 1.0, 1.0, -64.0]])
-    mask, scale, *_ = shaped(weight, 3, 0.25)
+    mask, scale, *_ = compress_layer(weight, 3, 0.25)
     assert mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
     torch.testing.assert_close(scale, torch.tensor([2.4177778, 64 / 3]), rtol=1e-6, atol=0)
     assert module.VERSION == 2
@@ -150,8 +150,8 @@ def test_who_changes_the_algorithm_must_raise_the_version():
 @pytest.mark.parametrize("damage", ["torn", "empty", "noise", "bit", "foreign", "other", "pickle", "folder"])
 def test_a_damaged_file_is_computed_and_written_anew(tmp_path, damage, counted):
     weight = weights()
-    expected = shaped(weight, 4, 0.5)
-    LayerLibrary(tmp_path).shaped(weight, 4, 0.5)
+    expected = compress_layer(weight, 4, 0.5)
+    LayerLibrary(tmp_path).compress_layer(weight, 4, 0.5)
     (path,) = files(tmp_path)
     whole = path.read_bytes()
     if damage == "torn":
@@ -167,14 +167,14 @@ def test_a_damaged_file_is_computed_and_written_anew(tmp_path, damage, counted):
     elif damage == "foreign":
         save_file({"mask": torch.zeros(3), "scale": torch.ones(2)}, path)
     elif damage == "other":  # the entry of another weight under this name
-        LayerLibrary(tmp_path / "b").shaped(weights(5), 4, 0.5)
+        LayerLibrary(tmp_path / "b").compress_layer(weights(5), 4, 0.5)
         path.write_bytes(files(tmp_path / "b")[0].read_bytes())
     elif damage == "pickle":
         torch.save({"mask": torch.zeros(3)}, path)
     else:
         path.unlink()
         path.mkdir()
-    same(LayerLibrary(tmp_path).shaped(weight, 4, 0.5), expected)
+    same(LayerLibrary(tmp_path).compress_layer(weight, 4, 0.5), expected)
     assert len(counted) == (3 if damage == "other" else 2)
     assert path.is_dir() if damage == "folder" else path.read_bytes() == whole
 
@@ -183,9 +183,9 @@ def test_the_least_recently_used_go(tmp_path):
     one = 4096
     library = LayerLibrary(tmp_path, limit=16 * one, memory=0)
     for seed in range(60):
-        library.shaped(weights(seed), 4, 0.5)
+        library.compress_layer(weights(seed), 4, 0.5)
         if seed >= 10:
-            library.shaped(weights(3), 4, 0.5)  # which is used all the time
+            library.compress_layer(weights(3), 4, 0.5)  # which is used all the time
         for age, path in enumerate(sorted(files(tmp_path), key=lambda p: p.stat().st_mtime)):
             os.utime(path, (1000 + age, 1000 + age))  # a clock that is fine enough
         assert len(files(tmp_path)) <= 16
@@ -198,7 +198,7 @@ def test_the_least_recently_used_go(tmp_path):
 def test_a_file_that_vanishes_while_others_read_is_computed(tmp_path, monkeypatch):
     library = LayerLibrary(tmp_path, memory=0)
     weight = weights()
-    library.shaped(weight, 4, 0.5)
+    library.compress_layer(weight, 4, 0.5)
     utime = os.utime
 
     def late(path):
@@ -207,15 +207,15 @@ def test_a_file_that_vanishes_while_others_read_is_computed(tmp_path, monkeypatc
 
     monkeypatch.setattr(module.os, "utime", late)
     for _ in range(2):  # it goes after it was read, then it is not there
-        same(library.shaped(weight, 4, 0.5), shaped(weight, 4, 0.5))
+        same(library.compress_layer(weight, 4, 0.5), compress_layer(weight, 4, 0.5))
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch):
     library = LayerLibrary(tmp_path / "cache", memory=0)
-    library.shaped(weights(), 4, 0.5)
+    library.compress_layer(weights(), 4, 0.5)
     entries = files(tmp_path)
     shutil.rmtree(tmp_path / "cache")
-    same(library.shaped(weights(), 4, 0.5), shaped(weights(), 4, 0.5))
+    same(library.compress_layer(weights(), 4, 0.5), compress_layer(weights(), 4, 0.5))
     assert files(tmp_path) == entries
 
     def listing(*arguments):
@@ -231,12 +231,12 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch):
 def test_memory_is_bounded(tmp_path, counted):
     library = LayerLibrary(limit=0, memory=2000)
     for seed in range(100):
-        library.shaped(weights(seed), 4, 0.5)
+        library.compress_layer(weights(seed), 4, 0.5)
     assert 0 < library._kept_bytes <= 2000
     assert library._kept_bytes == sum(module._bytes(entry) for entry in library._kept.values())
-    library.shaped(weights(99), 4, 0.5)
+    library.compress_layer(weights(99), 4, 0.5)
     assert len(counted) == 100
-    library.shaped(weights(0), 4, 0.5)
+    library.compress_layer(weights(0), 4, 0.5)
     assert len(counted) == 101
 
 
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, kind, counted):
     try:
         library = LayerLibrary(folder)
         for _ in range(3):
-            same(library.shaped(weights(), 4, 0.5), shaped(weights(), 4, 0.5))
+            same(library.compress_layer(weights(), 4, 0.5), compress_layer(weights(), 4, 0.5))
         assert len(counted) == 1, "it still lives in memory"
         assert folder.read_text() == "mine" if kind == "file" else not list(folder.iterdir())
     finally:
@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, kind, counted):
 
 def test_what_a_crash_leaves_is_cleared_away(tmp_path):
     library = LayerLibrary(tmp_path)
-    library.shaped(weights(), 4, 0.5)
+    library.compress_layer(weights(), 4, 0.5)
     home = files(tmp_path)[0].parent
     for name, age in ((".old.partial", 1000), (".new.partial", None)):
         (home / name).touch()
@@ -311,8 +311,8 @@ def test_threads_share_one(tmp_path):
 
     def work():
         for seed in (*range(12), *range(12)):
-            found = library.shaped(weights(seed), 3, 0.5)
-            if not torch.equal(found[1], shaped(weights(seed), 3, 0.5)[1]):
+            found = library.compress_layer(weights(seed), 3, 0.5)
+            if not torch.equal(found[1], compress_layer(weights(seed), 3, 0.5)[1]):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -333,11 +333,11 @@ def test_where_it_lies(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_folder() == tmp_path / "home" / ".cache" / "paretorch"
-    LayerLibrary().shaped(weights(), 4, 0.5)
+    LayerLibrary().compress_layer(weights(), 4, 0.5)
     assert len(files(tmp_path / "home")) == 1
     monkeypatch.setattr(module.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert default_folder() is None
-    same(LayerLibrary().shaped(weights(), 4, 0.5), shaped(weights(), 4, 0.5))
+    same(LayerLibrary().compress_layer(weights(), 4, 0.5), compress_layer(weights(), 4, 0.5))
 
 
 RECIPES = {

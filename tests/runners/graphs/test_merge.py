@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from paretorch.errors import ExportFailed, RecipeError
 from paretorch.objectives import cost
-from paretorch.objectives.measurement import Measurement, Metric
+from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import OK, Candidate
 from paretorch.results.front import Front
@@ -156,7 +156,7 @@ def test_bytes_are_foretold_within_a_per_cent(name, runner_of, data):
         recipes.append(Recipe((*steps, *(s for s in uniform(runner, 8, keep=keep).steps if isinstance(s, Prune)))))
     recipes = list(dict.fromkeys(recipes))
     files = {recipe: runner.build(recipe, recovery=False) for recipe in recipes}
-    measured = {recipe: Measurement({"accuracy": Metric.exact(0.5), "size_bytes": Metric.exact(len(packed))})
+    measured = {recipe: Measurement({"accuracy": Estimate.exact(0.5), "size_bytes": Estimate.exact(len(packed))})
                 for recipe, packed in files.items()}  # fmt: skip
     candidates = tuple(Candidate(n, recipe, OK, "", measured[recipe]) for n, recipe in enumerate(recipes))
     front = Front(

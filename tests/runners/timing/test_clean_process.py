@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from paretorch.errors import ExportFailed
-from paretorch.runners.evaluate import Way
+from paretorch.runners.evaluate import EvaluationPlan
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.targets.roofline import Profile, analytic
@@ -48,12 +48,12 @@ def runner(tmp_path_factory):
 SMALL = Recipe((Quantize("0", 8, 8), Quantize("3", 4)))
 
 
-@pytest.mark.parametrize("way", [Way(), Way(1, 1, 50), Way(3, 1, 16)])
-def test_the_scores_are_those_of_this_process(runner, way):
-    runner.way = way
+@pytest.mark.parametrize("plan", [EvaluationPlan(), EvaluationPlan(1, 1, 50), EvaluationPlan(3, 1, 16)])
+def test_the_scores_are_those_of_this_process(runner, plan):
+    runner.plan = plan
     with CleanProcess() as process:
         for recipe in (Recipe(), SMALL, Recipe()):
-            found = process.scores(runner.path(recipe), runner.task, batches(runner.task, "test"), way)
+            found = process.scores(runner.path(recipe), runner.task, batches(runner.task, "test"), plan)
             assert np.array_equal(found, runner.scores(runner.path(recipe).read_bytes(), "test"))
         first = process._process.pid
         ratio = process.ratio(runner.path(SMALL), runner.path(Recipe()), np.zeros((1, 1, 8, 8), np.float32), 1, 0.01)
@@ -64,7 +64,7 @@ def test_the_scores_are_those_of_this_process(runner, way):
 
 def test_the_process_has_not_imported_torch(runner):
     with CleanProcess() as process:
-        process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), Way())
+        process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), EvaluationPlan())
         mapped = Path(f"/proc/{process._process.pid}/maps").read_text()
     assert "onnxruntime" in mapped
     assert "libtorch" not in mapped
@@ -78,10 +78,14 @@ def test_a_file_that_cannot_be_run_is_a_result_and_the_next_one_is_measured(runn
     with CleanProcess() as process:
         for path, told in ((broken, "SHA-256"), (tmp_path / "missing", "cannot be read: No such file")):
             with pytest.raises(ExportFailed, match=told):
-                process.scores(path, runner.task, batches(runner.task, "test"), Way())
+                process.scores(path, runner.task, batches(runner.task, "test"), EvaluationPlan())
         with pytest.raises(ExportFailed, match=r"does not run in ONNX Runtime: .*invalid"):
-            process.scores(runner.path(SMALL), runner.task, [(torch.zeros(2, 1, 5, 5), torch.zeros(2))], Way())
-        assert len(process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), Way())) == 210
+            process.scores(
+                runner.path(SMALL), runner.task, [(torch.zeros(2, 1, 5, 5), torch.zeros(2))], EvaluationPlan()
+            )
+        assert (
+            len(process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), EvaluationPlan())) == 210
+        )
 
 
 def test_a_process_that_dies_says_how_and_the_next_file_gets_another(runner):
@@ -93,8 +97,10 @@ def test_a_process_that_dies_says_how_and_the_next_file_gets_another(runner):
 
     with CleanProcess() as process:
         with pytest.raises(ExportFailed, match=r"was ended by signal 11 \(SIGSEGV\)"):
-            process.scores(runner.path(SMALL), runner.task, images(), Way())
-        assert len(process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), Way())) == 210
+            process.scores(runner.path(SMALL), runner.task, images(), EvaluationPlan())
+        assert (
+            len(process.scores(runner.path(SMALL), runner.task, batches(runner.task, "test"), EvaluationPlan())) == 210
+        )
 
 
 def running(pid):
@@ -140,7 +146,7 @@ def test_another_target_is_measured_there(runner):
     plain = as_target("torch")
     for target, path in ((plain, paths[1]), (Target("mine", load), paths[0])):
         with process_for(target) as process:
-            found = process.scores(path, runner.task, batches(runner.task, "test"), Way())
+            found = process.scores(path, runner.task, batches(runner.task, "test"), EvaluationPlan())
             assert len(found) == 210
             ratio = process.ratio(paths[1], paths[1], batch, 1, 0.05)
             assert 0 < ratio.low <= ratio.value <= ratio.high

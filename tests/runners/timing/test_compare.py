@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from paretorch.errors import ArtifactError, ConfigError, TargetError
-from paretorch.objectives.measurement import Metric
+from paretorch.objectives.measurement import Estimate
 from paretorch.runners.graphs.onnx_export import export_float
 from paretorch.runners.timing import compare as module
 from paretorch.runners.timing.compare import (
@@ -113,7 +113,7 @@ def test_a_clear_difference_is_told(ratio, word):
      (0.9, 1.0, "no significant difference"), (1.0, 1.1, "no significant difference")],
 )  # fmt: skip
 def test_the_verdict_is_the_side_on_which_the_whole_interval_lies(low, high, word):
-    assert verdict(Metric((low + high) / 2, low, high, 20)) == word
+    assert verdict(Estimate((low + high) / 2, low, high, 20)) == word
 
 
 def test_it_ends_when_the_interval_is_narrow_enough():

@@ -14,12 +14,12 @@ from paretorch.runners.compression.compress import compress
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.task import Task
 from paretorch.runners.training.distill import (
-    answers,
     feature_loss,
     pairs,
     recorded,
     repeatable,
     soft_loss,
+    teacher_logits,
     temperature,
 )
 from paretorch.runners.training.finetune import finetune
@@ -134,32 +134,32 @@ def test_augmentation_is_noticed_also_in_workers_and_in_collating(network):
         return images + 0.1 * torch.randn_like(images), labels
 
     assert not repeatable(task_for(model, x, DataLoader(TensorDataset(x, y), collate_fn=noisy)))
-    assert answers(task_for(model, x, Augmented(x, y)), model) is None
+    assert teacher_logits(task_for(model, x, Augmented(x, y)), model) is None
 
 
 def test_answers_are_the_teachers_or_none(network, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # without bfloat16
     model, x = network("residual")
-    found = answers(task_for(model, x), model)
+    found = teacher_logits(task_for(model, x), model)
     with torch.no_grad():
         torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-4)
-    assert answers(task_for(model, x), model, limit=found.nbytes) is not None
-    assert answers(task_for(model, x), model, limit=found.nbytes - 1) is None
+    assert teacher_logits(task_for(model, x), model, limit=found.nbytes) is not None
+    assert teacher_logits(task_for(model, x), model, limit=found.nbytes - 1) is None
     half = DataLoader(TensorDataset(x, torch.zeros(len(x))), collate_fn=lambda samples: default_collate(samples[::2]))
-    assert answers(task_for(model, x, half), model) is None, "rows would be those of other samples"
+    assert teacher_logits(task_for(model, x, half), model) is None, "rows would be those of other samples"
     maps = nn.Sequential(nn.Conv2d(3, 4, 1))
-    assert answers(task_for(model, x), maps) is None
+    assert teacher_logits(task_for(model, x), maps) is None
 
 
 def test_training_on_stored_answers_is_training_on_the_teacher(network):
     """Of the right rows: on those of shuffled samples it would be something else altogether."""
     model, x = network("residual")
     task = task_for(model, x)
-    stored = answers(task, model)
+    stored = teacher_logits(task, model)
     results = []
     for taught in (None, stored, stored.clone(), stored.roll(1, 0)):
         student = compress(copy.deepcopy(model), Recipe((Quantize("stem", 2),)), trace(model, x), x[:2])
-        finetune(student, model, Recover("finetune", 1.5, 0.02), task, seed=0, answers=taught)
+        finetune(student, model, Recover("finetune", 1.5, 0.02), task, seed=0, teacher_logits=taught)
         results.append(student.state_dict())
     live, first, second, wrong = results
     assert all(torch.equal(first[name], second[name]) for name in first)
