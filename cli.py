@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .results.front import Front
     from .results.retarget import Retargeted
     from .runners.local import LocalRunner
-    from .runners.record import MeasurementProtocol, Record, RecordComparison, RecordRow
+    from .runners.record import Record, RecordComparison, RecordRow
+    from .runners.settings import MeasurementSettings
     from .runners.task import Task
     from .runners.timing import compare
     from .search.preflight import Preflight
@@ -142,10 +143,10 @@ def search(
     except KeyboardInterrupt:
         done = len(study.candidates) if study else 0
         if study and done:
-            _show_front(console, study.front, study.directory)
+            _show_front(console, study.front, study.folder.root)
         console.print(f"\nInterrupted after {done} trials; nothing is lost. The same command goes on.")
         raise typer.Exit(INTERRUPTED) from None
-    _show_front(console, front, study.directory)
+    _show_front(console, front, study.folder.root)
     if not front.members:
         raise typer.Exit(NO_FEASIBLE)
 
@@ -191,8 +192,8 @@ def _summary(console: Console, front: Front) -> None:
 
     from rich.text import Text
 
+    from .results.certainty import describe_clusters, describe_optimism
     from .results.report.report import warned
-    from .search.finalists import described_clusters, described_optimism
 
     refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
     over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
@@ -204,9 +205,9 @@ def _summary(console: Console, front: Front) -> None:
                        f"{refused} refused by arithmetic, {f'{stopped} given up early, ' if stopped else ''}{len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
     for candidate in failed[:5]:
         console.print(Text(f"  #{candidate.number} failed: {candidate.reason.splitlines()[0]}", style="red"))
-    for line in described_clusters(front):
+    for line in describe_clusters(front.clusters, front.quality):
         console.print(Text(line))
-    if line := described_optimism(front):
+    if line := describe_optimism(front.optimism(), front.quality):
         console.print(Text(line))
     for line in warned(front):
         console.print(Text(line, style="yellow"))
@@ -305,7 +306,8 @@ def sensitivity(
     from .errors import StudyError
     from .results.report.heatmap import FILES, explained, heat_tables, write_sensitivity
     from .results.tracking.tracker import add_sensitivity
-    from .runners.local import LocalRunner
+    from .runners.compression.build import Builder
+    from .runners.files.candidates import CandidateFiles
     from .runners.sensitivity import levels, measure_sensitivity
     from .runners.task import dataset
     from .spaces.space import default_space
@@ -318,13 +320,13 @@ def sensitivity(
         watcher.phase("loading the task, the network and the data, tracing")
         task = load_task(loaded)
         count = loaded.measure.calibration_images if images is None else images
-        runner = LocalRunner(task, folder, calibration_images=count, seed=loaded.search.seed)
-        space = loaded.to_space() or default_space(runner.structure, len(dataset(task, "train")))  # type: ignore[arg-type]
-        levels(space, runner.structure)
+        builder = Builder(task, CandidateFiles(folder), calibration_images=count, seed=loaded.search.seed)
+        space = loaded.to_space() or default_space(builder.structure, len(dataset(task, "train")))  # type: ignore[arg-type]
+        levels(space, builder.structure)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # better now than after all that is measured
             pass
-        found = measure_sensitivity(runner, space, Steps(watcher))
+        found = measure_sensitivity(builder, space, Steps(watcher))
     console.print(explained(found), markup=False)
     for table in heat_tables(found, min(80, console.width)):
         console.print()
@@ -372,8 +374,8 @@ def front(
     ] = None,
 ) -> None:
     """Print a study's front again, also while it runs."""
+    from .results.front import open_front
     from .results.report.report import write_report
-    from .search.study import open_front
 
     found = open_front(study)
     if csv:
@@ -404,9 +406,11 @@ def explain_(
     from .errors import StudyError
     from .results.explain import explain
     from .results.export import record_of
+    from .results.folder import StudyFolder
+    from .results.front import open_front
     from .runners.evaluate import EvaluationPlan
     from .runners.files.atomic import write_atomic
-    from .search.study import digest, open_front, read_about
+    from .runners.runner import Inspect
     from .spaces.recipe import Ensemble
 
     found = open_front(study)
@@ -420,27 +424,26 @@ def explain_(
     if candidate.recipe.of(Ensemble):
         members = " and ".join(f"#{c.number}" for c in found.candidates if c.recipe in candidate.recipe.networks())
         raise StudyError(f"candidate {number} of {study} is an ensemble, which has no decisions of its own: explain its networks {members}")  # fmt: skip
-    about = read_about(study.absolute() / "study.json")
+    folder = StudyFolder(study.absolute())
+    about = folder.read_about()
     if not (task or config):
         config = Path(about["config_file"]) if about.get("config_file") else None
         if config is None or not config.exists():
             raise StudyError(f"the configuration that the study in {study} was made with is not at {config}; name it with --config "
                              "CONFIG.yaml, or the task with --task FILE.py:FUNCTION")  # fmt: skip
-    loaded, protocol = _task(task, config, record_of(found, candidate))
+    loaded, protocol = _task(task, config, record_of(folder, candidate))
     console = _console()
-    with _runner(console, loaded, protocol) as (runner, watcher):
-        if digest(runner.model) != about["snapshot"]["weights"]:
+    more = {"plan": EvaluationPlan(**about["way"]), "other_students": folder.candidates.directory}
+    with _runner(console, loaded, protocol, **more) as (runner, watcher):
+        if runner.submit(Inspect()).result().weights != about["snapshot"]["weights"]:
             raise StudyError(f"the network of task {loaded.name!r} has not the weights that the study in {study} was made with; "
                              "name its task, with the same checkpoint")  # fmt: skip
-        runner.plan = EvaluationPlan(**about["way"])
-        runner.take_student(candidate.recipe, study / "candidates")
         baseline = {name: metric.value for name, metric in found.baseline.metrics.items()}
         told = explain(runner, candidate.recipe, found.budget, baseline, images, Steps(watcher))
     _show_explanation(console, number, candidate.recipe, loaded.metric_name, told, rows)
     if told.suggestion:
-        folder = study / "explain"
-        folder.mkdir(exist_ok=True)
-        kept = folder / f"{number}.yaml"
+        kept = StudyFolder(study).suggestion(number)
+        kept.parent.mkdir(exist_ok=True)
         write_atomic(kept, yaml.safe_dump(told.suggestion.recipe.to_dict(), sort_keys=False))
         option = f"--task {task}" if task else f"--config {config}"
         console.print("\nNext:")
@@ -485,7 +488,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write one candidate for production: ONNX, packed weights, recipe, measurements, environment, model card."""
-    from .search.study import open_front
+    from .results.front import open_front
 
     found = open_front(study)
     candidate = found.select(pick)
@@ -513,8 +516,8 @@ def register(
     """Put one candidate into the MLflow model registry, to be loaded and served without paretorch and torch."""
     from shlex import quote
 
+    from .results.front import open_front
     from .results.register import register as put
-    from .search.study import open_front
 
     found = open_front(study)
     candidate = found.select(pick)
@@ -573,7 +576,7 @@ def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig =
     from .objectives.measurement import Estimate
     from .runners.apply import measure_again
     from .runners.artifact import inspect
-    from .runners.local import environment
+    from .runners.environment import environment
     from .runners.record import RecordRow, changed_environment, compare, compare_outputs
 
     console = _console()
@@ -582,7 +585,7 @@ def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig =
     if task or config:
         loaded, protocol = _task(task, config, sound.record)
         with _runner(console, loaded, protocol) as (runner, watcher):
-            now = measure_again(runner, sound.packed, sound.record, protocol, watcher.report)
+            now = measure_again(runner, sound.packed, sound.record, protocol, watcher.phase)
     outputs = compare_outputs(sound.record.check, sound.outputs)
     found = [*compare(sound.record.rows, now), *([outputs] if outputs else [])]
     console.print(f"{directory} is sound: every SHA-256 fits, weights.safetensors gives model.onnx bit for bit, "
@@ -641,7 +644,7 @@ def apply_(
     loaded, protocol = _task(task, config, recorded)
     console.print(f"recipe    {wanted.describe()}", markup=False)
     with _runner(console, loaded, protocol) as (runner, watcher):
-        made = apply_recipe(runner, wanted, protocol, to, f"{to.resolve().name}: {loaded.name}", watcher.report)
+        made = apply_recipe(runner, wanted, protocol, to, f"{to.resolve().name}: {loaded.name}", watcher.phase)
     _show_changes(console, made.rows)
     if recorded:
         console.print(f"\nBeside what {where} records ({recorded.name}):", markup=False)
@@ -652,29 +655,30 @@ def apply_(
     console.print(f"  paretorch verify {to} {option}", markup=False)
 
 
-def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, MeasurementProtocol]:
+def _task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, MeasurementSettings]:
     """The task of the options, and how to measure it: as the configuration says, or as was measured before."""
     from .configs.accelerator import load_target
     from .configs.load import load, parse
     from .configs.plugins import load_task
     from .errors import ConfigError
-    from .runners.record import MeasurementProtocol
+    from .runners.settings import MeasurementSettings
 
     if task and config:
         raise ConfigError("--task and --config both name a task; write one of them", "options")
     if config:
         loaded = load(config)
         asked = loaded.measure.model_dump() | {"target": load_target(loaded.measure.target, loaded.folder).spec}
-        return load_task(loaded), MeasurementProtocol(**asked, seed=loaded.search.seed)
+        return load_task(loaded), MeasurementSettings(**asked, seed=loaded.search.seed)
     known = recorded.protocol if recorded else None
-    return load_task(parse({"task": task})), known or MeasurementProtocol()
+    return load_task(parse({"task": task})), known or MeasurementSettings()
 
 
 @contextmanager
-def _runner(console: Console, task: Task, protocol: MeasurementProtocol) -> Iterator[tuple[LocalRunner, Watcher]]:
+def _runner(
+    console: Console, task: Task, settings: MeasurementSettings, **more: Any
+) -> Iterator[tuple[LocalRunner, Watcher]]:
     """A runner whose files go when the block ends, and what shows its progress."""
     import tempfile
-    from dataclasses import asdict
 
     from .console import Watcher
     from .runners.local import LocalRunner
@@ -682,7 +686,7 @@ def _runner(console: Console, task: Task, protocol: MeasurementProtocol) -> Iter
     watcher = Watcher(console)
     with tempfile.TemporaryDirectory() as folder, watcher.watching():
         watcher.phase("loading the network and the data, tracing")
-        yield LocalRunner(task, Path(folder), **asdict(protocol)), watcher
+        yield LocalRunner(task, Path(folder), settings, **more), watcher
 
 
 def _show_changes(console: Console, rows: Sequence[RecordRow]) -> None:

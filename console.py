@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .results.candidate import Candidate
     from .results.front import Front
     from .search.preflight import Preflight
-    from .search.study import Study
 
 _STYLES = {"ok": "green", "over_budget": "yellow", "stopped": "dim", "failed": "red"}
 _RECENT = 8  # trials in the live table
@@ -61,30 +60,25 @@ class Watcher:
         """What a runner is doing; its numbers are shown when it is done."""
         self.phase(phase)
 
-    def checked(self, found: Preflight, study: Study) -> None:
+    def checked(self, preflight: Preflight) -> None:
         from .objectives.objective import show
         from .runners.targets.target import DEFAULT
 
-        base = found.baseline
-        small = found.smallest_measured
-        layers, groups, blocks = (
-            len(x) for x in (found.structure.layers, found.structure.groups, found.structure.blocks)
-        )
-        dimensions = sum(len(axis.choices) > 1 for axis in found.axes)
+        structure, small = preflight.structure, preflight.smallest_measured
+        layers, groups, blocks = (len(x) for x in (structure.layers, structure.groups, structure.blocks))
+        dimensions = sum(len(axis.choices) > 1 for axis in preflight.axes)
         self.say(
             f"network   {layers} layers, {groups} channel groups, {blocks} removable blocks; {dimensions} decisions"
         )
-        if study.target.name != DEFAULT:
-            self.say(
-                f"target    {study.target.name}: latency {'computed for it' if study.target.milliseconds else 'and metric measured there'}"
-            )
-        self.say(f"baseline  {numbers(base, None, study.task.metric_name)}")
-        self.say(f"smallest  {show('size_bytes', small.value('size_bytes'))}, {show('latency_ms', small.value('latency_ms'))} "
-                 f"({found.smallest.describe()})")  # fmt: skip
-        base_values = {name: metric.value for name, metric in base.metrics.items()}
-        for line in study.budget.describe(base_values):
+        if preflight.target != DEFAULT:
+            how = "latency computed for it" if preflight.computed else "latency and metric measured there"
+            self.say(f"target    {preflight.target}: {how}")
+        self.say(f"baseline  {numbers(preflight.baseline, None, preflight.metric)}")
+        size, latency = (show(name, small.value(name)) for name in ("size_bytes", "latency_ms"))
+        self.say(f"smallest  {size}, {latency} ({preflight.smallest.describe()})")
+        for line in preflight.limits:
             self.say(f"budget    {line}")
-        for warning in found.warnings:
+        for warning in preflight.warnings:
             self.console.print(Text(f"warning   {warning}", style="yellow"))
 
     def finished(self, candidate: Candidate, front: Front, done: int, total: int, eta: float) -> None:

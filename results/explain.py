@@ -14,21 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import RecipeError, TrialError
 from ..objectives import cost
 from ..objectives.measurement import Z95, Estimate
 from ..objectives.objective import Budget
 from ..objectives.paired import difference
-from ..runners.evaluate import predictions, rebatched
-from ..runners.files.packing import unpack
-from ..runners.local import LocalRunner
+from ..runners.runner import EvaluateSample, Inspect, Runner
 from ..runners.sensitivity import divergence
-from ..runners.task import batches, scores
 from ..spaces.recipe import Ensemble, Equalize, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
 from ..spaces.structure import Structure, kept_channels
 
@@ -137,7 +131,7 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
 
 
 def explain(
-    runner: LocalRunner, recipe: Recipe, budget: Budget, baseline: Mapping[str, float], images: int, progress: Progress
+    runner: Runner, recipe: Recipe, budget: Budget, baseline: Mapping[str, float], images: int, progress: Progress
 ) -> Explanation:
     """Take every decision of a recipe back alone, on `images` validation images.
 
@@ -146,68 +140,48 @@ def explain(
     """
     if recipe.of(Ensemble):
         raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks")
-    bench = _Bench(runner, images)
+    structure = runner.submit(Inspect()).result().structure
+    dense = torch.from_numpy(runner.submit(EvaluateSample(None, images)).result().outputs)
     training = recipe.of(Recover)
     recipe = untrained(recipe)
-    listed = decisions(recipe, runner.structure.of(recipe))
+    listed = decisions(recipe, structure.of(recipe))
     total = len(listed) + 1 + min(_TRIED, sum(d.milder is not None for d in listed))
     progress(0, total, "the recipe as it is")
-    outputs, points, size = bench.measure(recipe)
-    away = divergence(bench.dense, outputs)
+    whole = runner.submit(EvaluateSample(recipe, images)).result()
+    away, size = divergence(dense, torch.from_numpy(whole.outputs)), whole.size_bytes
 
     def compared(what: str, other: Recipe) -> Cost:
-        near, better, bytes_ = bench.measure(other)
-        gain = difference(better, points)
+        sample = runner.submit(EvaluateSample(other, images)).result()
+        gain = difference(sample.scores, whole.scores)
         half = Z95 * gain.error
         metric = Estimate(gain.value, gain.value - half, gain.value + half, gain.n)
-        return Cost(what, other, metric, away - divergence(bench.dense, near), bytes_ - size)
+        near = divergence(dense, torch.from_numpy(sample.outputs))
+        return Cost(what, other, metric, away - near, sample.size_bytes - size)
 
-    found: list[tuple[Decision, Cost]] = []
+    measured: list[tuple[Decision, Cost]] = []
     for position, decision in enumerate(listed, 1):
         progress(position, total, decision.what)
         try:
-            found.append((decision, compared(decision.what, decision.without)))
+            measured.append((decision, compared(decision.what, decision.without)))
         except TrialError:  # without it the rest does not work: then it is not to blame
             continue
-    found.sort(key=lambda pair: -pair[1].divergence)
+    measured.sort(key=lambda pair: -pair[1].divergence)
     suggestion, keeps = None, False
     tried: list[tuple[bool, float, Cost]] = []
-    for position, (decision, _) in enumerate([pair for pair in found if pair[0].milder][:_TRIED], len(listed) + 1):
+    for position, (decision, _) in enumerate([pair for pair in measured if pair[0].milder][:_TRIED], len(listed) + 1):
         assert decision.milder is not None
         progress(position, total, decision.milder_what)
         milder = compared(decision.milder_what, decision.milder)
         if milder.divergence > 0:
-            fits = _keeps(budget, baseline, size + milder.size_bytes, cost.macs(runner.structure, decision.milder))
+            fits = _keeps(budget, baseline, size + milder.size_bytes, cost.macs(structure, decision.milder))
             tried.append((fits, milder.divergence / max(milder.size_bytes, 1), milder))
     if tried:
         keeps, _, best = max(tried, key=lambda entry: entry[:2])
         others = [step for step in best.recipe.steps if not isinstance(step, Recover)]
         suggestion = replace(best, recipe=Recipe((*others, *training)))
-    whole = Estimate.of(points)
-    return Explanation(tuple(c for _, c in found), whole, away, size, len(points), suggestion, keeps)
+    costs = tuple(contribution for _, contribution in measured)
+    return Explanation(costs, Estimate.of(whole.scores), away, size, len(whole.scores), suggestion, keeps)
 
 
 def _keeps(budget: Budget, baseline: Mapping[str, float], size: float, macs: float) -> bool:
     return all(excess <= 0 for excess in budget.excess({"size_bytes": size, "macs": macs}, baseline).values())
-
-
-class _Bench:
-    """Some validation images, and what the untouched network gives for them."""
-
-    def __init__(self, runner: LocalRunner, images: int) -> None:
-        self.runner = runner
-        # In an order of its own: a dataset may be sorted by class, and this takes a part of it.
-        self.batches = list(batches(runner.task, "validation", limit=images, shuffle=runner.seed))
-        with torch.no_grad():
-            self.dense = torch.cat([runner.model(x) for x, _ in self.batches])
-
-    def measure(self, recipe: Recipe) -> tuple[Tensor, NDArray[np.float64], int]:
-        """A recipe's outputs, its scores sample by sample, and the bytes of its file."""
-        packed = self.runner.build(recipe)
-        way = self.runner.plan
-        outputs, points = [], []
-        network = self.runner.target.load(unpack(packed).SerializeToString(), way.threads)
-        for out, targets in predictions(network, rebatched(self.batches, way.batch), way.workers):
-            outputs.append(out)
-            points.append(scores(self.runner.task, out, targets))
-        return torch.cat(outputs), np.concatenate(points), len(packed)

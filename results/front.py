@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, StudyError
 from ..objectives.measurement import Estimate, Measurement, flat
-from ..objectives.objective import COSTS, Budget, Objective, speed
+from ..objectives.objective import COSTS, Budget, Objective, show, speed, spread
 from ..objectives.pareto import hypervolume, knee, nondominated
-from ..search.finalists import clusters, parity_failure
+from ..spaces.recipe import Recipe
 from .candidate import OK, OVER_BUDGET, STOPPED, Candidate
+from .certainty import clusters, optimism
+from .folder import BASELINE, StudyFolder
+from .parity import parity_failure
+from .stored import read_candidates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,10 +85,38 @@ class Front:
         pair = self.latency(candidate)
         return speed(*pair) if pair else ""
 
+    @property
+    def folder(self) -> StudyFolder | None:
+        """The study's folder, None of a front that was never on disk."""
+        return None if self.directory is None else StudyFolder(self.directory)
+
     @cached_property
     def clusters(self) -> dict[int, int]:
-        """Members that the test split cannot tell apart; see `search.finalists.clusters`."""
-        return clusters(self)
+        """Members that the test split cannot tell apart; see `results.certainty.clusters`."""
+        folder = self.folder
+        scores = {
+            m.number: each
+            for m in self.members
+            if folder is not None and (each := folder.read_finalist_scores(m.recipe.key)) is not None
+        }
+        costs = [o.metric for o in self.objectives if o.metric in COSTS]
+        return clusters(self.members, scores, costs, self.maximizes(self.quality))
+
+    def optimism(self) -> Estimate | None:
+        """How much selection on the validation split has flattered the front; see `results.certainty.optimism`."""
+        name, folder = self.quality, self.folder
+        measured = [(m, m.measurement) for m in self.members if m.measurement and name in m.measurement.metrics]
+        tested = [(m, found) for m, found in measured if name in m.test]
+        if not tested or self.test_baseline is None or name not in self.baseline.metrics:
+            return None
+        sign = 1.0 if self.maximizes(name) else -1.0
+        usual = self.baseline.value(name) - self.test_baseline.value
+        losses = [sign * (found.value(name) - m.test[name].value - usual) for m, found in tested]
+        if folder is None:
+            return optimism(losses, (), ())
+        keys = [m.recipe.key for m, _ in tested]
+        validation = [folder.candidates.read_scores(key) for key in (Recipe().key, *keys)]
+        return optimism(losses, validation, [folder.read_finalist_scores(key) for key in (BASELINE, *keys)])
 
     def knee(self) -> Candidate:
         """The member farthest below the plane through the front's extremes."""
@@ -98,9 +130,9 @@ class Front:
 
         Members whose file is not what was simulated are passed over, unless all are.
         """
-        sound = tuple(m for m in self.members if not parity_failure(m))
-        found = self._knee(sound or self.members)
-        number = self.clusters.get(found.number, found.number)
+        verified = tuple(m for m in self.members if not parity_failure(m))
+        knee = self._knee(verified or self.members)
+        number = self.clusters.get(knee.number, knee.number)
         return next(m for m in self.members if m.number == number)
 
     def best(self, metric: str) -> Candidate:
@@ -206,12 +238,49 @@ class Front:
             said["parity"] = f"failed: {why}" if (why := parity_failure(member)) else "passed"
         return said
 
-    def export(self, pick: str, to: str | Path, force: bool = False) -> Path:
-        """Write the picked candidate as an artifact directory; see `paretorch.results.export.export_candidate`."""
-        from .export import export_candidate
+    def beside_baseline(self, candidate: Candidate) -> list[tuple[str, str, str]]:
+        """For people: each metric of a measured candidate, its value, and the baseline's."""
+        rows = []
+        for name, estimate in candidate.measurement.metrics.items() if candidate.measurement else ():
+            value, test = show(name, estimate.value), candidate.test.get(name)
+            if test and name != "size_bytes":
+                value += f" (test: {show(name, test.value)})"
+            kind = f"{name}_difference"
+            if (paired := candidate.test.get(kind)) is not None:
+                value += f", {show(kind, paired.value)} {spread(kind, paired)} against the baseline there"
+            base = self.baseline.metrics.get(name)
+            rows.append((name, value, show(name, base.value) if base else "-"))
+        return rows
 
-        return export_candidate(self, self.select(pick), Path(to), force)
+    @property
+    def machine(self) -> str:
+        """What the candidates were measured on."""
+        return self.baseline.environment.get("processor", "this machine")
+
+    def export(self, pick: str, to: str | Path, force: bool = False) -> Path:
+        """Write the picked candidate as an artifact directory; see `results.export.export_candidate`."""
+        from .export import export_candidate  # needs ONNX, which a front is read without
+
+        candidate = self.select(pick)
+        if self.folder is None:
+            raise StudyError(f"candidate {candidate.number} has no file")
+        return export_candidate(self.folder, candidate, Path(to), force=force, kept=_numbers(self.members))
 
 
 def _numbers(members: Sequence[Candidate]) -> str:
     return ", ".join(str(c.number) for c in members) or "no member"
+
+
+def open_front(directory: str | Path) -> Front:
+    """The front of a study on disk, without its task; raises `StudyError` when there is none."""
+    folder = StudyFolder(Path(directory).absolute())
+    stored = folder.read_about()
+    candidates, test = read_candidates(folder)
+    return Front(
+        tuple(candidates),
+        tuple(Objective(**entry) for entry in stored["objectives"]),
+        Budget.parse(stored["snapshot"]["budget"]),
+        Measurement.from_dict(stored["baseline"]),
+        folder.root,
+        test,
+    )

@@ -24,7 +24,7 @@ from urllib.request import url2pathname
 from ..errors import ConfigError, StudyError
 from ..runners.graphs.onnx_export import DISABLED_OPTIMIZERS, session
 from .candidate import Candidate
-from .export import compared, export_candidate, machine
+from .export import export_candidate
 from .front import Front
 from .tracking.tracker import Store, Tracker, accepted, same_store, saved_uri, study_run
 
@@ -75,10 +75,10 @@ def register(
     `force`), or the store cannot be used.
     """
     _check_names(name, alias)
-    if front.directory is None:
+    if front.directory is None or front.folder is None:
         raise StudyError(f"candidate {candidate.number} has no file")
     with tempfile.TemporaryDirectory() as folder:
-        exported = export_candidate(front, candidate, Path(folder) / "exported", force)
+        exported = export_candidate(front.folder, candidate, Path(folder) / "exported", force=force)
         store, experiment, run = _open(front.directory, candidate, uri)
         return _Registration(store, experiment, run).write(front, candidate, exported, name, alias)
 
@@ -194,7 +194,7 @@ class _Registration:
 
     def _link(self, model: LoggedModel, name: str, version: object) -> None:
         """Let the pages of the model, of the version and of the candidate's run lead to each other."""
-        from mlflow.entities import Estimate, LoggedModelOutput
+        from mlflow.entities import LoggedModelOutput, Metric
 
         links = json.dumps([{"name": name, "version": str(version)}])
         self._call(self._client.set_logged_model_tags, model.model_id, {"mlflow.modelVersions": links})
@@ -205,7 +205,7 @@ class _Registration:
             self._call(self._client.get_metric_history, self._run_id, metric)[-1] for metric in self._run.data.metrics
         ]
         # With the time that they have on the run they become the model's, too, and are not on the run once more.
-        metrics = [Estimate(m.key, m.value, m.timestamp, m.step, model.model_id) for m in known]
+        metrics = [Metric(m.key, m.value, m.timestamp, m.step, model.model_id) for m in known]
         self._call(self._client.log_batch, self._run_id, metrics=metrics)
 
 
@@ -227,11 +227,11 @@ def _tags(front: Front, candidate: Candidate) -> dict[str, str]:
 def _description(front: Front, candidate: Candidate) -> str:
     """The same in markdown, against the baseline."""
     assert front.directory is not None
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in compared(front, candidate))
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in front.beside_baseline(candidate))
     over = f"\n\nOver the budget: {candidate.reason}" if candidate.state != "ok" else ""
     return (
         f"{candidate.recipe.describe()}. Candidate {candidate.number} of the study {front.directory.name}, measured on "
-        f"{machine(front)}.\n\n| | this model | baseline |\n|---|---|---|\n{rows}{over}"
+        f"{front.machine}.\n\n| | this model | baseline |\n|---|---|---|\n{rows}{over}"
     )[:_TEXT]
 
 

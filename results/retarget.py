@@ -23,14 +23,14 @@ from ..objectives.pareto import nondominated
 from ..runners.evaluate import evaluate
 from ..runners.files import packing
 from ..runners.files.atomic import write_atomic
-from ..runners.record import MeasurementProtocol
+from ..runners.settings import MeasurementSettings
 from ..runners.targets.target import DEFAULT, Network, Target, as_target
 from ..runners.task import Task, batches
 from ..runners.timing.compare import verdict
-from ..search.study import open_front
 from .candidate import OK, OVER_BUDGET, Candidate
-from .export import asked_of
-from .front import Front
+from .export import settings_of
+from .folder import StudyFolder
+from .front import Front, open_front
 
 FOLDER = "targets"
 VERSION = 1
@@ -78,7 +78,7 @@ class Retargeted:
     found_on: str
     target: str
     environment: Mapping[str, str]
-    protocol: MeasurementProtocol
+    protocol: MeasurementSettings
     inputs: str
     baseline_ms: Estimate
     members: tuple[MemberOnTarget, ...]
@@ -90,7 +90,7 @@ class Retargeted:
 
     def write(self, study: Path) -> Path:
         """Write `targets/NAME.json` into the study's folder, whole or not at all."""
-        path = study / FOLDER / f"{self.target}.json"
+        path = StudyFolder(study).target(self.target)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
@@ -108,10 +108,11 @@ def retarget(
     front = open_front(study)
     if not front.members:
         raise StudyError(f"the front of {study} is empty: there is nothing to measure")
-    protocol, _ = asked_of(front)
-    baseline = _onnx(study / "baseline.safetensors")
+    folder = StudyFolder(study)
+    protocol, _ = settings_of(folder)
+    baseline = _onnx(folder.baseline)
     if baseline is None:
-        raise StudyError(f"{study / 'baseline.safetensors'} is missing, and every latency is relative to it; restore the file")  # fmt: skip
+        raise StudyError(f"{folder.baseline} is missing, and every latency is relative to it; restore the file")  # fmt: skip
     reference = as_target(DEFAULT)
     inputs = list(_inputs(reference.load(baseline, 1), _shape(baseline), task))
     batch = np.resize(inputs[0], (protocol.batch, *inputs[0].shape[1:]))
@@ -124,7 +125,7 @@ def retarget(
         found = MemberOnTarget(member.number, member.recipe.describe(), _before(member, front.baseline))
         steps = [step for network in member.recipe.networks() for step in network.steps]
         refused = [reason for step in steps if (reason := target.supports(step))]
-        model = None if refused else _onnx(study / "candidates" / f"{member.recipe.key}.safetensors")
+        model = None if refused else _onnx(folder.candidates.packed(member.recipe))
         if model is None:
             moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))
             continue
@@ -166,7 +167,7 @@ def _name(target: str | Mapping[str, Any]) -> str:
 
 def _onnx(path: Path) -> bytes | None:
     """The ONNX file in a packed one; None when it is not there. Raises `ArtifactError` for a damaged one."""
-    return packing.unpack(path.read_bytes()).SerializeToString() if path.exists() else None  # type: ignore[no-any-return]
+    return packing.onnx_bytes(path.read_bytes()) if path.exists() else None
 
 
 def _shape(model: bytes) -> tuple[int, ...]:

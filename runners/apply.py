@@ -10,13 +10,16 @@ import yaml
 
 from ..errors import ArtifactError, RecipeError, TaskError
 from ..objectives.measurement import Estimate, Measurement
+from ..objectives.objective import COSTS
 from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
 from .compression.compress import check_fits
 from .files.packing import unpack
 from .graphs.onnx_export import session
-from .local import LocalRunner, Report
-from .record import MeasurementProtocol, Record, RecordRow, rows
+from .local import LocalRunner
+from .record import Record, RecordRow, rows
+from .runner import Progress
+from .settings import MeasurementSettings
 
 
 def read_recipe(path: Path) -> tuple[Recipe, Path | None]:
@@ -46,7 +49,7 @@ def read_recipe(path: Path) -> tuple[Recipe, Path | None]:
 
 
 def apply_recipe(
-    runner: LocalRunner, recipe: Recipe, protocol: MeasurementProtocol, to: Path, name: str, report: Report
+    runner: LocalRunner, recipe: Recipe, protocol: MeasurementSettings, to: Path, name: str, progress: Progress
 ) -> Record:
     """Carry a recipe out on the runner's network, measure the file on all splits, and write it as an artifact.
 
@@ -55,36 +58,36 @@ def apply_recipe(
     """
     check_free(to)
     check_fits(recipe, runner.structure)
-    report("measuring the untouched network", {})
+    progress("measuring the untouched network")
     base, base_file = runner.baseline()
-    found = runner.run(recipe, report)
+    found = runner.run(recipe, progress)
     packed = runner.path(recipe).read_bytes()
-    test, test_base = _on_test(runner, packed, base_file, report)
+    test, test_base = _on_test(runner, packed, base_file, progress)
     record = Record(name, runner.task.name, rows(found, base, protocol, test=test, test_base=test_base), protocol)
-    report("writing", {})
+    progress("writing")
     write(to, packed, recipe, record.to_dict(), card(recipe, record, found.environment), found.environment)
     return record
 
 
 def measure_again(
-    runner: LocalRunner, packed: bytes, recorded: Record, protocol: MeasurementProtocol, report: Report
+    runner: LocalRunner, packed: bytes, recorded: Record, protocol: MeasurementSettings, progress: Progress
 ) -> tuple[RecordRow, ...]:
     """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign task."""
     metric = runner.task.metric_name
-    known = [row.metric for row in recorded.rows if row.split and row.baseline and not row.metric.startswith("latency")]
+    known = [row.metric for row in recorded.rows if row.split and row.baseline and row.metric not in COSTS]
     if known and metric not in known:
         raise TaskError(f"task {runner.task.name!r} measures {metric}, but {', '.join(dict.fromkeys(known))} is recorded; "
                         "name the task that the artifact was made for")  # fmt: skip
-    wanted, given = session(unpack(packed)).get_inputs()[0].shape[1:], list(runner.example.shape[1:])
+    wanted, given = session(unpack(packed)).get_inputs()[0].shape[1:], list(runner.builder.example.shape[1:])
     if wanted != given:
         raise TaskError(f"task {runner.task.name!r} gives inputs of shape {given}, but the artifact takes {wanted}; "
                         "name the task that the artifact was made for")  # fmt: skip
-    report("measuring the untouched network", {})
+    progress("measuring the untouched network")
     base, base_file = runner.baseline()
-    report("measuring the artifact", {})
+    progress("measuring the artifact")
     found = runner.measure_again(packed, "validation")
     sizes = {"size_bytes": Estimate.exact(len(packed)), "onnx_bytes": Estimate.exact(unpack(packed).ByteSize())}
-    test, test_base = _on_test(runner, packed, base_file, report)
+    test, test_base = _on_test(runner, packed, base_file, progress)
     latency = _joined(found["latency_ms"], test.get("latency_ms"))
     measured = Measurement({metric: found[metric], **sizes, "latency_ms": latency})
     return rows(measured, base, protocol, test={name: value for name, value in test.items() if name != "latency_ms"},
@@ -102,10 +105,10 @@ def _joined(first: Estimate, second: Estimate | None) -> Estimate:
 
 
 def _on_test(
-    runner: LocalRunner, packed: bytes, base: bytes, report: Report
+    runner: LocalRunner, packed: bytes, base: bytes, progress: Progress
 ) -> tuple[Mapping[str, Estimate], Estimate | None]:
     """The file's numbers and the untouched network's metric on the test split, where there is one."""
     if runner.task.test is None:
         return {}, None
-    report("evaluating on the test split", {})
+    progress("evaluating on the test split")
     return runner.measure_again(packed), Estimate.of(runner.scores(base, "test"))

@@ -27,6 +27,7 @@ from ..errors import ExportFailed, TargetError
 from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Step
 from .files import packing
 from .local import LocalRunner
+from .settings import MeasurementSettings
 from .targets.target import DEFAULT, Network, Target, as_target
 from .task import Task
 
@@ -68,10 +69,11 @@ def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
     kinds += [tuple(Quantize(layer, *bits) for layer in ("0", "3")) for bits in widths]
     kinds += [tuple(Quantize(layer, *bits, scheme="affine") for layer in ("0", "3")) for bits in ((4, 32), (8, 8))]
     with tempfile.TemporaryDirectory() as folder:
-        runner = LocalRunner(Task("check", lambda: model, data, data), Path(folder), calibration_images=32)
+        settings = MeasurementSettings(calibration_images=32)
+        runner = LocalRunner(Task("check", lambda: model, data, data), Path(folder), settings)
         recipes = [Recipe(steps) for steps in kinds]
-        files = {recipe: packing.unpack(runner.build(recipe)).SerializeToString() for recipe in recipes}
-    return files, runner.calibration[:5].numpy()
+        files = {recipe: packing.onnx_bytes(runner.build(recipe)) for recipe in recipes}
+    return files, runner.builder.calibration[:5].numpy()
 
 
 def _plain(target: Target) -> Iterator[str]:

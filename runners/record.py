@@ -14,30 +14,13 @@ from typing import Any
 from ..errors import ArtifactError
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import against, show, spread
+from .settings import MeasurementSettings
 
 # By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
 _BETWEEN_RUNS = 0.05
 
 
-@dataclass(frozen=True)
-class MeasurementProtocol:
-    """How the numbers came about; the fields are those of `LocalRunner`."""
-
-    threads: int = 1
-    batch: int = 1
-    seconds: float = 0.5
-    calibration_images: int = 512
-    seed: int = 0
-    target: str | Mapping[str, Any] = "onnxruntime"  # a name, or a profile; see `target.as_target`
-
-    @property
-    def runtime(self) -> str:
-        """What computes the outputs, for people."""
-        return _RUNTIMES.get(self.target, self.target) if isinstance(self.target, str) else _RUNTIMES["onnxruntime"]
-
-
 _ON_CPU = ("onnxruntime", "openvino", "torch")
-_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "torch-cuda": "PyTorch on CUDA"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +70,7 @@ class Record:
     name: str
     task: str
     rows: tuple[RecordRow, ...]
-    protocol: MeasurementProtocol | None = None
+    protocol: MeasurementSettings | None = None
     budget: tuple[str, ...] = ()
     over_budget: Mapping[str, float] = field(default_factory=dict)
     check: Mapping[str, Any] | None = None
@@ -114,7 +97,7 @@ class Record:
                 name=str(data.get("name", "")),
                 task=str(data.get("task", "")),
                 rows=tuple(RecordRow.from_dict(row) for row in data.get("metrics", ())),
-                protocol=None if protocol is None else MeasurementProtocol(**protocol),
+                protocol=None if protocol is None else MeasurementSettings(**protocol),
                 budget=tuple(data.get("budget", ())),
                 over_budget=dict(data.get("over_budget", {})),
                 check=data.get("check"),
@@ -140,7 +123,7 @@ def _from_version_1(data: Mapping[str, Any]) -> Record:
 def rows(
     found: Measurement,
     base: Measurement,
-    protocol: MeasurementProtocol | None = None,
+    protocol: MeasurementSettings | None = None,
     *,
     test: Mapping[str, Estimate] | None = None,
     test_base: Estimate | None = None,
@@ -198,14 +181,14 @@ _EXACT = {
 }
 
 
-def _scoring(protocol: MeasurementProtocol | None, split: str, metric: Estimate) -> str:
-    runtime = (protocol or MeasurementProtocol()).runtime
+def _scoring(protocol: MeasurementSettings | None, split: str, metric: Estimate) -> str:
+    runtime = (protocol or MeasurementSettings()).runtime
     return (f"the mean over the {metric.n} samples of the {split} split, computed by {runtime} from the packed file read back; "
             "95% interval")  # fmt: skip
 
 
 def _timing(
-    protocol: MeasurementProtocol | None, seconds: float | None, base: Estimate | None, clean: bool = False
+    protocol: MeasurementSettings | None, seconds: float | None, base: Estimate | None, clean: bool = False
 ) -> str:
     if protocol is None:
         return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"

@@ -33,8 +33,8 @@ from ..objectives.cost import layer_bytes
 from ..spaces.recipe import Recipe, Step, zeros_of
 from ..spaces.space import METHODS, Space, quantize, sparsify
 from ..spaces.structure import Layer, Structure
+from .compression.build import Builder
 from .compression.compress import compress, freeze, one_factor
-from .local import LocalRunner
 from .operators.fold import batchnorms, reestimate_batchnorms
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def unit_of(outputs: Tensor) -> str:
 
 
 def measure_sensitivity(
-    runner: LocalRunner,
+    runner: Builder,
     space: Space,
     progress: Progress | None = None,
     *,
@@ -247,7 +247,7 @@ def _recipe(layer: str, level: Level, methods: Mapping[str, Any]) -> Recipe:
 class _Bench:
     """One network in which one layer after the other is compressed and restored."""
 
-    def __init__(self, runner: LocalRunner, memory: int) -> None:
+    def __init__(self, runner: Builder, memory: int) -> None:
         self.runner = runner
         self.parts = runner.calibration_parts
         self.bias = runner.calibration_bias

@@ -17,8 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..objectives.pareto import hypervolume, nondominated
 from ..results.candidate import OK, OVER_BUDGET, Candidate
@@ -30,6 +28,8 @@ TRIED = 8  # ensembles that are measured at most
 LARGEST = 3  # networks in one
 MEMORY = 1 << 30  # bytes of outputs that are held at a time
 _LAYERS, _NETWORKS = 2, 32
+# The metric of the mean outputs of ensembles, each given by the places of its networks.
+Score = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 _ALIKE = 0.4  # what a second graph, deflated behind the first, takes of its bytes: 0.2 to 0.57 in five networks
 
 
@@ -77,29 +77,31 @@ def chosen(front: Front, networks: Sequence[Network]) -> list[Network]:
     return fit[:_NETWORKS]
 
 
-def combinations(
-    front: Front, networks: Sequence[Network], outputs: Sequence[Tensor], score: Callable[[Tensor], float]
-) -> list[Combination]:
-    """All pairs of networks and what may come of them, each with what is foretold.
+def combinations(front: Front, networks: Sequence[Network], score: Score) -> list[Combination]:
+    """All pairs of networks and what may come of them, each with what is predicted.
 
-    outputs: what each network gives for the validation samples. score: the metric of outputs.
+    Args:
+        front: The front so far.
+        networks: To choose from.
+        score: The metric of the mean outputs of some ensembles, each given by the places of its networks.
     """
     quality, sign = front.quality, 1 if front.maximizes(front.quality) else -1
-    found: list[Combination] = []
+    combinations: list[Combination] = []
     level: list[tuple[int, ...]] = [(place,) for place in range(len(networks))]
     for _ in range(LARGEST - 1):
-        better: list[tuple[int, ...]] = []
+        wanted: list[tuple[tuple[int, ...], dict[str, float]]] = []
         for places in _grown(level, len(networks)):
+            values = _costs(front, [networks[place] for place in places])
+            if _keeps(front, values):
+                wanted.append((places, values))
+        scores = score([places for places, _ in wanted])
+        level = []
+        for (places, values), metric in zip(wanted, scores, strict=True):
             members = tuple(networks[place] for place in places)
-            values = _costs(front, members)
-            if not _keeps(front, values):
-                continue
-            values[quality] = score(torch.stack([outputs[place] for place in places]).mean(0))
-            found.append(Combination(members, values))
-            if all(sign * values[quality] > sign * _value(n.candidate, quality) for n in members):
-                better.append(places)
-        level = better
-    return found
+            combinations.append(Combination(members, values | {quality: metric}))
+            if all(sign * metric > sign * _value(n.candidate, quality) for n in members):
+                level.append(places)
+    return combinations
 
 
 def best(front: Front, candidates: Sequence[Combination], known: Collection[str]) -> Combination | None:

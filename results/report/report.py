@@ -26,10 +26,11 @@ from ...objectives.objective import COSTS, Limit, show
 from ...objectives.objective import against as _against
 from ...objectives.objective import spread as _spread
 from ...objectives.pareto import hypervolume, nondominated
-from ...search.finalists import described_clusters, optimism, parity_failure
 from ...spaces.recipe import Recipe
 from ..candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
+from ..certainty import describe_clusters
 from ..front import Front
+from ..parity import parity_failure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -496,7 +497,7 @@ def _certainty(front: Front) -> list[str]:
     quality, said = front.quality, []
     measured = [(c, m) for c in front.members if (m := _metric(c, quality)) is not None]
     if front.clusters:
-        said += [f"- {line}." for line in described_clusters(front)]
+        said += [f"- {line}." for line in describe_clusters(front.clusters, front.quality)]
         if any(f"{quality}_difference" in m.test for m in front.members):
             said.append("- Differences to the baseline on the test split are between the same samples, with 95% intervals for pairs.")  # fmt: skip
     elif measured:
@@ -506,7 +507,7 @@ def _certainty(front: Front) -> list[str]:
         if alike:
             said.append(f"- In {quality} {', '.join(alike)} cannot be told apart from the best, #{best.number}: the 95% "
                         "intervals overlap. Among these the cheaper one is the better choice.")  # fmt: skip
-    if (found := optimism(front)) is not None:
+    if (found := front.optimism()) is not None:
         scale, unit = (100, " points") if quality == "accuracy" else (1, f" {quality}")
         amount = f"{scale * abs(found.value):.2f}{unit}" if scale > 1 else f"{abs(found.value):.3g}"
         interval = f" (95% interval {scale * found.low:+.3g} to {scale * found.high:+.3g})" if found.low < found.high else ""  # fmt: skip

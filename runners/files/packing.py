@@ -351,6 +351,11 @@ def unpack(data: bytes) -> onnx.ModelProto:
     return model
 
 
+def onnx_bytes(packed: bytes) -> bytes:
+    """The ONNX file in a packed one; raises `ArtifactError` as `unpack` does."""
+    return unpack(packed).SerializeToString()  # type: ignore[no-any-return]  # protobuf's messages have no types
+
+
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
     """Give the graph's tensors their numbers back, in place."""
     nibbles, zeros = _nibbles(model), _zero_points(model)

@@ -27,13 +27,11 @@ from onnx.reference.ops._op_list import MaxPool as ReferenceMaxPool
 from torch import Tensor
 
 from ..files import packing
+from ..settings import PARITY_INPUTS
 from ..targets.runtime import session
 from ..targets.torch_graph import OPERATORS, NotHere, held
 from .integer import OPS, fuse
 
-AGREE = 0.995  # the share of equal answers that a file must reach
-CLOSE = 0.05  # of the largest output, which the outputs may differ by on average where there are no answers
-INPUTS = 1000  # on which it is measured, where there are as many
 _BATCH = 16  # the reference keeps every tensor of the network until the end
 
 
@@ -138,7 +136,7 @@ class SimulationAgreement:
 
 
 def agreement(
-    packed: bytes, inputs: Iterable[Tensor], limit: int = INPUTS
+    packed: bytes, inputs: Iterable[Tensor], limit: int = PARITY_INPUTS
 ) -> tuple[SimulationAgreement, Tensor, Tensor]:
     """Compare a packed file in ONNX Runtime with the simulation of its graph on the first `limit` of the inputs.
 

@@ -26,7 +26,8 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import export_float, session
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.record import MeasurementProtocol, Record, rows
+from paretorch.runners.record import Record, rows
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
@@ -49,8 +50,8 @@ def written_to(directory, packed):
     record = Record(
         "best",
         "mine",
-        rows(found, base, MeasurementProtocol(threads=2, seconds=0.25)),
-        MeasurementProtocol(threads=2, seconds=0.25),
+        rows(found, base, MeasurementSettings(threads=2, seconds=0.25)),
+        MeasurementSettings(threads=2, seconds=0.25),
     )
     return write(directory, packed, RECIPE, record.to_dict(), card(RECIPE, record, HERE), HERE)
 

@@ -20,7 +20,7 @@ from paretorch.results.front import Front
 from paretorch.runners.apply import apply_recipe, read_recipe
 from paretorch.runners.artifact import verify
 from paretorch.runners.local import LocalRunner
-from paretorch.runners.record import MeasurementProtocol
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.search.ensembles import TRIED, Network, best, chosen, combinations, eligible
 from paretorch.search.study import Quiet, Study, open_front
@@ -161,7 +161,7 @@ def test_an_ensemble_ships(finished, tmp_path):
     assert recipe == member.recipe
     fresh = LocalRunner(task(), tmp_path / "applied", seconds=0.002, calibration_images=32)
     fresh.directory.mkdir()
-    protocol = MeasurementProtocol(threads=1, batch=1, seconds=0.002, calibration_images=32, seed=0)
+    protocol = MeasurementSettings(threads=1, batch=1, seconds=0.002, calibration_images=32, seed=0)
     apply_recipe(fresh, recipe, protocol, tmp_path / "again", "again", lambda phase, metrics: None)
     assert verify(tmp_path / "again")["weights.safetensors"] == verify(path)["weights.safetensors"]
     with pytest.raises(RecipeError, match="an ensemble has no decisions of its own; explain one of its networks"):
@@ -208,7 +208,7 @@ def test_costs_add_up_and_what_is_too_dear_is_not_looked_at():
     front = front_of(candidate(0, 0.9, 500), candidate(1, 0.8, 300), candidate(2, 0.7, 200), budget=["size_bytes <= 60%"])  # fmt: skip
     networks = networks_of(front, rest=100, shared=50)
     assert [n.candidate.number for n in chosen(front, networks)] == [0, 1, 2]
-    found = combinations(front, networks, [torch.zeros(1)] * 3, lambda _: 0.5)
+    found = combinations(front, networks, always(0.5))
     sizes = {tuple(n.candidate.number for n in c.networks): c.values["size_bytes"] for c in found}
     # 50 are shared, and a second graph takes 40 of its 100 bytes.
     assert sizes == {(0, 2): 500 + 200 - 50 - 60, (1, 2): 300 + 200 - 50 - 60}
@@ -216,29 +216,31 @@ def test_costs_add_up_and_what_is_too_dear_is_not_looked_at():
     assert [n.candidate.number for n in chosen(tight, networks)] == [1, 2]
 
 
+def always(metric):
+    """Every ensemble scores the same."""
+    return lambda ensembles: [metric] * len(ensembles)
+
+
 def test_a_third_network_joins_pairs_that_are_better_than_both():
     front = front_of(*(candidate(n, 0.5, 100) for n in range(3)))
     networks = networks_of(front)
-    sums = {1: 0.6, 2: 0.4, 3: 0.4}  # of the outputs 0, 1, 2: pairs (0, 1), (0, 2), (1, 2)
-    values = [torch.tensor([float(n)]) for n in range(3)]
     asked = []
 
-    def score(outputs):
-        asked.append(float(outputs))
-        return sums[round(2 * float(outputs))] if len(asked) <= 3 else 0.7
+    def score(ensembles):
+        asked.append(list(ensembles))
+        return [{(0, 1): 0.6, (0, 1, 2): 0.7}.get(places, 0.4) for places in ensembles]
 
-    found = combinations(front, networks, values, score)
+    found = combinations(front, networks, score)
     assert [len(c.networks) for c in found] == [2, 2, 2, 3]
-    assert asked == [0.5, 1.0, 1.5, 1.0]
-    assert len(combinations(front, networks, values, lambda _: 0.5)) == 3, "as good as one alone is not better"
+    assert asked == [[(0, 1), (0, 2), (1, 2)], [(0, 1, 2)]]
+    assert len(combinations(front, networks, always(0.5))) == 3, "as good as one alone is not better"
 
 
 def test_the_greatest_gain_comes_first_and_what_is_known_or_beaten_never():
     front = front_of(candidate(0, 0.8, 300), candidate(1, 0.7, 200), candidate(2, 0.6, 150), budget=["accuracy >= -10%"])  # fmt: skip
     networks = networks_of(front)
     gains = {(0, 1): 0.85, (0, 2): 0.89, (1, 2): 0.805}
-    answers = iter([gains[0, 1], gains[0, 2], gains[1, 2]])
-    found = combinations(front, networks, [torch.zeros(1)] * 3, lambda _: next(answers, 0.0))
+    found = combinations(front, networks, lambda ensembles: [gains.get(places, 0.0) for places in ensembles])
     one = best(front, found, ())
     assert {n.candidate.number for n in one.networks} == {0, 2}
     two = best(front, found, {one.recipe.key})
@@ -254,5 +256,5 @@ def test_the_greatest_gain_comes_first_and_what_is_known_or_beaten_never():
 
 def test_an_empty_front_takes_the_first_that_keeps_the_limits():
     front = front_of(candidate(0, 0.7, 300, OVER_BUDGET), candidate(1, 0.7, 200, OVER_BUDGET), budget=["accuracy >= 0.8"])  # fmt: skip
-    found = combinations(front, networks_of(front), [torch.zeros(1)] * 2, lambda _: 0.85)
+    found = combinations(front, networks_of(front), always(0.85))
     assert best(front, found, ()) is not None

@@ -32,6 +32,7 @@ from paretorch.runners.graphs.onnx_export import (
 )
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.operators.fold import fold_batchnorms
+from paretorch.runners.settings import PARITY_AGREEMENT
 from paretorch.runners.targets.torch_graph import OPERATORS
 from paretorch.spaces.recipe import SCHEMES, Prune, Quantize, Recipe, Sparsify, Student
 
@@ -173,7 +174,7 @@ def test_dynamic_ranges_are_those_of_each_call(name, others, traced, tmp_path):
     assert np.abs(found - expected).mean() < 0.003 * expected.std()
     few = ReferenceEvaluator(graph).run(None, {"input": batch[:16].numpy()})[0]  # another batch, other ranges
     np.testing.assert_allclose(Simulation(graph)(batch[:16]).numpy(), few, atol=1e-4 * np.abs(few).max())
-    assert simulate.agreement(packing.pack(graph), [batch])[0].agree >= simulate.AGREE
+    assert simulate.agreement(packing.pack(graph), [batch])[0].agree >= PARITY_AGREEMENT
     with torch.no_grad():
         floats = reference(batch).numpy()
     assert np.abs(found - floats).mean() < 0.05 * floats.std()

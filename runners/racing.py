@@ -1,8 +1,7 @@
-"""Races: a candidate whose evaluation cannot end well is given up before its end.
+"""Races: the evaluation of a candidate that is significantly worse than a rival is stopped early.
 
-The sampler must still learn what such a candidate is worth, and what it scored on the first images is no good answer:
-those may have been easy. So it is told its rival's score over all images, less the difference on the images that both
-have seen: what is said to be worse then also looks worse.
+The sampler must still learn what such a candidate is worth, and its score on the first images is biased: those may have
+been easy. So it is told the rival's score over all images, less the paired difference on the images that both have seen.
 """
 
 from __future__ import annotations
@@ -17,16 +16,24 @@ from ..errors import Stopped
 from ..objectives.measurement import Z95, Estimate
 from ..objectives.objective import show
 from ..objectives.paired import difference
-from ..runners.evaluate import Watch
+from .evaluate import Watch as Watch
 
 
 @dataclass(frozen=True)
 class Rival:
-    """What a candidate must not be beyond doubt worse than by more than `margin`: its name, and a score per sample."""
+    """Whom a candidate must not be significantly worse than.
+
+    Args:
+        name: For people, such as `#12`.
+        scores: Its metric on every validation sample.
+        margin: By how much a candidate may be worse.
+        losses: What it costs in the other objectives; only candidates that cost no less have it as a rival. Empty: all have.
+    """
 
     name: str
     scores: NDArray[np.floating]
     margin: float = 0.0
+    losses: tuple[float, ...] = ()
 
 
 def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:

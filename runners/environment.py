@@ -1,0 +1,36 @@
+"""The machine and the versions that measured numbers depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+
+from .targets.target import Target
+
+
+def environment(target: Target | None = None) -> dict[str, str]:
+    """What the numbers depend on outside the recipe: processor, cores, versions, and what the target adds."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        **(target.environment if target else {}),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

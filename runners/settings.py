@@ -1,0 +1,41 @@
+"""How numbers come about: the one declaration of the measurement settings and their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "torch-cuda": "PyTorch on CUDA"}
+
+
+@dataclass(frozen=True)
+class MeasurementSettings:
+    """What decides how a file is measured, beside the task.
+
+    Args:
+        threads: CPU threads of the runtime while latency is measured.
+        batch: Inputs per call while latency is measured.
+        seconds: Time spent on one latency measurement.
+        calibration_images: Training inputs that set activation ranges and BatchNorm statistics.
+        seed: Seed of every random draw of the work: calibration inputs, training, student weights.
+        target: Name of the target, or the plain data of its profile; see `runners.targets`.
+    """
+
+    threads: int = 1
+    batch: int = 1
+    seconds: float = 0.5
+    calibration_images: int = 512
+    seed: int = 0
+    target: str | Mapping[str, Any] = "onnxruntime"
+
+    @property
+    def runtime(self) -> str:
+        """What computes the outputs, for people."""
+        return _RUNTIMES.get(self.target, self.target) if isinstance(self.target, str) else _RUNTIMES["onnxruntime"]
+
+
+# The comparison of a finalist's file with the simulation of its graph.
+PARITY_INPUTS = 1000  # on which it is measured, where there are as many
+PARITY_AGREEMENT = 0.995  # the share of equal answers that a file must reach
+PARITY_DIFFERENCE = 0.05  # of the largest output, which outputs without classes may differ by on average

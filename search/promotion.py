@@ -1,0 +1,170 @@
+"""Which candidate is trained further, and whom it races against: the rungs of a study (see `search.rungs`).
+
+A candidate is known by its choices without those of recovery; on every rung it is a candidate with a number of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..objectives.measurement import Estimate
+from ..objectives.pareto import nondominated
+from ..results.candidate import FAILED, Candidate
+from ..results.front import Front
+from ..runners.racing import Rival
+from ..spaces.recipe import Recipe, Recover
+from ..spaces.space import Space
+from ..spaces.structure import Structure
+from .history import History
+from .judge import Judge
+from .rungs import PILOT, Ladder, RungEntry, ranked
+
+Scores = NDArray[np.floating]
+_RELIABLE = 0.5  # Kendall's tau from which on a rung says enough of the next one to stop an evaluation by it
+
+
+class Promotions:
+    """The rungs of a study, and which candidate stands on which.
+
+    Args:
+        space: What is searched; a ladder when there are rungs, else all candidates are on one.
+        structure: Of the network.
+        judge: What is good.
+        history: The study's candidates.
+        read_scores: The metric of a recipe on every validation sample, where it is still stored.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        structure: Structure,
+        judge: Judge,
+        history: History,
+        read_scores: Callable[[Recipe], Scores | None],
+    ) -> None:
+        self.space, self.structure, self.judge, self.history = space, structure, judge, history
+        names = [_rung_name(space.recoveries(choice)) for choice in space.recovery]
+        self.ladder = Ladder(tuple(names) if space.ladder else ("candidates",))
+        self.recovered: set[int] = set()  # candidates that training could not make better
+        self._placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
+        self._read_scores = read_scores
+        self._scores: dict[int, Scores | None] = {}  # of rivals, by number
+
+    @property
+    def top(self) -> int:
+        return len(self.ladder.names) - 1
+
+    def rung(self, picks: Mapping[str, int] | None) -> int:
+        """The rung of a candidate with these choices."""
+        return picks.get("recovery", 0) if picks and self.space.ladder else 0
+
+    def place(self, candidate: Candidate) -> None:
+        """Put a candidate on its rung, and link it to what it was on the one below."""
+        picks = candidate.picks
+        if picks is None or not (candidate.measurement or candidate.state == FAILED):
+            return
+        rung, number = self.rung(picks), candidate.number
+        same = tuple(
+            (name, pick) for name, pick in sorted(picks.items()) if name != "recovery" or not self.space.ladder
+        )
+        self._placed[same, rung] = number
+        below, above = self._placed.get((same, rung - 1)), self._placed.get((same, rung + 1))
+        for origin, upper in ((below, number), (number, above)):
+            if origin is not None and upper is not None:
+                self.ladder.above[origin] = upper
+        if candidate.measurement is None:
+            if rung:
+                self.ladder.rungs[rung].append(RungEntry(number, math.nan, eligible=False))
+            return
+        metric = candidate.measurement.metrics[self.judge.metric]
+        if not candidate.recipe.steps or self._nothing_to_recover(metric):
+            self.recovered.add(number)
+        eligible = number not in self.recovered and self.judge.keeps_costs(candidate)
+        losses = self.judge.losses(candidate.measurement)
+        self.ladder.rungs[rung].append(RungEntry(number, metric.value, losses, eligible, bool(candidate.label)))
+
+    def _nothing_to_recover(self, metric: Estimate) -> bool:
+        """Whether less than half an interval is lost, which could not be told from luck if it were won back."""
+        return self.judge.baseline.value(self.judge.metric) - metric.value <= (metric.high - metric.low) / 4
+
+    def next(self, front: Front, left: float, may: Callable[[int], bool]) -> dict[str, int] | None:
+        """The choices of the candidate to train further, None when a new one should be begun.
+
+        The last trials of a study belong to the members of the front: more training can only do them good.
+
+        Args:
+            front: The front so far.
+            left: How many trials are to come.
+            may: Whether there is time for a trial on a rung.
+        """
+        if not self.space.ladder:
+            return None
+        above = self.ladder.above
+        rung_of = {s.number: rung for rung, entries in enumerate(self.ladder.rungs) for s in entries if s.eligible}
+        waiting = [
+            (c.number, rung_of[c.number])
+            for c in front.members
+            if rung_of.get(c.number, self.top) < self.top and c.number not in above
+        ]
+        while True:
+            last = [entry for entry in waiting if entry[0] not in above and may(entry[1] + 1)]
+            promoted = last[0] if last and left <= len(waiting) else self.ladder.next_promotion(may)
+            if promoted is None:
+                return None
+            number, rung = promoted
+            picks = {**(self.history.candidates[number].picks or {}), "recovery": rung + 1}
+            twin = self.history.by_key.get(self.space.recipe(self.structure, picks).key)
+            if twin is None:
+                return picks
+            above[number] = twin.number  # other choices gave the same recipe, which has been carried out
+
+    def best(self, rung: int) -> list[RungEntry]:
+        """The candidates on a rung that nothing there dominates."""
+        candidates = self.history.candidates
+        entries = [s for s in self.ladder.rungs[rung] if self.judge.keeps_costs(candidates[s.number])]
+        return [s for s, kept in zip(entries, nondominated([s.losses for s in entries]), strict=True) if kept]
+
+    def rivals(self, rung: int) -> tuple[Rival, ...]:
+        """Whom a candidate on a rung must not be significantly worse than, to be evaluated to its end."""
+        judge, base = self.judge, self.judge.baseline.value(self.judge.metric)
+        rivals: list[Rival] = []
+        last = rung == self.top
+        original = self._read_scores(Recipe()) if last else None
+        if original is not None:
+            limits = judge.metric_limits()
+            rivals = [Rival("the untouched network", original, base - limit.resolve(base)) for limit in limits]
+        # Below the top the order may still change, unless it is known to change little.
+        tau = None if last else self.ladder.tau(rung)
+        objective = judge.metric_objective
+        if objective is None or not (last or (tau is not None and tau >= _RELIABLE)):
+            return tuple(rivals)
+        place = judge.objectives.index(objective)
+        for entry in self.best(rung):
+            number = entry.number
+            if number not in self._scores:
+                self._scores[number] = self._read_scores(self.history.candidates[number].recipe)
+            scores = self._scores[number]
+            if scores is not None:
+                losses = entry.losses[:place] + entry.losses[place + 1 :]
+                rivals.append(Rival(f"#{number}", scores, losses=losses))
+        return tuple(rivals)
+
+    def likely(self) -> list[int]:
+        """The numbers of the candidates that may be promoted soon, whose trained weights are worth keeping."""
+        numbers: list[int] = []
+        for rung, entries in enumerate(self.ladder.rungs):
+            if 0 < rung < self.top:  # at the foot nothing is trained, from the top nobody is promoted
+                eligible = [s for s in entries if s.eligible and s.number not in self.ladder.above]
+                order = ranked([s.losses for s in eligible], max(PILOT, len(entries) // 2))
+                numbers += [eligible[place].number for place in order]
+        return numbers
+
+
+def _rung_name(steps: Sequence[Recover]) -> str:
+    """A rung for people: `untrained`, `0.2 epochs`, `0.2 + 0.4 epochs`."""
+    epochs = [f"{step.epochs:g}" for step in steps if step.epochs]
+    return f"{' + '.join(epochs)} epoch{'s' * (epochs != ['1'])}" if epochs else "untrained"

@@ -1,0 +1,185 @@
+"""What a study writes down when it begins, and holds itself against when it is resumed: `study.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import StudyError
+from ..objectives.cost import FileOverhead
+from ..objectives.measurement import Measurement
+from ..objectives.objective import Budget, Objective
+from ..results.folder import VERSION, StudyFolder
+from ..runners.evaluate import EvaluationPlan
+from ..runners.files.atomic import write_atomic
+from ..runners.files.candidates import OWNED_FILES
+from ..runners.runner import TaskFacts
+from ..runners.settings import MeasurementSettings
+from ..runners.targets.target import DEFAULT
+from ..spaces.recipe import plain
+from ..spaces.space import Space
+from .schedule import Guess
+
+_PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What was found out before the first trial, and holds for the whole study.
+
+    Args:
+        baseline: The original network's numbers.
+        overheads: By name the bytes of a network's files around its layers' tensors; "" is the original network.
+        plan: How candidates are evaluated.
+        guess: How long things take.
+        ladder: Whether the choices of recovery are rungs.
+    """
+
+    baseline: Measurement
+    overheads: Mapping[str, FileOverhead]
+    plan: EvaluationPlan
+    guess: Guess
+    ladder: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a study was asked for.
+
+    Args:
+        task: Name of the task.
+        objectives: What to pursue.
+        budget: What to keep.
+        sampler: Its name.
+        rungs: As in `Study`.
+        settings: How files are measured.
+    """
+
+    task: str
+    objectives: tuple[Objective, ...]
+    budget: Budget
+    sampler: str
+    rungs: bool | None
+    settings: MeasurementSettings
+
+    def snapshot(self, facts: TaskFacts, space: Space) -> dict[str, Any]:
+        """What must not change when a study is resumed: all that decides which recipes come and how they are judged."""
+        # Pairs follow from the network, and studies that are older than them can be resumed.
+        bare = replace(facts.structure, students=(), pairs=(), unpaired=())
+        structure = json.dumps(plain(bare), sort_keys=True, default=list)
+        students = {s.factory: facts.student_weights[s.factory] for s in space.students if s}
+        measure = {name: getattr(self.settings, name) for name in ("threads", "batch", "seconds", "calibration_images")}
+        target = self.settings.target
+        snapshot = {
+            "task": self.task,
+            "network": hashlib.sha256(structure.encode()).hexdigest()[:16],
+            "weights": facts.weights,
+            "data": {split: facts.samples[split] for split in ("train", "validation")},
+            "space": plain(space),
+            "objectives": [f"{'max' if o.maximize else 'min'} {o.metric}" for o in self.objectives],
+            "budget": [limit.text for limit in self.budget.limits],
+            "sampler": self.sampler,
+            "rungs": self.rungs,
+            "seed": self.settings.seed,
+            **({"students": students} if students else {}),
+            # Studies of ONNX Runtime do not name it, as before there were other targets.
+            "measure": ({} if target == DEFAULT else {"target": target}) | measure,
+        }
+        return json.loads(json.dumps(snapshot))  # type: ignore[no-any-return]  # an object gives an object
+
+
+def write_beginning(
+    folder: StudyFolder,
+    beginning: Beginning,
+    asked: Asked,
+    snapshot: Mapping[str, Any],
+    environment: Mapping[str, str],
+    config: Mapping[str, Any] | None,
+    config_file: Path | None,
+) -> None:
+    """Write `study.json`, after which the study has begun."""
+    record = {
+        "version": VERSION,
+        "snapshot": snapshot,
+        "baseline": beginning.baseline.to_dict(),
+        "overhead": asdict(beginning.overheads[""]),
+        "overheads": {name: asdict(overhead) for name, overhead in beginning.overheads.items() if name},
+        "way": asdict(beginning.plan),
+        "seconds": asdict(beginning.guess),
+        "rungs": beginning.ladder,
+        "environment": environment,
+        "objectives": [asdict(o) for o in asked.objectives],
+        "config": config,
+        "config_file": str(config_file) if config_file else None,
+    }
+    write_atomic(folder.about, json.dumps(record, indent=1))
+
+
+def read_beginning(folder: StudyFolder, snapshot: Mapping[str, Any]) -> Beginning:
+    """What `write_beginning` wrote; raises `StudyError` when the study was asked for something else."""
+    stored = folder.read_about()
+    changed = [key for key in snapshot if stored["snapshot"].get(key) != snapshot[key]]
+    if changed:
+        raise StudyError(_changed(folder.root, changed, stored["snapshot"], snapshot))
+    overheads = {"": stored["overhead"], **stored.get("overheads", {})}
+    return Beginning(
+        Measurement.from_dict(stored["baseline"]),
+        {name: FileOverhead(**coefficients) for name, coefficients in overheads.items()},
+        EvaluationPlan(**stored["way"]),
+        Guess(**stored["seconds"]),
+        bool(stored["rungs"]),
+    )
+
+
+def prepare_folder(folder: StudyFolder) -> None:
+    """Make what is missing in a study's folder, and remove what a kill has left half-written."""
+    if folder.journal.exists() and not folder.about.exists():
+        raise StudyError(
+            f"{folder.root} holds trials.jsonl without the study.json they belong to; restore that file, or name "
+            "another folder with --output DIR or the key `output`"
+        )
+    folder.candidates.directory.mkdir(exist_ok=True)
+    for directory in folder.written_into:
+        for path in directory.glob(".*"):
+            if _PARTIAL.fullmatch(path.name):
+                path.unlink()
+
+
+def remove_attempt(folder: StudyFolder) -> None:
+    """Remove what an attempt to begin a study has left in its folder, and the folder if nothing else lies there."""
+    if folder.about.exists() or folder.journal.exists():
+        return
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm: the next study begins over it
+        candidates = folder.candidates.directory
+        for path in candidates.glob("*"):
+            if OWNED_FILES.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
+                path.unlink()
+        for path in (folder.baseline, folder.lock):
+            path.unlink(missing_ok=True)
+        for directory in (candidates, folder.root):
+            directory.rmdir()
+
+
+def _changed(directory: Path, changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    def short(value: object) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+
+    lines = [f"  - {key}: {short(before.get(key))} then, {short(now.get(key))} now" for key in changed]
+    if changed == ["weights"]:
+        lines[0] += (
+            "; a network that is trained anew at every start needs a seed and one thread, or its weights in a file"
+        )
+    return "\n".join(
+        [
+            f"{directory} holds a study of another configuration:",
+            *lines,
+            "Undo the change to go on with it, or search anew under another name or --output.",
+        ]
+    )
