@@ -29,13 +29,14 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import batch_of
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Recover
 
 
 def share(runner: LocalRunner, packed: bytes, base: bytes, batch: int, seconds: float) -> str:
     """The time of a packed file as a share of another's, with its interval."""
-    candidate, untouched = (packing.unpack(data).SerializeToString() for data in (packed, base))
-    inputs = batch_of(runner.example, batch)
+    candidate, untouched = (packing.onnx_bytes(data) for data in (packed, base))
+    inputs = batch_of(runner.builder.example, batch)
     _, found = runner.target.latency(candidate, runner.target.load(untouched, 1), inputs, seconds=seconds)
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
@@ -67,7 +68,9 @@ def kernels(folder: Path, seconds: float, target: str) -> None:
     for name, (model, shape, batch) in {**networks, "linear layers": (linear, (512,), 16)}.items():
         images = TensorDataset(torch.randn(16, *shape), torch.zeros(16, dtype=torch.long))
         task = Task(name, lambda model=model: model.eval(), train=images, validation=images)
-        runner = LocalRunner(task, folder, calibration_images=16, target=target, library=LayerLibrary(limit=0))
+        runner = LocalRunner(
+            task, folder, MeasurementSettings(calibration_images=16), target=target, library=LayerLibrary(limit=0)
+        )
         base_file = runner.build(Recipe())
         found = []
         for scheme in SCHEMES:

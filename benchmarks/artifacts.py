@@ -43,12 +43,13 @@ from paretorch import Quantize, Recipe, Task
 from paretorch.errors import ParetorchError
 from paretorch.objectives import cost
 from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.simulate import agreement
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.timing.compare import compare
-from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Recover, Step
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import Structure, kept_channels
@@ -239,11 +240,11 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     everything = torch.cat([x for x, _ in images])
     chosen = everything[torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))[: arguments.images]]
     original = runner.build(Recipe())
-    float_model = packing.unpack(original).SerializeToString()
+    float_model = packing.onnx_bytes(original)
     baseline = folder / "fp32.onnx"
     baseline.write_bytes(float_model)
     axes = Space(activations=(Rule(("static", "dynamic"), ("linear",)),)).axes(runner.structure)
-    overhead = measure_overhead(runner, len(original), axes)
+    overhead = measure_overhead(runner.builder, len(original), axes)
     print(f"\n{name}: FP32 {len(original):,} bytes, {len(images) and sum(len(y) for _, y in images)} images\n")
     print(
         "| file | bytes | of FP32 | predicted | model.onnx | b1 | b32 | accuracy | agrees |\n|---|---|---|---|---|---|---|---|---|"
@@ -270,7 +271,7 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
         same, _, _ = agreement(packed, [chosen], arguments.images)
         row(title, len(packed), file.stat().st_size, f"{100 * guess:+.2f}%", speeds,
             accuracy(on_onnxruntime(file.read_bytes()), images), f"{100 * same.agree:.2f}%")  # fmt: skip
-    calibration = list(runner.calibration[:256].split(32))  # type: ignore[no-untyped-call]
+    calibration = list(runner.builder.calibration[:256].split(32))  # type: ignore[no-untyped-call]
     others = folder / "static.onnx"
     data = static(float_model, calibration, folder)
     others.write_bytes(data)
@@ -279,7 +280,7 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
         own = on_onnxruntime(float_model)
         batches = [chosen[:1].numpy(), chosen[:32].numpy()]
-        there = LocalRunner(task, folder, library=runner.library, target="openvino")
+        there = LocalRunner(task, folder, MeasurementSettings(target="openvino"), library=runner.builder.library)
         model = packing.unpack(there.build(dict(recipes(runner.structure))["int8"]))
         int8 = model.SerializeToString()
         ours = ("int8, in OpenVINO", there.target.load(int8, 1), len(int8))

@@ -38,6 +38,7 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Recover, Sparsify, Step, Student
 from paretorch.spaces.structure import Layer, Structure, inside, kept_channels, kept_rank, sides
@@ -169,7 +170,9 @@ def conform(name: str, pairs: bool) -> int:
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         task = Task(name, lambda: copy.deepcopy(model), data, data)
-        runner = LocalRunner(task, Path(folder), calibration_images=len(x), library=LayerLibrary(Path(folder)))
+        runner = LocalRunner(
+            task, Path(folder), MeasurementSettings(calibration_images=len(x)), library=LayerLibrary(Path(folder))
+        )
         structure = runner.structure
         steps = {key: list(make(structure)) for key, make in OPERATORS.items()}
 

@@ -31,6 +31,7 @@ from paretorch.runners.compression.compress import compress
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.training.distill import teacher_logits
 from paretorch.runners.training.finetune import finetune
 from paretorch.spaces.recipe import Prune, Quantize, Recover, Step
@@ -107,7 +108,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for seed in range(options.seeds):
         with TemporaryDirectory() as folder:  # one for each: a training that is kept goes on, whatever the seed
-            runner = LocalRunner(task, Path(folder), seed=seed, library=LayerLibrary())
+            runner = LocalRunner(task, Path(folder), MeasurementSettings(seed=seed), library=LayerLibrary())
             untouched = _accuracy(runner, runner.build(Recipe()))
             chosen = {k: v for k, v in candidates(runner.structure).items() if options.candidate in (None, k)}
             if not chosen:

@@ -31,6 +31,7 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.equalize import find_pairs, scale_channels
 from paretorch.runners.sensitivity import divergence
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import EQUALIZATIONS
 from paretorch.spaces.structure import Structure
 
@@ -119,7 +120,7 @@ def on_cifar10(seeds: int) -> None:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for seed in range(seeds):
         with TemporaryDirectory() as folder:
-            runner = LocalRunner(task, Path(folder), seed=seed)
+            runner = LocalRunner(task, Path(folder), MeasurementSettings(seed=seed))
             base_file = runner.build(Recipe())
             if not seed:
                 runner.tune_evaluation([base_file])

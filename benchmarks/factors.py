@@ -26,6 +26,7 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.evaluate import evaluate
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import batches
 from paretorch.spaces.structure import Structure, kept_rank, sides
 
@@ -44,7 +45,9 @@ def thin(structure: Structure, share: float, names: list[str]) -> list[LowRank]:
 def accuracy(folder: Path, images: int, epochs: float) -> None:
     import task as cifar10
 
-    runner = LocalRunner(cifar10.task(), folder, calibration_images=1024, library=LayerLibrary(folder / "cache"))
+    runner = LocalRunner(
+        cifar10.task(), folder, MeasurementSettings(calibration_images=1024), library=LayerLibrary(folder / "cache")
+    )
     names = [layer.name for layer in runner.structure.layers]
     ends, inner = [Quantize(name, 8) for name in (names[0], names[-1])], names[1:-1]
     recipes = {"untouched": []}
@@ -62,9 +65,9 @@ def accuracy(folder: Path, images: int, epochs: float) -> None:
         trained = epochs and any(isinstance(step, LowRank) for step in steps)
         recovery = Recover("finetune", epochs, 0.02) if trained else Recover("batchnorm")
         data = runner.build(Recipe((*steps, recovery)) if steps else Recipe())
-        network = runner.target.load(packing.unpack(data).SerializeToString(), runner.way.threads)
+        network = runner.target.load(packing.onnx_bytes(data), runner.plan.threads)
         some = islice(batches(runner.task, "test"), -(-images // runner.task.batch_size))
-        scores = evaluate(network, runner.task, some, runner.way)
+        scores = evaluate(network, runner.task, some, runner.plan)
         baseline = scores if baseline is None else baseline
         apart = scores - baseline
         half = 1.96 * apart.std(ddof=1) / np.sqrt(len(apart))
@@ -81,13 +84,13 @@ def speed(folder: Path, seconds: float) -> None:
     recipes["int8"] = int8
     recipes |= {f"int8, rank {share}": [*thin(structure, share, names), *int8] for share in (0.5, 0.25)}
     untouched = runner.build(Recipe())
-    baseline = runner.target.load(packing.unpack(untouched).SerializeToString(), 1)
+    baseline = runner.target.load(packing.onnx_bytes(untouched), 1)
     whole, one = cost.macs(structure, Recipe()), torch.randn(1, 3, 64, 64).numpy()
     print(f"\n{'resnet18':<28}{'file':>10}{'MACs':>10}   times as fast, 95% interval")
     for name, steps in recipes.items():
         recipe = Recipe(tuple(steps))
         data = runner.build(recipe, recovery=False)
-        _, ratio = runner.target.latency(packing.unpack(data).SerializeToString(), baseline, one, None, seconds, 1)
+        _, ratio = runner.target.latency(packing.onnx_bytes(data), baseline, one, None, seconds, 1)
         print(f"{name:<28}{100 * len(data) / len(untouched):>9.1f}%{100 * cost.macs(structure, recipe) / whole:>9.1f}%   "
               f"{1 / ratio.value:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]", flush=True)  # fmt: skip
 

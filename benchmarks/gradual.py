@@ -19,6 +19,7 @@ from scipy import stats
 from paretorch import Recipe
 from paretorch.configs import digits
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import Recover, Sparsify
 
 SHARES = (0.8, 0.9, 0.95, 0.98)
@@ -34,7 +35,7 @@ def main() -> None:
     found: dict[tuple[float, bool], list[float]] = {}
     for seed in range(options.seeds):
         with TemporaryDirectory() as folder:  # one for each: a training that is kept goes on, whatever the seed
-            runner = LocalRunner(task, Path(folder), seed=seed)
+            runner = LocalRunner(task, Path(folder), MeasurementSettings(seed=seed))
             untouched = _accuracy(runner, runner.build(Recipe()))
             for share in SHARES:
                 zeros = [Sparsify(layer.name, share) for layer in runner.structure.layers[:-1]]

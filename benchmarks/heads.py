@@ -37,7 +37,7 @@ def main() -> None:
             found = []
             for recipe in (Recipe(heads), Recipe((*heads, training))):
                 packed = runner.build(recipe)
-                network = on_onnxruntime(packing.unpack(packed).SerializeToString())
+                network = on_onnxruntime(packing.onnx_bytes(packed))
                 found.append(f"{100 * accuracy(network, images):.2f}%")
             share = cost.macs(runner.structure, Recipe(heads)) / whole
             print(f"| {kept} of 4 | {len(packed):,} | {100 * share:.1f}% | {' | '.join(found)} |", flush=True)

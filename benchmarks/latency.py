@@ -24,6 +24,7 @@ from paretorch import Quantize, Recipe, Task
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.timing.compare import compare
 
 
@@ -33,8 +34,7 @@ def random_resnet18(folder: Path) -> LocalRunner:
     network = torchvision.models.resnet18(weights=None).eval()
     images = {name: TensorDataset(torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.long))
               for name in ("train", "validation", "test")}  # fmt: skip
-    return LocalRunner(Task("resnet18", lambda: network, **images), folder, calibration_images=32,
-                       library=LayerLibrary(folder / "cache"))  # fmt: skip
+    return LocalRunner(Task("resnet18", lambda: network, **images), folder, MeasurementSettings(calibration_images=32), library=LayerLibrary(folder / "cache"))  # fmt: skip
 
 
 def export(folder: Path) -> tuple[Path, Path]:
@@ -43,7 +43,7 @@ def export(folder: Path) -> tuple[Path, Path]:
     int8 = Recipe(tuple(Quantize(layer.name, 8, 8) for layer in runner.structure.layers))
     files = folder / "float.onnx", folder / "int8.onnx"
     for file, recipe in zip(files, (Recipe(), int8), strict=True):
-        file.write_bytes(packing.unpack(runner.build(recipe, recovery=False)).SerializeToString())
+        file.write_bytes(packing.onnx_bytes(runner.build(recipe, recovery=False)))
     return files
 
 

@@ -32,7 +32,7 @@ from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.runners.local import LocalRunner
-from paretorch.search.study import Quiet
+from paretorch.search.listener import Quiet
 from paretorch.spaces.recipe import Quantize, Recipe
 from paretorch.spaces.space import Rule, Space
 

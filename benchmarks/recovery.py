@@ -28,6 +28,7 @@ from task import task as cifar10
 from paretorch.objectives.cost import macs
 from paretorch.runners.apply import read_recipe
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import CRITERIA, Prune, Quantize, Recipe, Recover, Sparsify
 from paretorch.spaces.structure import Structure
 
@@ -82,7 +83,7 @@ def main() -> None:
     lost: dict[tuple[str, str, str], list[NDArray[np.float64]]] = {}
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            runner = LocalRunner(task, Path(folder), seed=seed)
+            runner = LocalRunner(task, Path(folder), MeasurementSettings(seed=seed))
             base_file = runner.build(Recipe())
             if not seed:
                 runner.tune_evaluation([base_file])

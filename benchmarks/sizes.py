@@ -18,10 +18,11 @@ from torch.utils.data import TensorDataset
 
 from paretorch import Quantize, Recipe, Sparsify, Task
 from paretorch.objectives.cost import size_bytes
+from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.files import packing
 from paretorch.runners.files.entropy import zstd_bytes
 from paretorch.runners.local import LocalRunner
-from paretorch.search.preflight import measure_overhead
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.space import Rule, Space
 
 CIFAR10 = Path(__file__).parent / "cifar10"
@@ -38,11 +39,11 @@ def main() -> None:
     noise = TensorDataset(torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))
     task = Task("resnet20", lambda: network.eval(), train=noise, validation=noise, test=noise)
     with tempfile.TemporaryDirectory() as folder:
-        runner = LocalRunner(task, Path(folder), calibration_images=64)
+        runner = LocalRunner(task, Path(folder), MeasurementSettings(calibration_images=64))
         names = [layer.name for layer in runner.structure.layers]
         untouched = runner.build(Recipe())
         space = Space(weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),))
-        overhead = measure_overhead(runner, len(untouched), space.axes(runner.structure))
+        overhead = measure_overhead(runner.builder, len(untouched), space.axes(runner.structure))
         whole = packing.unpack(untouched).ByteSize()
         print(f"untouched: packed {len(untouched)}, model.onnx {whole}, "
               f"zstd {zstd_bytes(packing.unpack(untouched), untouched, runner.zstd_level)}\n")  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 from paretorch.errors import ParetorchError
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.latency import latency
 from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
@@ -34,13 +35,15 @@ def files(name: str) -> tuple[dict[str, bytes], np.ndarray]:
     model = getattr(torchvision.models, name)().eval()
     data = TensorDataset(torch.randn(32, 3, 224, 224), torch.zeros(32, dtype=torch.long))
     with tempfile.TemporaryDirectory() as folder:
-        runner = LocalRunner(Task(name, lambda: model, data, data), Path(folder), calibration_images=32)
+        runner = LocalRunner(
+            Task(name, lambda: model, data, data), Path(folder), MeasurementSettings(calibration_images=32)
+        )
         layers = [layer.name for layer in runner.structure.layers]
         recipes = {
             kind: Recipe(tuple(Quantize(x, *bits) for x in layers) if bits else ()) for kind, bits in WIDTHS.items()
         }
-        made = {kind: packing.unpack(runner.build(recipe)).SerializeToString() for kind, recipe in recipes.items()}
-    return made, runner.calibration[:1].numpy()
+        made = {kind: packing.onnx_bytes(runner.build(recipe)) for kind, recipe in recipes.items()}
+    return made, runner.builder.calibration[:1].numpy()
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ from paretorch.runners.compression.library import compress_layer
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.task import inputs
-from paretorch.search.study import Quiet
+from paretorch.search.listener import Quiet
 from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
 SPACE = Space(weight_bits=(Rule((3, 4, 5, 6, 8)), Rule((4, 6, 8), ("first", "last"))), recovery=(Recover("batchnorm"),))

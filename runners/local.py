@@ -384,13 +384,18 @@ class LocalRunner:
 
     # ------------------------------------------------------------------------------- ensembles, finalists, samples
 
-    def _predict(self, packed: bytes) -> NDArray[np.float32]:
+    def outputs(self, packed: bytes) -> Tensor:
+        """What a packed file gives for all validation samples, in the split's order."""
         network = self.target.load(packing.onnx_bytes(packed), self.plan.threads)
         pairs = predictions(network, rebatched(self.validation(), self.plan.batch), self.plan.workers)
-        return np.concatenate([outputs.numpy() for outputs, _ in pairs])
+        return torch.cat([outputs for outputs, _ in pairs])
+
+    def targets(self) -> Tensor:
+        """The targets of all validation samples, in the split's order."""
+        return torch.cat([targets for _, targets in self.validation()])
 
     def _score_averages(self, request: ScoreAverages) -> list[float]:
-        targets = torch.cat([y for _, y in self.validation()])
+        targets = self.targets()
         outputs = [torch.from_numpy(array) for array in request.outputs]
         means = (torch.stack([outputs[place] for place in places]).mean(0) for places in request.combinations)
         return [float(scores(self.task, mean, targets).mean()) for mean in means]
@@ -461,7 +466,7 @@ _ACTS: dict[type, Callable[[LocalRunner, Any, Progress], Any]] = {
     TimeParity: lambda runner, request, progress: runner._seconds_of_parity(request.packed),
     RunTrial: lambda runner, request, progress: runner._trial(request, progress),
     BuildFile: lambda runner, request, progress: runner.build(request.recipe, progress),
-    PredictValidation: lambda runner, request, progress: runner._predict(request.packed),
+    PredictValidation: lambda runner, request, progress: runner.outputs(request.packed).numpy(),
     ScoreAverages: lambda runner, request, progress: runner._score_averages(request),
     MeasureFinalist: lambda runner, request, progress: runner._finalist(request),
     CompareSimulation: lambda runner, request, progress: runner._compare_simulation(request),

@@ -101,13 +101,6 @@ class Task:
                                 "name as FILE.py:FUNCTION")  # fmt: skip
 
 
-def check_criteria(task: Task, names: Iterable[str]) -> None:
-    """Raises `TaskError` for criteria that are neither built in nor functions of the task."""
-    if missing := sorted(set(names) - {*CRITERIA, *task.criteria}):
-        raise TaskError(f"task {task.name!r} has no function for the criterion {', '.join(missing)}; give it as "
-                        f"Task(criteria={{{missing[0]!r}: function}}); it has: {', '.join(task.criteria) or 'none'}")  # fmt: skip
-
-
 def dataset(task: Task, split: Split) -> Dataset[Any]:
     """The samples of a split; raises `TaskError` when there are none."""
     data = getattr(task, split)

@@ -14,6 +14,7 @@ from ..results.front import Front
 from ..spaces.recipe import how
 from ..spaces.space import Axis
 from .listener import Listener
+from .resume import Asked
 
 if TYPE_CHECKING:
     from ..results.tracking.tracker import Tracker
@@ -120,3 +121,16 @@ def mirrored_texts(folder: StudyFolder, config_text: str, config: Mapping[str, A
     if config is not None:
         texts["config_resolved.json"] = json.dumps(config, indent=1)
     return texts
+
+
+def mirrored_params(asked: Asked, dimensions: int, target: str) -> dict[str, str]:
+    """The parameters of a study's run."""
+    return {
+        "objectives": ", ".join(f"{'max' if o.maximize else 'min'} {o.metric}" for o in asked.objectives),
+        "budget": ", ".join(limit.text for limit in asked.budget.limits) or "none",
+        "sampler": asked.sampler,
+        "seed": str(asked.settings.seed),
+        "task": asked.task,
+        "target": target,
+        "dimensions": str(dimensions),
+    }

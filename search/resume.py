@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..objectives.cost import FileOverhead
 from ..objectives.measurement import Measurement
 from ..objectives.objective import Budget, Objective
 from ..results.folder import VERSION, StudyFolder
+from ..results.journal import locked
 from ..runners.evaluate import EvaluationPlan
 from ..runners.files.atomic import write_atomic
 from ..runners.files.candidates import OWNED_FILES
@@ -151,7 +152,28 @@ def prepare_folder(folder: StudyFolder) -> None:
                 path.unlink()
 
 
-def remove_attempt(folder: StudyFolder) -> None:
+@contextlib.contextmanager
+def held(folder: StudyFolder) -> Iterator[None]:
+    """Hold a study's folder for this process alone; one in which no study began in the end is taken away again.
+
+    Raises `StudyError` when the folder cannot be written or another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.root))
+        except OSError as error:
+            raise StudyError(
+                f"the study's folder {folder.root} cannot be written: {error.strerror or error}; put that right, or "
+                "name another one with --output DIR or the key `output`"
+            ) from error
+        try:
+            yield
+        finally:
+            _remove_attempt(folder)
+
+
+def _remove_attempt(folder: StudyFolder) -> None:
     """Remove what an attempt to begin a study has left in its folder, and the folder if nothing else lies there."""
     if folder.about.exists() or folder.journal.exists():
         return

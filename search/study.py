@@ -19,7 +19,6 @@ it.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 import time
@@ -32,52 +31,46 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from ..errors import ConfigError, Diverged, StudyError, TaskError
+from ..errors import ConfigError
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import Budget, Objective
 from ..results.candidate import Candidate
 from ..results.export import UNASKED_SHARE
-from ..results.folder import StudyFolder, read_json
+from ..results.folder import StudyFolder
 from ..results.front import Front
-from ..results.journal import Journal, locked, undisturbed
+from ..results.journal import Journal, undisturbed
 from ..results.stored import tested_baseline, with_tests
 from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner
 from ..runners.runner import (
     BuildFile,
     Inspect,
-    MeasureBaseline,
     Outcome,
-    PredictValidation,
     Runner,
     RunTrial,
-    ScoreAverages,
     TaskFacts,
-    TimeParity,
-    TimeTraining,
-    TrainStudent,
-    TunePlan,
 )
 from ..runners.runner import RestoreBaseline as Restore
 from ..runners.settings import MeasurementSettings
 from ..runners.targets.target import DEFAULT, Target, as_target
 from ..runners.task import Task
 from ..spaces.recipe import Recipe
-from ..spaces.space import Axis, Space, default_space, reference_recipes
-from . import ensembles
+from ..spaces.space import Axis, Space, reference_recipes
+from .combine import combine
 from .finalists import PARITY_AT_LEAST, PARITY_SECONDS, measure_finalists
 from .history import History
 from .housekeeping import keep_files
 from .judge import Judge
 from .listener import Listener, Quiet
-from .mirror import Mirror, mirrored_texts
+from .mirror import Mirror, mirrored_params, mirrored_texts
+from .opening import begin, measure_baseline, train_students
 from .preflight import Preflight, preflight
 from .promotion import Promotions
-from .resume import Asked, Beginning, prepare_folder, read_beginning, remove_attempt, write_beginning
+from .resume import Asked, Beginning, held, prepare_folder, read_beginning, write_beginning
 from .sampler import make_sampler
-from .schedule import Guess, Schedule
+from .schedule import Schedule
 from .suggest import OURS, Suggester
-from .support import check_criteria, check_metrics, check_supported, within
+from .support import check_metrics, checked_space
 from .trials import Trials
 
 TRIALS = 40  # candidates of a study of which neither a number nor a time was said
@@ -182,7 +175,7 @@ class Study:
     def check(self) -> Preflight:
         """The preflight alone, in a throw-away folder; raises what `run` would raise at its start."""
         with tempfile.TemporaryDirectory() as folder, self._running(Path(folder)):
-            baseline, _ = self._measure_baseline()
+            baseline, _ = measure_baseline(self.runner, self.task.name, self.listener)
             return self._preflight(baseline)
 
     @contextlib.contextmanager
@@ -192,23 +185,10 @@ class Study:
         self.runner = self.make_runner(self.task, candidates, self.asked.settings, target=self.target)
         try:
             self.facts: TaskFacts = self.runner.submit(Inspect()).result()
-            self._use(self._checked_space())
+            self._use(checked_space(self.given_space, self.facts, self.target, self.task.name, self.listener.say))
             yield
         finally:
             self.runner.close()
-
-    def _checked_space(self) -> Space:
-        structure = self.facts.structure
-        space = self.given_space
-        if space is None:
-            space, gone = within(default_space(structure, self.facts.samples["train"]), structure, self.target)
-            if gone:
-                self.listener.say(
-                    f"target    {self.target.name} cannot run all of the derived space; left out: {'; '.join(gone)}"
-                )
-        check_supported(space, structure, self.target)
-        check_criteria(space, self.facts.criteria, self.task.name)
-        return space
 
     def _use(self, space: Space) -> None:
         self.space = space
@@ -216,16 +196,6 @@ class Study:
         self.distributions: dict[str, BaseDistribution] = {
             axis.name: IntDistribution(0, len(axis.choices) - 1) for axis in self.axes if len(axis.choices) > 1
         }
-
-    def _measure_baseline(self) -> tuple[Measurement, bytes]:
-        self.listener.phase("measuring the baseline")
-        try:
-            return self.runner.submit(MeasureBaseline()).result()
-        except Diverged as error:  # of a candidate that is a result; of the network as it was given it is a mistake
-            raise TaskError(
-                f"task {self.task.name!r}: the untouched network cannot be measured: {error}. Every candidate is compared "
-                "with it, so check the metric, the validation data and the checkpoint"
-            ) from error
 
     def _preflight(self, baseline: Measurement) -> Preflight:
         budget = self.asked.budget
@@ -251,14 +221,16 @@ class Study:
             latency = beginning.baseline.value("latency_ms")
             self.runner.submit(Restore(packed, latency, beginning.plan)).result()
         else:
-            baseline, packed = self._measure_baseline()
-            beginning = self._begin(self._preflight(baseline), packed)
+            baseline, packed = measure_baseline(self.runner, self.task.name, self.listener)
+            found = self._preflight(baseline)
+            beginning = begin(self.runner, self.asked, self.space, found, packed, self.folder, self.listener)
             write_atomic(self.folder.baseline, packed)
             environment = self.facts.environment
             write_beginning(self.folder, beginning, self.asked, snapshot, environment, self.config, self.config_file)
         if beginning.ladder:
             self._use(self.space.as_ladder())
-        self._assemble(beginning, self._train_students(beginning), limit, started)
+        trained = train_students(self.runner, self.space, self.axes, beginning, self.listener)
+        self._assemble(trained, limit, started)
         journal = Journal(self.folder.journal)
         self.trials = Trials(journal, self.history, self.promotions, self.judge, self.distributions, self.asked.sampler)
         self.trials.load(journal.read(mend=True))
@@ -269,47 +241,7 @@ class Study:
             count = _count(len(self.history.candidates))
             self.listener.say(f"going on with the study in {self.folder.root}: {count} finished")
 
-    def _begin(self, found: Preflight, packed: bytes) -> Beginning:
-        """What makes the trials fast and their time predictable: how to evaluate, and how long trials take."""
-        self.listener.phase("finding the fastest way to evaluate")
-        works = found.smallest.steps and self.task.metric_name in found.smallest_measured.metrics
-        smallest = self.folder.candidates.packed(found.smallest).read_bytes() if works else packed
-        plan, gain = self.runner.submit(TunePlan((packed, smallest) if works else (packed,))).result()
-        faster = (
-            f", {gain:.1f} times as fast as one batch on all threads, with the same predictions" if gain > 1 else ""
-        )
-        self.listener.say(f"evaluates {plan.describe()}{faster}")
-        laps = found.smallest_measured.seconds
-        parity, epoch = self.runner.submit(TimeParity(smallest)).result(), 0.0
-        if any(choice and choice.epochs for choice in self.space.recovery):
-            self.listener.phase("timing a few steps of training")
-            epoch = self.runner.submit(TimeTraining()).result()
-        guess = Guess(math.fsum(laps.values()), laps.get("evaluate", 0.0), epoch, parity)
-        rungs = self.asked.rungs
-        asked = rungs or (rungs is None and self.asked.sampler == OURS and guess.pays(self.space))
-        ladder = bool(asked) and self.space.as_ladder().ladder
-        return Beginning(found.baseline, found.overheads, plan, guess, ladder)
-
-    def _train_students(self, beginning: Beginning) -> Beginning:
-        """Train the students that come untrained; what few bits round to zero is that of the trained ones.
-
-        They are trained once, before all trials, or those of a student would look many times as long as they are.
-        """
-        overheads = dict(beginning.overheads)
-        for student in filter(None, self.space.students):
-            name = student.factory
-            own = tuple(axis for axis in self.axes if axis.student == name)
-            try:
-                shares = self.runner.submit(TrainStudent(student, own), self.listener.phase).result()
-            except Diverged as error:  # of a candidate that is a result; no candidate of this student could be measured
-                raise TaskError(
-                    f"student {name!r} cannot be taught: {error}; set a lower learning_rate than "
-                    f"{student.learning_rate:g} in space.students, or leave it out"
-                ) from error
-            overheads[name] = replace(overheads[name], nonzero=shares)
-        return replace(beginning, overheads=overheads)
-
-    def _assemble(self, written: Beginning, beginning: Beginning, limit: float, started: float) -> None:
+    def _assemble(self, beginning: Beginning, limit: float, started: float) -> None:
         """The parts of the study, without a candidate yet."""
         asked, structure = self.asked, self.facts.structure
         self.history = History()
@@ -328,7 +260,7 @@ class Study:
             computed=self.target.milliseconds is not None,
         )
         self.schedule = Schedule(
-            written.guess,
+            beginning.guess,
             self.space,
             self.history,
             self.promotions,
@@ -358,7 +290,7 @@ class Study:
         started, limit = time.perf_counter(), math.inf if time_limit is None else time_limit
         self.opened, self.test_baseline = False, None
         trials = TRIALS if trials is None and time_limit is None else trials
-        with self._held():
+        with held(self.folder):
             prepare_folder(self.folder)
             with self._running(self.folder.candidates.directory):
                 try:
@@ -374,24 +306,6 @@ class Study:
                     self._stopped(error)
                     raise
         return self.front
-
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        """Hold the folder for this process alone; one in which no study began in the end is taken away again."""
-        root = self.folder.root
-        with contextlib.ExitStack() as stack:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(root))
-            except OSError as error:
-                raise StudyError(
-                    f"the study's folder {root} cannot be written: {error.strerror or error}; put that right, or "
-                    "name another one with --output DIR or the key `output`"
-                ) from error
-            try:
-                yield
-            finally:
-                remove_attempt(self.folder)
 
     def _stopped(self, error: BaseException) -> None:
         """What is written when the search does not come to its end; `error` is what stopped it."""
@@ -536,56 +450,16 @@ class Study:
     # --------------------------------------------------------------------------------------------- the end
 
     def _combine(self) -> None:
-        """Try ensembles of the candidates, as `search.ensembles` says.
-
-        What was looked through is noted, so that a study which is run again looks again only when it has new networks.
-        """
+        """Try ensembles of the candidates, where that was asked for."""
         if not self.combines:
             return
-        front, files = self.front, self.folder.candidates
-        there = [c for c in ensembles.eligible(front) if files.packed(c.recipe).exists()]
-        note, keys = self.folder.ensembles, sorted(self.history.keys[c.number] for c in there)
-        if note.exists() and read_json(note).get("networks") == keys:
-            return
-        packed = {c.number: files.packed(c.recipe).read_bytes() for c in there}
-        networks = ensembles.chosen(front, [ensembles.Network.of(c, packed[c.number]) for c in there])
-        outputs = self._outputs(networks, packed)
-        self.listener.phase("ensembles: averaging")
 
-        def score(combinations: Sequence[tuple[int, ...]]) -> Sequence[float]:
-            return self.runner.submit(ScoreAverages(tuple(outputs), tuple(combinations))).result()
-
-        combinations = ensembles.combinations(front, networks[: len(outputs)], score)
-        before = len(self.candidates)
-        while self.history.ensembles_since_the_last_trial < ensembles.TRIED:
-            best = ensembles.best(front, combinations, self.history.by_key)
-            if best is None:
-                break
-            if self._end_is_near():
-                self.listener.say(
-                    "the time is used up before all ensembles were tried; the same command with more time goes on"
-                )
-                return
-            outcome = self._carry_out(best.recipe, None, "")
-            candidate, front = self._remember(None, best.recipe, outcome, None, "")
+        def run(recipe: Recipe) -> Front:
+            candidate, front = self._remember(None, recipe, self._carry_out(recipe, None, ""), None, "")
             self.listener.finished(candidate, front, self.history.trials, self.history.trials, 0.0)
-        write_atomic(note, json.dumps({"networks": keys}, indent=1))
-        new = {c.number for c in self.candidates[before:]}
-        kept = sum(member.number in new for member in front.members)
-        self.listener.say(
-            f"ensembles {len(combinations)} combinations of {len(outputs)} networks looked through, {len(new)} measured, "
-            f"{kept} on the front"
-        )
+            return front
 
-    def _outputs(self, networks: Sequence[ensembles.Network], packed: Mapping[int, bytes]) -> list[NDArray[Any]]:
-        """What the first of these networks give for the validation samples, as many as memory and time allow."""
-        outputs: list[NDArray[Any]] = []
-        for network in networks:
-            if sum(each.nbytes for each in outputs) > ensembles.MEMORY or self._end_is_near():
-                break
-            self.listener.phase(f"ensembles: what network {len(outputs) + 1} of {len(networks)} gives")
-            outputs.append(self.runner.submit(PredictValidation(packed[network.candidate.number])).result())
-        return outputs
+        combine(self.folder, self.front, self.history, self.runner, self.listener, run, self._end_is_near)
 
     def _end_is_near(self) -> bool:
         """Whether only the time for the finalists and the report is left."""
@@ -627,16 +501,7 @@ class Study:
     @undisturbed()
     def _start_mirror(self) -> None:
         """Open the MLflow store and bring it up to date."""
-        snapshot = self.folder.read_about()["snapshot"]
-        params = {
-            "objectives": ", ".join(snapshot["objectives"]),
-            "budget": ", ".join(snapshot["budget"]) or "none",
-            "sampler": self.asked.sampler,
-            "seed": str(self.asked.settings.seed),
-            "task": self.task.name,
-            "target": self.target.name,
-            "dimensions": str(len(self.distributions)),
-        }
+        params = mirrored_params(self.asked, len(self.distributions), self.target.name)
         texts = mirrored_texts(self.folder, self.config_text, self.config)
         self.mirror.start(self.front, self.mlflow, self.experiment, params, texts, self.facts.environment)
 

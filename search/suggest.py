@@ -42,15 +42,15 @@ class Suggester:
     ) -> None:
         self.name, self.seed, self.judge, self.computed = name, seed, judge, computed
         self.space, self.axes, self.distributions = space, tuple(axes), dict(distributions)
-        self._ours: EHVISampler | None = None
+        self.ours: EHVISampler | None = None
 
     def sampler(self, records: int) -> BaseSampler:
         """The sampler for the suggestion after so many records."""
         if self.name != OURS:
             return make_sampler(self.name, self.seed, records, self.distributions)
-        if self._ours is None:
-            self._ours = self._make_ours()
-        return self._ours
+        if self.ours is None:
+            self.ours = self._make_ours()
+        return self.ours
 
     def _make_ours(self) -> EHVISampler:
         judge, axes = self.judge, self.axes

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from ..errors import ConfigError, TaskError
 from ..objectives.objective import COSTS, Budget, Objective
+from ..runners.runner import TaskFacts
 from ..runners.targets.target import Target, everything
 from ..spaces.recipe import CRITERIA, Quantize, Recipe, Step
-from ..spaces.space import Rule, Space
+from ..spaces.space import Rule, Space, default_space
 from ..spaces.structure import Structure
 
 
@@ -107,3 +108,20 @@ def check_criteria(space: Space, known: Collection[str], task: str) -> None:
             f"task {task!r} has no function for the criterion {', '.join(missing)}; give it as "
             f"Task(criteria={{{missing[0]!r}: function}}); it has: {', '.join(known) or 'none'}"
         )
+
+
+def checked_space(
+    given: Space | None, facts: TaskFacts, target: Target, task: str, say: Callable[[str], None]
+) -> Space:
+    """The space of a study: what was given, or derived from the network, less what the target cannot run.
+
+    Raises `ConfigError` and `TaskError` when the target or the task cannot carry it out.
+    """
+    structure, space = facts.structure, given
+    if space is None:
+        space, gone = within(default_space(structure, facts.samples["train"]), structure, target)
+        if gone:
+            say(f"target    {target.name} cannot run all of the derived space; left out: {'; '.join(gone)}")
+    check_supported(space, structure, target)
+    check_criteria(space, facts.criteria, task)
+    return space

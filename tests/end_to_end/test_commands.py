@@ -56,7 +56,7 @@ def test_python_gives_the_same_front(study, folder, monkeypatch):
         load_task(config), config.to_space(), budget=config.budget, seconds=0.002, calibration_images=32,
         directory=folder / "mine", mlflow=False,
     ).run(trials=12)  # fmt: skip
-    from paretorch.search.study import open_front
+    from paretorch.results.front import open_front
 
     theirs = open_front(study)
     assert [c.recipe for c in found.candidates] == [c.recipe for c in theirs.candidates]
@@ -172,7 +172,7 @@ def test_bad_picks(paretorch, study, folder, pick, told):
 
 
 def test_a_candidate_whose_file_was_not_kept(paretorch, study, look):
-    from paretorch.search.study import open_front
+    from paretorch.results.front import open_front
 
     found = open_front(study)
     kept = {path.stem for path in (study / "candidates").iterdir()}

@@ -77,8 +77,8 @@ def expected(registered, tmp_path):
     """Inputs, and what the exported file gives for them here."""
     import numpy as np
 
+    from paretorch.results.front import open_front
     from paretorch.runners.graphs.onnx_export import session
-    from paretorch.search.study import open_front
 
     front = open_front(registered.study)
     path = front.export("knee", tmp_path / "deploy")

@@ -11,13 +11,15 @@ from torch.utils.data import TensorDataset
 
 from paretorch.errors import ConfigError, StudyError
 from paretorch.objectives.measurement import Estimate
+from paretorch.results.front import open_front
 from paretorch.results.retarget import retarget, table_rows
 from paretorch.results.tracking.tracker import add_targets
 from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
-from paretorch.search.preflight import check_supported, within
-from paretorch.search.study import Quiet, Study, open_front
+from paretorch.search.listener import Quiet
+from paretorch.search.study import Study
+from paretorch.search.support import check_supported, within
 from paretorch.spaces.recipe import Quantize
 from paretorch.spaces.space import Rule, Space, default_space
 from paretorch.spaces.structure import Layer, Structure

@@ -87,7 +87,9 @@ def test_an_artifact_holds_all_that_is_needed(written, packed):
 def test_affine_weights_ship_whatever_else_was_done(activations, network, task_of, tmp_path):
     """Few channels, low rank, zeros, GPTQ, training: read back it is the same network, of one scale for each layer."""
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    runner = LocalRunner(
+        task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(limit=0)
+    )
     names = [layer.name for layer in runner.structure.layers]
     steps = [Quantize(name, 4, activations, "gptq", scheme="affine") for name in names]
     steps += [Sparsify(name, 0.5) for name in names[::2]]

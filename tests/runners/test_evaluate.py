@@ -9,6 +9,7 @@ from paretorch.runners import evaluate as module
 from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obvious, predictions, rebatched
 from paretorch.runners.graphs.onnx_export import export_float
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.target import as_target
 from paretorch.spaces.recipe import Quantize, Recipe
 
@@ -74,7 +75,7 @@ def test_a_file_that_does_not_run_says_so_from_a_worker_too(network):
 
 def test_the_fastest_way_gives_the_same_scores(network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, seconds=0.02, calibration_images=64)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(seconds=0.02, calibration_images=64))
     files = [runner.build(Recipe()), runner.build(Recipe((Quantize("stem", 4, 8), Quantize("down", 8, 8))))]
     before = [runner.scores(data) for data in files]
     assert runner.plan == obvious()
@@ -87,7 +88,7 @@ def test_the_fastest_way_gives_the_same_scores(network, task_of, tmp_path):
 def test_a_way_whose_predictions_differ_is_not_taken(network, task_of, tmp_path, monkeypatch):
     """Every way but the obvious one is made wrong for a single image, and a hundred times as fast."""
     model, x = network("perceptron")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     data = runner.build(Recipe())
     real = module._timed
 

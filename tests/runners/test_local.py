@@ -12,6 +12,7 @@ from paretorch.runners import local as local_module
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import operators, session
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 
@@ -29,7 +30,7 @@ TRAINED = Recipe((*MIXED.steps, Recover("finetune", 0.5, 0.01)))
 @pytest.fixture
 def runner(network, task_of, tmp_path):
     model, x = network("residual")
-    return LocalRunner(task_of(model, x), tmp_path, seconds=0.02, calibration_images=128)
+    return LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(seconds=0.02, calibration_images=128))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), MIXED, TRAINED, THIN], ids=["untouched", "mixed", "trained", "thin"])
@@ -80,7 +81,7 @@ def test_a_report_may_stop_a_run_and_then_nothing_is_written(runner):
     for recipe, gate in ((MIXED, False), (TRAINED, True)):
         with pytest.raises(OverBudget):
             runner.run(recipe, report, gate_latency=gate)
-    assert list(runner.directory.iterdir()) == []
+    assert list(runner.files.directory.iterdir()) == []
 
 
 def test_zeros_stay_in_the_file_after_training(runner):
@@ -97,7 +98,7 @@ def test_zeros_stay_in_the_file_after_training(runner):
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.28), (4, 0.17), (2, 0.10)])
 def test_bits_of_a_network_of_a_megabyte_show_in_both_files(bits, share, activations, network, task_of, tmp_path):
     model, x = network("residual", 48, 96)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     float_packed = runner.build(Recipe())
     assert len(float_packed) > 1_000_000
     steps = tuple(Quantize(layer.name, bits, activations) for layer in runner.structure.layers)
@@ -125,7 +126,7 @@ def steered_task():
 
 
 def test_an_export_that_computes_something_else_is_noticed_at_the_baseline(tmp_path):
-    runner = LocalRunner(steered_task(), tmp_path, seconds=0.02)
+    runner = LocalRunner(steered_task(), tmp_path, MeasurementSettings(seconds=0.02))
     with pytest.raises(TaskError, match="control flow on the input"):
         runner.baseline()
 
@@ -149,13 +150,13 @@ def test_training_that_explodes_is_a_result_without_a_file(runner):
     recipe = Recipe((Quantize("stem", 2), Recover("finetune", 8, 1e6)))
     with pytest.raises(Diverged):
         runner.run(recipe)
-    assert list(runner.directory.iterdir()) == []
+    assert list(runner.files.directory.iterdir()) == []
 
 
 def test_the_given_network_is_never_changed(runner):
-    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    before = {name: value.clone() for name, value in runner.builder.model.state_dict().items()}
     runner.build(TRAINED)
-    after = runner.model.state_dict()
+    after = runner.builder.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -169,15 +170,15 @@ def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, mon
     first, second = Recover("finetune", 0.5, 0.02), Recover("finetune", 0.5, 0.01)
     short, long = Recipe((*MIXED.steps, first)), Recipe((*MIXED.steps, first, second))
     whole = runner.build(long)
-    assert list(runner.directory.iterdir()) == []
-    runner.build(short, keep_trained=True)
-    assert runner.trained_path(short).exists()
+    assert list(runner.files.directory.iterdir()) == []
+    runner.builder.build(short, keep_trained=True)
+    assert runner.files.trained(short).exists()
     trained = []
     real = local_module.finetune
     monkeypatch.setattr(local_module, "finetune", lambda *a, **more: (trained.append(a[2]), real(*a, **more)))
     assert runner.build(long) == whole
     assert trained == [second]
-    runner.trained_path(short).write_bytes(b"damaged")
+    runner.files.trained(short).write_bytes(b"damaged")
     assert runner.build(long) == whole
     assert trained == [second, first, second]
     assert runner.build(short) != whole
@@ -194,6 +195,6 @@ def test_the_teacher_answers_once_for_all_candidates(runner, monkeypatch, tmp_pa
     assert not asked
     files = [runner.build(recipe) for recipe in recipes]
     assert len(asked) == 1
-    other = LocalRunner(runner.task, tmp_path / "other", seconds=0.02, calibration_images=128)
+    other = LocalRunner(runner.task, tmp_path / "other", MeasurementSettings(seconds=0.02, calibration_images=128))
     assert [other.build(recipe) for recipe in reversed(recipes)] == files[::-1]
     assert len(asked) == 2

@@ -24,6 +24,7 @@ from paretorch.runners.sensitivity import (
     levels,
     measure_sensitivity,
 )
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Sparsify
 from paretorch.spaces.space import Rule, Space
 
@@ -59,7 +60,7 @@ def test_other_outputs_are_compared_by_their_variance():
 
 def runner_of(network, task_of, folder, name, images=64):
     model, x = network(name)
-    return LocalRunner(task_of(model, x), folder, calibration_images=images)
+    return LocalRunner(task_of(model, x), folder, MeasurementSettings(calibration_images=images))
 
 
 def test_every_combination_and_every_choice_alone(network, task_of, tmp_path):
@@ -83,7 +84,7 @@ def test_by_axis_gives_one_number_per_choice(network, task_of, tmp_path):
         weight_bits=(Rule((32, 8, 4), ("1", "4"), share=True), Rule((6, 8), ("7",))),
         activation_bits=(Rule((8, 32)),), sparsity=(Rule((0.0, 0.5), ("7",)),), width=(1.0, 0.5),
     )  # fmt: skip
-    found = measure_sensitivity(runner, space)
+    found = measure_sensitivity(runner.builder, space)
     d = found.divergence
     assert found.by_axis(space, runner.structure) == {
         "weight_bits/1+4": (0.0, d("1", 8) + d("4", 8), d("1", 4) + d("4", 4)),
@@ -98,7 +99,7 @@ def test_by_axis_gives_one_number_per_choice(network, task_of, tmp_path):
 
 def test_bytes_are_those_of_the_packed_layer(network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "perceptron")
-    found = measure_sensitivity(runner, SPACE)
+    found = measure_sensitivity(runner.builder, SPACE)
     whole = layer_bytes(runner.structure, Recipe())
     for row in found.rows:
         steps = [Quantize(row.layer, row.weight_bits)] if row.weight_bits < 32 else []
@@ -113,11 +114,11 @@ def test_bytes_are_those_of_the_packed_layer(network, task_of, tmp_path):
 
 def plainly(runner, recipe):
     """The divergence of a recipe the way `LocalRunner.build` makes it, on a copy of the network."""
-    dense, model = runner.comparable(), runner.comparable()
-    compress(model, recipe, runner.structure, runner.example)
+    dense, model = runner.builder.comparable(), runner.builder.comparable()
+    compress(model, recipe, runner.structure, runner.builder.example)
     together = one_factor(freeze(model, recipe), model, runner.structure)
-    parts = runner.calibration_parts
-    reestimate_batchnorms(model, parts, runner.calibration_bias, one_factor=together)
+    parts = runner.builder.calibration_parts
+    reestimate_batchnorms(model, parts, runner.builder.calibration_bias, one_factor=together)
     with torch.no_grad():
         return divergence(torch.cat([dense(p) for p in parts]), torch.cat([model(p) for p in parts]))
 
@@ -125,38 +126,40 @@ def plainly(runner, recipe):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_it_is_the_layer_alone_after_batchnorm(scheme, network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "residual", 200)  # two batches of unequal length
-    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
-    found = measure_sensitivity(runner, Space(weight_bits=(Rule((2, 4, 16)),), scheme=(Rule((scheme,)),)))
+    before = {name: value.clone() for name, value in runner.builder.model.state_dict().items()}
+    found = measure_sensitivity(runner.builder, Space(weight_bits=(Rule((2, 4, 16)),), scheme=(Rule((scheme,)),)))
     assert found.images == 200
     for layer in ("stem", "layer1.1.conv2", "fc"):
         for bits in (2, 4, 16):
             step = Quantize(layer, bits, scheme=scheme if bits < 16 else "symmetric")
             expected = plainly(runner, Recipe((step,)))
             assert found.divergence(layer, bits) == pytest.approx(expected, rel=1e-3, abs=1e-9)
-    assert all(torch.equal(before[name], value) for name, value in runner.model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in runner.builder.model.state_dict().items())
 
 
 def test_methods_are_the_first_of_the_space(network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "residual")
     rules = {"weight_bits": (Rule((2,), ("layer1.0.*", "fc")),), "sparsity": (Rule(("2:4", 0.75), ("layer1.0.*",)),)}
-    plain = measure_sensitivity(runner, Space(**rules))
+    plain = measure_sensitivity(runner.builder, Space(**rules))
     space = Space(
         **rules,
         rounding=(Rule(("gptq", "nearest"), share=True), Rule(("nearest",), ("fc",))),
         criterion=(Rule(("obs",)),),
     )
     for reuse in (True, False):
-        found = measure_sensitivity(runner, space, reuse=reuse)
+        found = measure_sensitivity(runner.builder, space, reuse=reuse)
         assert [(row.weight_bits, row.sparsity) for row in found.rows[:5]] == [
             (2, 0.0), (32, "2:4"), (2, "2:4"), (32, 0.75), (2, 0.75)
         ]  # fmt: skip
         assert found.divergence("fc", 2) == pytest.approx(plain.divergence("fc", 2), rel=1e-3)
         recipe = Recipe((Sparsify("layer1.0.conv1", 0.5, "obs", "2:4"), Quantize("layer1.0.conv1", 2, 32, "gptq")))
-        dense, model = runner.comparable(), runner.comparable()
-        freeze(compress(model, recipe, runner.structure, runner.example, None, runner.statistics), recipe)
-        reestimate_batchnorms(model, runner.calibration_parts, runner.calibration_bias)
+        dense, model = runner.builder.comparable(), runner.builder.comparable()
+        freeze(
+            compress(model, recipe, runner.structure, runner.builder.example, None, runner.builder.statistics), recipe
+        )
+        reestimate_batchnorms(model, runner.builder.calibration_parts, runner.builder.calibration_bias)
         with torch.no_grad():
-            outputs = [torch.cat([net(part) for part in runner.calibration_parts]) for net in (dense, model)]
+            outputs = [torch.cat([net(part) for part in runner.builder.calibration_parts]) for net in (dense, model)]
         assert found.divergence("layer1.0.conv1", 2, "2:4") == pytest.approx(divergence(*outputs), rel=1e-3)
         mine, theirs = (sum(row.divergence for row in rows if row.layer != "fc") for rows in (found.rows, plain.rows))
         assert mine < 0.95 * theirs
@@ -171,9 +174,9 @@ def test_without_batchnorm_statistics_the_number_is_another(network, task_of, tm
     """2 bits shift the statistics of what follows; a measurement that leaves them is the wrong one."""
     runner = runner_of(network, task_of, tmp_path, "residual", 128)
     space = Space(weight_bits=(Rule((2,), ("stem",)),))
-    right = measure_sensitivity(runner, space).divergence("stem", 2)
+    right = measure_sensitivity(runner.builder, space).divergence("stem", 2)
     monkeypatch.setattr(module, "reestimate_batchnorms", lambda *arguments: None)
-    wrong = measure_sensitivity(runner, space).divergence("stem", 2)
+    wrong = measure_sensitivity(runner.builder, space).divergence("stem", 2)
     assert abs(wrong - right) > 0.05 * right
 
 
@@ -244,10 +247,10 @@ def made(name, network, settle):
 )  # fmt: skip
 def test_recorded_calls_change_nothing(name, network, settle, task_of, tmp_path):
     model, x = made(name, network, settle)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=150)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=150))
     space = Space(weight_bits=(Rule((2, 8)),))
     with_reuse, without, little = (
-        measure_sensitivity(runner, space, reuse=reuse, memory=memory)
+        measure_sensitivity(runner.builder, space, reuse=reuse, memory=memory)
         for reuse, memory in ((True, 1 << 30), (False, 1 << 30), (True, 300_000))
     )
     for found in (with_reuse, little):
@@ -263,8 +266,8 @@ def test_recorded_calls_change_nothing(name, network, settle, task_of, tmp_path)
 
 def test_what_ran_before_is_not_run_again(network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "residual")
-    model, counts = runner.model, {}
-    parts = chunks(runner.calibration, 32)
+    model, counts = runner.builder.model, {}
+    parts = chunks(runner.builder.calibration, 32)
     for name, part in model.named_modules():
         part.register_forward_hook(lambda m, a, r, n=name: counts.update({n: counts.get(n, 0) + 1}))
     inner = {"layer1.0.conv1", "layer1.0.bn2", "layer1.1.conv1"}
@@ -286,10 +289,10 @@ def test_what_ran_before_is_not_run_again(network, task_of, tmp_path):
 
 def test_records_stay_within_memory(network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "residual")
-    parts = chunks(runner.calibration, 32)
+    parts = chunks(runner.builder.calibration, 32)
     stem = 64 * 16 * 8 * 8 * 4  # bytes of one feature map of 64 images
     with torch.no_grad():
-        prefix = Prefix(runner.model, parts, 3 * stem)
+        prefix = Prefix(runner.builder.model, parts, 3 * stem)
         seen = []
         for layer in runner.structure.layers:
             prefix.advance(layer.name, lambda active: None)
@@ -304,8 +307,10 @@ def test_records_stay_within_memory(network, task_of, tmp_path):
 def test_two_bits_are_worse_than_eight_on_a_trained_network(tmp_path):
     from paretorch.configs import digits
 
-    runner = LocalRunner(digits.task(), tmp_path, calibration_images=128)
-    found = measure_sensitivity(runner, Space(weight_bits=(Rule((2, 4, 8)),), sparsity=(Rule((0.0, 0.5, 0.9)),)))
+    runner = LocalRunner(digits.task(), tmp_path, MeasurementSettings(calibration_images=128))
+    found = measure_sensitivity(
+        runner.builder, Space(weight_bits=(Rule((2, 4, 8)),), sparsity=(Rule((0.0, 0.5, 0.9)),))
+    )
     for layer in runner.structure.layers:
         bits = [found.divergence(layer.name, b) for b in (8, 4, 2)]
         assert bits == sorted(bits)
@@ -318,7 +323,7 @@ def test_two_bits_are_worse_than_eight_on_a_trained_network(tmp_path):
 def test_progress_is_told(network, task_of, tmp_path):
     heard = []
     runner = runner_of(network, task_of, tmp_path, "perceptron")
-    measure_sensitivity(runner, SPACE, lambda done, total, what: heard.append((done, total, what)))
+    measure_sensitivity(runner.builder, SPACE, lambda done, total, what: heard.append((done, total, what)))
     assert [done for done, _, _ in heard] == list(range(15))
     assert {total for _, total, _ in heard} == {15}
     assert [what for _, _, what in heard][::5] == ["1", "4", "7"]

@@ -16,14 +16,17 @@ from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from paretorch.results.explain import explain
-from paretorch.results.front import Front
+from paretorch.results.front import Front, open_front
 from paretorch.runners.apply import apply_recipe, read_recipe
 from paretorch.runners.artifact import verify
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.runner import PredictValidation, RunTrial, ScoreAverages
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
+from paretorch.runners.testing import recording
 from paretorch.search.ensembles import TRIED, Network, best, chosen, combinations, eligible
-from paretorch.search.study import Quiet, Study, open_front
+from paretorch.search.listener import Quiet
+from paretorch.search.study import Study
 from paretorch.spaces.recipe import Ensemble, Quantize, Recipe, Recover
 from paretorch.spaces.space import Rule, Space
 
@@ -109,7 +112,7 @@ def test_ensembles_become_candidates_like_any_other(finished):
 
 def test_what_was_measured_is_what_was_foretold(finished):
     front, _, folder = finished
-    runner = LocalRunner(task(), folder / "candidates", calibration_images=32)
+    runner = LocalRunner(task(), folder / "candidates", MeasurementSettings(calibration_images=32))
     targets = runner.targets()
     for candidate in of_ensembles(front.candidates):
         files = [runner.path(network).read_bytes() for network in candidate.recipe.networks()]
@@ -122,25 +125,22 @@ def test_what_was_measured_is_what_was_foretold(finished):
         assert len(runner.path(candidate.recipe).read_bytes()) == candidate.measurement.value("size_bytes")
 
 
-def test_a_finished_study_looks_through_nothing_again(finished, monkeypatch):
+def test_a_finished_study_looks_through_nothing_again(finished):
     front, _, folder = finished
-    monkeypatch.delattr(LocalRunner, "outputs")
-    monkeypatch.delattr(LocalRunner, "run")
-    told = Told()
-    assert study(folder, told).run(12) == front
+    told, requests = Told(), []
+    assert study(folder, told, make_runner=recording(LocalRunner, requests)).run(12) == front
     assert not told.found
+    assert not [r for r in requests if isinstance(r, RunTrial | PredictValidation | ScoreAverages)]
 
 
-def test_a_resumed_study_repeats_no_ensemble_and_more_trials_bring_new_ones(finished, tmp_path, monkeypatch):
+def test_a_resumed_study_repeats_no_ensemble_and_more_trials_bring_new_ones(finished, tmp_path):
     front, _, _ = finished
-    for last in ("_finalists", "_finish"):  # what comes after is the same with ensembles, and takes long
-        monkeypatch.setattr(Study, last, lambda self, *_: None)
     with pytest.raises(KeyboardInterrupt):
         study(tmp_path / "study", Told(after=13)).run(12)
-    ran, run = [], LocalRunner.run
-    monkeypatch.setattr(LocalRunner, "run", lambda self, recipe, *a, **k: ran.append(recipe) or run(self, recipe, *a, **k))  # fmt: skip
-    again = study(tmp_path / "study").run(12)
+    requests = []
+    again = study(tmp_path / "study", make_runner=recording(LocalRunner, requests)).run(12)
     assert [c.recipe for c in again.candidates] == [c.recipe for c in front.candidates]
+    ran = [r.recipe for r in requests if isinstance(r, RunTrial)]
     assert ran == [c.recipe for c in front.candidates[13:]]
     more = study(tmp_path / "study").run(13)
     assert len(more.candidates) - len(of_ensembles(more.candidates)) == 13
@@ -151,7 +151,7 @@ def test_a_resumed_study_repeats_no_ensemble_and_more_trials_bring_new_ones(fini
 def test_an_ensemble_ships(finished, tmp_path):
     front, _, folder = finished
     member = of_ensembles(front.members)[0]
-    runner = LocalRunner(task(), folder / "candidates", calibration_images=32)
+    runner = LocalRunner(task(), folder / "candidates", MeasurementSettings(calibration_images=32))
     path = front.export(str(member.number), tmp_path / "deploy")
     x = torch.cat([x for x, _ in runner.validation()])
     files = [runner.path(network).read_bytes() for network in member.recipe.networks()]
@@ -159,10 +159,10 @@ def test_an_ensemble_ships(finished, tmp_path):
     assert np.abs(paretorch.load(path)(x).numpy() - mean.numpy()).max() <= 1e-5 * float(mean.abs().max())
     recipe, _ = read_recipe(path)
     assert recipe == member.recipe
-    fresh = LocalRunner(task(), tmp_path / "applied", seconds=0.002, calibration_images=32)
-    fresh.directory.mkdir()
+    fresh = LocalRunner(task(), tmp_path / "applied", MeasurementSettings(seconds=0.002, calibration_images=32))
+    fresh.files.directory.mkdir()
     protocol = MeasurementSettings(threads=1, batch=1, seconds=0.002, calibration_images=32, seed=0)
-    apply_recipe(fresh, recipe, protocol, tmp_path / "again", "again", lambda phase, metrics: None)
+    apply_recipe(fresh, recipe, protocol, tmp_path / "again", "again", lambda phase: None)
     assert verify(tmp_path / "again")["weights.safetensors"] == verify(path)["weights.safetensors"]
     with pytest.raises(RecipeError, match="an ensemble has no decisions of its own; explain one of its networks"):
         explain(runner, recipe, front.budget, {}, 16, lambda done, total, what: None)

@@ -1,6 +1,7 @@
 """The preflight: what is possible is told before the search, from real files."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch.utils.data import TensorDataset
 from paretorch.errors import ConfigError
 from paretorch.objectives import cost
 from paretorch.objectives.objective import Budget, Objective
+from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
-from paretorch.search.preflight import check_metrics, measure_overhead, preflight, smallest_recipe
+from paretorch.search.preflight import preflight, smallest_recipe
+from paretorch.search.support import check_metrics
 from paretorch.spaces.recipe import Recover
 from paretorch.spaces.space import Rule, Space
 
@@ -28,25 +32,22 @@ def runner(tmp_path_factory):
     net = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
     data = TensorDataset(torch.randn(64, 1, 6, 6), torch.arange(64) % 4)
     task = Task("random", lambda: net.eval(), train=data, validation=data)
-    made = LocalRunner(task, tmp_path_factory.mktemp("files"), seconds=0.002, calibration_images=16)
+    made = LocalRunner(
+        task, tmp_path_factory.mktemp("files"), MeasurementSettings(seconds=0.002, calibration_images=16)
+    )
     made.measured, made.packed = made.baseline()
+    made.facts = replace(made.inspect(), exact_products=True)  # whatever this processor is
     return made
 
 
 @pytest.fixture(scope="module")
 def overhead(runner):
-    return measure_overhead(runner, len(runner.packed))
+    return measure_overhead(runner.builder, len(runner.packed))
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """On any processor the warnings of one that adds up 8 bits exactly."""
-    monkeypatch.setattr("paretorch.search.preflight.sums_are_exact", lambda: True)
-
-
-def find(runner, budget=(), space=SPACE):
+def find(runner, budget=(), space=SPACE, facts=None):
     said = []
-    return preflight(runner, space, Budget.parse(budget), runner.measured, said.append)
+    return preflight(runner, facts or runner.facts, space, Budget.parse(budget), runner.measured, said.append)
 
 
 @pytest.mark.parametrize("metric", ["size_bytes", "macs"])
@@ -62,7 +63,7 @@ def test_the_smallest_recipe_by_brute_force(runner, overhead, metric):
         predicted(SPACE.recipe(structure, dict(zip([a.name for a in axes], picks, strict=True))))
         for picks in everything
     )
-    found = smallest_recipe(SPACE, structure, overhead, metric)
+    found = smallest_recipe(SPACE, structure, {"": overhead}, metric)
     assert predicted(found) == least
     assert not found.of(Recover), "the preflight does not train"
 
@@ -110,10 +111,9 @@ def test_a_latency_that_looks_out_of_reach_is_a_warning(runner):
 @pytest.mark.parametrize(
     ("weights", "activations", "warned"), [((3, 8), (8, 32), True), ((3, 7), (8, 32), False), ((3, 8), (32,), False)]
 )
-def test_a_processor_whose_sums_overflow_is_a_warning(runner, monkeypatch, weights, activations, warned):
-    monkeypatch.setattr("paretorch.search.preflight.sums_are_exact", lambda: False)
+def test_a_processor_whose_sums_overflow_is_a_warning(runner, weights, activations, warned):
     space = Space(weight_bits=(Rule(weights),), activation_bits=(Rule(activations, share=True),))
-    found = find(runner, space=space).warnings
+    found = find(runner, space=space, facts=replace(runner.facts, exact_products=False)).warnings
     assert len(found) == warned
     assert all("leave 8 out of space.weight_bits" in warning for warning in found)
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import paretorch.runners.local as local_module
 from paretorch.errors import StudyError, TaskError
 from paretorch.objectives import cost
 from paretorch.runners.task import Task
+from paretorch.search.listener import Quiet
 from paretorch.search.study import Study
 from paretorch.spaces.recipe import Recipe, Recover, Student
 from paretorch.spaces.space import Rule, Space
@@ -53,27 +53,31 @@ def task(student=small):
     return Task("blobs", network, blobs(256, 1), blobs(100, 2), blobs(100, 3), batch_size=32, students={"small": student})  # fmt: skip
 
 
-def study_of(folder, **more):
-    return Study(task(**more), SPACE, directory=folder, seconds=0.005, calibration_images=32, mlflow=False)
+class Heard(Quiet):
+    """Keeps the phases."""
+
+    def __init__(self):
+        self.phases = []
+
+    def phase(self, text):
+        self.phases.append(text)
+
+    @property
+    def trainings(self):
+        """How often the training of a student was begun."""
+        steps = [text for text in self.phases if text.startswith("student small: fine-tuning")]
+        return steps.count(min(steps, key=len)) if steps else 0
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """The seeds of every training that was begun."""
-    found = []
-    real = local_module.finetune
-
-    def counted(model, teacher, step, task, seed, *rest, **more):
-        found.append(seed)
-        return real(model, teacher, step, task, seed, *rest, **more)
-
-    monkeypatch.setattr(local_module, "finetune", counted)
-    return found
+def study_of(folder, listener=None, **more):
+    settings = {"seconds": 0.005, "calibration_images": 32, "mlflow": False}
+    return Study(task(**more), SPACE, directory=folder, listener=listener, **settings)
 
 
-def test_students_are_taught_once_and_are_on_the_front(tmp_path, trained):
-    front = study_of(tmp_path / "whole").run(trials=14)
-    assert len(trained) == 1
+def test_students_are_taught_once_and_are_on_the_front(tmp_path):
+    heard = Heard()
+    front = study_of(tmp_path / "whole", heard).run(trials=14)
+    assert heard.trainings == 1
     student = Student(factory="small", epochs=4)
     of_student = [c for c in front.candidates if student in c.recipe.steps]
     assert {c.label for c in of_student} >= {"student small", "student small, 8-bit"}
@@ -86,12 +90,12 @@ def test_students_are_taught_once_and_are_on_the_front(tmp_path, trained):
     assert about["snapshot"]["space"]["students"][1]["factory"] == "small"
 
 
-def test_an_interrupted_study_goes_on_with_the_same_student(tmp_path, trained):
+def test_an_interrupted_study_goes_on_with_the_same_student(tmp_path):
+    first, second = Heard(), Heard()
     whole = study_of(tmp_path / "whole").run(trials=14)
-    parts = study_of(tmp_path / "parts")
-    parts.run(trials=9)
-    again = study_of(tmp_path / "parts").run(trials=14)
-    assert len(trained) == 2, "once in each folder"
+    study_of(tmp_path / "parts", first).run(trials=9)
+    again = study_of(tmp_path / "parts", second).run(trials=14)
+    assert (first.trainings, second.trainings) == (1, 0)
     assert [c.recipe for c in again.candidates] == [c.recipe for c in whole.candidates]
     for one, other in zip(again.candidates, whole.candidates, strict=True):
         assert one.measurement.value("accuracy") == other.measurement.value("accuracy")
@@ -101,9 +105,9 @@ def test_foretold_bytes_are_those_of_the_trained_students_file(tmp_path):
     study = study_of(tmp_path / "study")
     front = study.run(trials=14)
     for candidate in front.candidates:
-        foretold = study._predicted(candidate.recipe)["size_bytes"]
+        foretold = study.judge.predicted(candidate.recipe)["size_bytes"]
         assert foretold == pytest.approx(candidate.measurement.value("size_bytes"), rel=0.01, abs=300)
-        assert cost.macs(study.runner.structure, candidate.recipe) == candidate.measurement.value("macs")
+        assert cost.macs(study.facts.structure, candidate.recipe) == candidate.measurement.value("macs")
 
 
 def test_a_student_that_cannot_be_taught_is_told(tmp_path):
@@ -123,10 +127,11 @@ def test_a_recipe_with_a_trained_student_gives_the_studys_file_anywhere(tmp_path
     study = study_of(tmp_path / "study")
     front = study.run(trials=10)
     candidate = next(c for c in front.members if c.recipe.of(Student))
-    packed = study.runner.path(candidate.recipe).read_bytes()
+    packed = study.folder.candidates.packed(candidate.recipe).read_bytes()
     from paretorch.runners.local import LocalRunner
+    from paretorch.runners.settings import MeasurementSettings
 
-    elsewhere = LocalRunner(task(), tmp_path, calibration_images=32)
+    elsewhere = LocalRunner(task(), tmp_path, MeasurementSettings(calibration_images=32))
     assert elsewhere.build(candidate.recipe) == packed
     assert len(elsewhere.build(Recipe((Student(factory="small", epochs=9),)), recovery=False)) > 0
-    assert not elsewhere.trained_path(Recipe((Student(factory="small", epochs=9),))).exists(), "a preview trained"
+    assert not elsewhere.files.trained(Recipe((Student(factory="small", epochs=9),))).exists(), "a preview trained"

@@ -19,8 +19,10 @@ from paretorch.runners.files.packing import unpack
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.hessian import gram
 from paretorch.runners.operators.quantize import codes
-from paretorch.runners.task import check_criteria
+from paretorch.runners.settings import MeasurementSettings
+from paretorch.search.support import check_criteria
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.space import Rule, Space
 
 
 def hessians(model, x):
@@ -120,12 +122,24 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_builds_are_the_same_with_the_library_and_without(name, network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "library"))
+    runner = LocalRunner(
+        task_of(model, x),
+        tmp_path,
+        MeasurementSettings(calibration_images=64),
+        library=LayerLibrary(tmp_path / "library"),
+    )
     recipe = Recipe((*METHODS[name], Recover("batchnorm")))
     built = [runner.build(recipe), runner.build(recipe)]
-    other = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "library"))
+    other = LocalRunner(
+        task_of(model, x),
+        tmp_path,
+        MeasurementSettings(calibration_images=64),
+        library=LayerLibrary(tmp_path / "library"),
+    )
     built.append(other.build(recipe))
-    apart = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    apart = LocalRunner(
+        task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(limit=0)
+    )
     built.append(apart.build(recipe))
     assert built == [built[0]] * 4
     plain = {"gptq": "nearest", "adaround": "nearest"}.get(name)
@@ -177,7 +191,9 @@ def test_a_network_that_was_cut_down_is_calibrated_anew(steps, network):
 
 def test_training_goes_on_from_what_was_adjusted(network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    runner = LocalRunner(
+        task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(limit=0)
+    )
     near, ours = (
         runner.build(Recipe((Quantize("layer1.0.conv1", 2, 32, rounding), Recover("finetune", 1.0, 1e-9))))
         for rounding in ("nearest", "gptq")
@@ -276,10 +292,17 @@ def keep_early(weight, norms):
 def test_a_function_of_the_users_chooses_the_zeros(ratio, pattern, network, task_of, tmp_path):
     model, x = network("residual")
     task = task_of(model, x, criteria={"mine.py:early": keep_early})
-    runner = LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "library"))
+    runner = LocalRunner(
+        task, tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(tmp_path / "library")
+    )
     recipe = Recipe((Sparsify("down", ratio, "mine.py:early", pattern), Recover("batchnorm")))
     found = compress(
-        copy.deepcopy(runner.model), recipe, runner.structure, runner.example, runner.library, runner.statistics
+        copy.deepcopy(runner.builder.model),
+        recipe,
+        runner.structure,
+        runner.builder.example,
+        runner.builder.library,
+        runner.builder.statistics,
     )
     mask = found.down.parametrizations["weight"][0].mask
     if pattern:
@@ -294,7 +317,7 @@ def test_it_is_given_the_norms_of_the_inputs(network, task_of, tmp_path):
     """With the product of Wanda it is Wanda, for convolutions of each kind and linear layers."""
     model, x = network("mobile")
     task = task_of(model, x, criteria={"mine.py:wanda": lambda weight, norms: weight.abs() * norms})
-    runner = LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(limit=0))
+    runner = LocalRunner(task, tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(limit=0))
     for layer in runner.structure.layers:
         own, ours = (
             runner.build(Recipe((Sparsify(layer.name, 0.5, criterion), Quantize(layer.name, 4))))
@@ -312,7 +335,9 @@ def test_a_function_that_was_edited_is_asked_again(network, task_of, tmp_path):
     for function in (keep_early, lambda weight, norms: -keep_early(weight, norms)):
         task = task_of(model, x, criteria={"mine.py:score": function})
         built.append(
-            LocalRunner(task, tmp_path, calibration_images=64, library=LayerLibrary(tmp_path / "l")).build(recipe)
+            LocalRunner(
+                task, tmp_path, MeasurementSettings(calibration_images=64), library=LayerLibrary(tmp_path / "l")
+            ).build(recipe)
         )
     assert built[0] != built[1]
 
@@ -328,7 +353,9 @@ def test_a_function_that_was_edited_is_asked_again(network, task_of, tmp_path):
 )
 def test_a_function_that_gives_no_scores_is_told(function, complaint, network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": function}), tmp_path, calibration_images=64)
+    runner = LocalRunner(
+        task_of(model, x, criteria={"a.py:f": function}), tmp_path, MeasurementSettings(calibration_images=64)
+    )
     with pytest.raises(TaskError, match=complaint):
         runner.build(Recipe((Sparsify("down", 0.5, "a.py:f"),)))
 
@@ -338,18 +365,24 @@ def test_it_cannot_change_the_weights(network, task_of, tmp_path):
         return weight.zero_().abs()
 
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": vandal}), tmp_path, calibration_images=64)
+    runner = LocalRunner(
+        task_of(model, x, criteria={"a.py:f": vandal}), tmp_path, MeasurementSettings(calibration_images=64)
+    )
     recipe = Recipe((Sparsify("down", 0.5, "a.py:f"),))
-    found = compress(copy.deepcopy(model), recipe, runner.structure, runner.example, None, runner.statistics)
+    found = compress(
+        copy.deepcopy(model), recipe, runner.structure, runner.builder.example, None, runner.builder.statistics
+    )
     assert int(found.down.weight.count_nonzero()) == found.down.weight.numel() // 2
 
 
 def test_a_criterion_that_the_task_has_not_is_refused(network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x, criteria={"a.py:f": keep_early}), tmp_path, calibration_images=64)
+    runner = LocalRunner(
+        task_of(model, x, criteria={"a.py:f": keep_early}), tmp_path, MeasurementSettings(calibration_images=64)
+    )
     with pytest.raises(RecipeError, match=r"'a.py:g': the task has no such function; .* functions of the task: a.py:f"):
         runner.build(Recipe((Sparsify("down", 0.5, "a.py:g"),)))
     with pytest.raises(TaskError, match="write a function of"):
         task_of(model, x, criteria={"magnitude": keep_early})
     with pytest.raises(TaskError, match=r"no function for the criterion a\.py:g"):
-        check_criteria(runner.task, ["obs", "a.py:f", "a.py:g"])
+        check_criteria(Space(criterion=(Rule(("obs", "a.py:f", "a.py:g")),)), runner.task.criteria, "t")

@@ -15,6 +15,7 @@ from paretorch.runners.compression import library as module
 from paretorch.runners.compression.library import LayerLibrary, LayerStatistics, Method, compress_layer, default_folder
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.obs import order
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
 
 LEVELS = [(bits, ratio) for bits in (2, 3, 8, 16, 32) for ratio in (0.0, 0.3)]
@@ -351,7 +352,7 @@ RECIPES = {
 def test_builds_are_the_same_with_it_and_without(name, network, task_of, tmp_path, counted):
     model, x = network("residual")
     library = LayerLibrary(tmp_path / "library")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64, library=library)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64), library=library)
     recipe = RECIPES[name]
     with_it = [runner.build(recipe), runner.build(recipe)]
     runner.library = LayerLibrary(tmp_path / "library")

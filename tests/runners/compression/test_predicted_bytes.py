@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from paretorch.objectives import cost
 from paretorch.runners.compression.library import LayerLibrary
+from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.local import LocalRunner
-from paretorch.search.preflight import measure_overhead
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import ACTIVATION_BITS, SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
 from paretorch.spaces.space import Rule, Space
 from paretorch.spaces.structure import inside
@@ -37,11 +38,14 @@ def foretold(network, task_of, tmp_path_factory):
         if name not in made:
             task = task_of(*network(name, *NETWORKS[name]))
             runner = LocalRunner(
-                task, tmp_path_factory.mktemp(name), calibration_images=64, library=LayerLibrary(limit=0)
+                task,
+                tmp_path_factory.mktemp(name),
+                MeasurementSettings(calibration_images=64),
+                library=LayerLibrary(limit=0),
             )
             space = replace(SPACE, equalize=EQUALIZE) if runner.structure.pairs else SPACE
             axes = space.axes(runner.structure)
-            made[name] = runner, measure_overhead(runner, len(runner.build(Recipe())), axes)
+            made[name] = runner, measure_overhead(runner.builder, len(runner.build(Recipe())), axes)
         return made[name]
 
     return get

@@ -12,6 +12,7 @@ from paretorch.errors import RecipeError, TaskError
 from paretorch.objectives import cost
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student, plain
 
 
@@ -27,7 +28,7 @@ def small():
 def runner(network, task_of, tmp_path):
     model, x = network("residual")
     task = task_of(model, x, batch_size=32, students={"small": small})
-    return LocalRunner(task, tmp_path, calibration_images=64, seconds=0.05)
+    return LocalRunner(task, tmp_path, MeasurementSettings(calibration_images=64, seconds=0.05))
 
 
 MACS = {"0": 3 * 24 * 9 * 16, "3": 24 * 16 * 9 * 16, "7": 160}
@@ -68,12 +69,12 @@ def test_untrained_it_computes_what_the_student_does(recovery, runner):
     recipe = Recipe((Student(factory="small"), *recovery))
     found = runner.scores(runner.build(recipe))
     with torch.no_grad():
-        student = runner.network(recipe)
+        student = runner.builder.network(recipe)
         expected = [float(answer) for x, y in runner.validation() for answer in (student(x).argmax(1) == y).float()]
     if not recovery:
         assert found.tolist() == expected
     torch.manual_seed(99)
-    again = LocalRunner(runner.task, runner.directory, calibration_images=64)
+    again = LocalRunner(runner.task, runner.files.directory, MeasurementSettings(calibration_images=64))
     assert again.build(recipe) == runner.build(recipe), "its random weights are not drawn from the seed"
 
 
@@ -88,7 +89,9 @@ def test_moments_are_the_students_own(network, task_of, tmp_path):
                 parameter.mul_(0.5)
         return made
 
-    runner = LocalRunner(task_of(model, x, students={"other": other}), tmp_path, calibration_images=64)
+    runner = LocalRunner(
+        task_of(model, x, students={"other": other}), tmp_path, MeasurementSettings(calibration_images=64)
+    )
     plain_file, corrected = (
         runner.build(Recipe((Student(factory="other"), *r))) for r in ((), (Recover("statistics"),))
     )
@@ -125,7 +128,7 @@ def test_a_student_that_the_task_does_not_make_is_refused(runner):
 def test_a_student_of_no_use_is_refused(factory, complaint, network, task_of, tmp_path):
     model, x = network("residual")
     with pytest.raises(TaskError, match=complaint):
-        LocalRunner(task_of(model, x, students={"bad": factory}), tmp_path, calibration_images=16)
+        LocalRunner(task_of(model, x, students={"bad": factory}), tmp_path, MeasurementSettings(calibration_images=16))
 
 
 def test_recipes_and_networks_without_such_students_are_written_as_before(runner):

@@ -13,6 +13,7 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.integer import DOMAIN, OPS, fuse
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session, sums_are_exact
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover
 
@@ -187,7 +188,7 @@ def test_what_is_no_quantized_layer_stays_as_it_is(change):
 def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, scheme, network, task_of, tmp_path):
     """All but the last layer, which writes floats: sums of 64 of them may come out in another order."""
     model, x = network(name)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     steps = [Quantize(layer.name, bits, 8, scheme=scheme) for layer in runner.structure.layers]
     groups = [Prune(g.name, g.channels // 2) for g in runner.structure.groups[:1]]
     graph = packing.unpack(runner.build(Recipe((*steps, *groups, Recover("batchnorm")))))

@@ -22,6 +22,7 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.merge import merge
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets import torch_graph
 from paretorch.runners.targets.runtime import session
 from paretorch.search.ensembles import Network, combinations
@@ -48,7 +49,9 @@ def runner_of(network, task_of, tmp_path_factory):
         if name not in made:
             task = task_of(*network(name))
             folder = tmp_path_factory.mktemp(name)
-            made[name] = LocalRunner(task, folder, calibration_images=64, seconds=0.01, library=LayerLibrary(limit=0))
+            made[name] = LocalRunner(
+                task, folder, MeasurementSettings(calibration_images=64, seconds=0.01), library=LayerLibrary(limit=0)
+            )
         return made[name]
 
     return get
@@ -66,7 +69,7 @@ def test_the_file_gives_the_mean_of_its_networks(runner_of, name):
     codebook = Recipe((Cluster(runner.structure.layers[-1].name, 4),))
     found = [uniform(runner, 2), uniform(runner, 8, 8), uniform(runner, 4, 8, 0.5, 0.5), codebook, Recipe()]
     files = {recipe: runner.build(recipe) for recipe in found}
-    x = runner.calibration.numpy()
+    x = runner.builder.calibration.numpy()
     for chosen in [found[:2], found[1:3], found[2:5], found[:4]]:
         packed = runner.build(together(*chosen))
         onnx.checker.check_model(packing.unpack(packed), full_check=True)
@@ -78,10 +81,10 @@ def test_the_file_gives_the_mean_of_its_networks(runner_of, name):
 def test_it_runs_in_torch_and_in_the_simulation(runner_of):
     runner = runner_of("residual")
     packed = runner.build(together(uniform(runner, 4), uniform(runner, 8), Recipe()))
-    x = runner.calibration[:4]
+    x = runner.builder.calibration[:4]
     expected = ran(packed, x.numpy())
     assert np.abs(Simulation(packing.unpack(packed))(x).numpy() - expected).max() <= 1e-4
-    other = torch_graph.load(packing.unpack(packed).SerializeToString(), 1, "cpu")(x.numpy())
+    other = torch_graph.load(packing.onnx_bytes(packed), 1, "cpu")(x.numpy())
     assert np.abs(other - expected).max() <= 1e-4
 
 

@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 from paretorch.errors import RecipeError
 from paretorch.objectives.cost import macs, size_bytes
 from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import export_float, session
@@ -21,7 +22,6 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.attention import open_attention
 from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
-from paretorch.search.preflight import measure_overhead
 from paretorch.spaces.recipe import Prune, Quantize, Recipe
 from paretorch.spaces.structure import shapes
 
@@ -226,14 +226,14 @@ def test_heads_are_gone_from_the_file_and_its_bytes_are_foretold(tmp_path):
     model, x = Classifier(128).eval(), torch.randn(256, 6, 12)
     data = TensorDataset(x, model(x).argmax(1))
     runner = LocalRunner(Task("encoder", lambda: model, data, data), tmp_path)
-    overhead = measure_overhead(runner, len(runner.build(Recipe())))
+    overhead = measure_overhead(runner.builder, len(runner.build(Recipe())))
     heads = tuple(Prune(g.name, 2 * g.unit) for g in runner.structure.groups if g.unit > 1)
     assert len(heads) == 2
     quantized = tuple(Quantize(layer.name, 8, 8) for layer in runner.structure.layers)
     for recipe in (Recipe(heads), Recipe((*heads, *quantized))):
         packed = runner.build(recipe)
         assert len(packed) == pytest.approx(size_bytes(runner.structure, recipe, overhead), rel=0.01)
-        network = compress(copy.deepcopy(runner.model), Recipe(heads), runner.structure, x[:2])
+        network = compress(copy.deepcopy(runner.builder.model), Recipe(heads), runner.structure, x[:2])
         found = torch.from_numpy(session(packing.unpack(packed)).run(None, {"input": x[:7].numpy()})[0])
         torch.testing.assert_close(found, network(x[:7]), rtol=1e-3, atol=0.05 if len(recipe.steps) > 2 else 1e-4)
 

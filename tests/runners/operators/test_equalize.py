@@ -17,6 +17,7 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.equalize import Pair, channel_peaks, equalizing_scales, find_pairs, scale_channels
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.operators.moments import match_moments, output_moments
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import (
     EQUALIZATIONS,
     Cluster,
@@ -226,7 +227,7 @@ def test_uneven_channels_are_won_back(by, bits, activations, task_of, tmp_path):
     steps = tuple(Quantize(name, bits, activations) for name in ("0", "2", "5", "9"))
 
     def error(model, *first):
-        runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+        runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
         outputs = runner.outputs(runner.build(Recipe((*first, *steps))))
         return float((outputs - expected).norm() / expected.norm())
 
@@ -275,7 +276,7 @@ def recipes_beside(structure):
 def test_it_composes_with_every_step(network, task_of, tmp_path):
     """The files are others than without it, of about the same size, and answer about the same; again they are the same."""
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     for number, (what, steps) in enumerate(recipes_beside(runner.structure).items()):
         recipe = Recipe((Equalize(EQUALIZATIONS[number % 2]), *steps))
         plain_file, data = runner.build(Recipe(steps)), runner.build(recipe)

@@ -13,6 +13,7 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.moments import match_moments, output_moments
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
 
 
@@ -107,7 +108,7 @@ def test_layers_that_run_twice_or_have_no_bias_or_lost_channels_are_left_alone()
 def test_the_exported_network_is_nearer_to_the_original(steps, network, task_of, tmp_path):
     """On inputs that no moment was taken from; codes are those without correction, and the file has their size."""
     model, x = network("gated")
-    runner = LocalRunner(task_of(model, x[:192]), tmp_path, calibration_images=192)
+    runner = LocalRunner(task_of(model, x[:192]), tmp_path, MeasurementSettings(calibration_images=192))
     files = [runner.build(Recipe((*steps, *more))) for more in ((), (Recover("statistics"),))]
     assert runner.build(Recipe((*steps, Recover("statistics")))) == files[1]
     assert abs(len(files[0]) - len(files[1])) <= 64
@@ -125,5 +126,5 @@ def test_the_exported_network_is_nearer_to_the_original(steps, network, task_of,
 
 def test_a_network_of_batchnorm_alone_has_nothing_to_correct(network, task_of, tmp_path):
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=128)
-    assert set(runner.output_moments[0]) == {"fc"}
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=128))
+    assert set(runner.builder.output_moments[0]) == {"fc"}

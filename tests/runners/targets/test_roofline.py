@@ -12,6 +12,7 @@ from paretorch.errors import ExportFailed
 from paretorch.objectives import cost
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.roofline import Cost, Profile, analytic, costs, seconds
 from paretorch.runners.targets.target import as_target
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Student
@@ -24,11 +25,13 @@ MIXED = Recipe((Student(("layer1.1",)), Prune("down", 16), Quantize("stem", 8, 8
 @pytest.fixture
 def runner(network, task_of, tmp_path):
     model, x = network("residual")
-    return LocalRunner(task_of(model, x), tmp_path, calibration_images=64, target=analytic(PROFILE), batch=2)
+    return LocalRunner(
+        task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64, batch=2), target=analytic(PROFILE)
+    )
 
 
 def onnx_of(runner, recipe):
-    return packing.unpack(runner.build(recipe)).SerializeToString()
+    return packing.onnx_bytes(runner.build(recipe))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def onnx_of(runner, recipe):
 )
 def test_multiply_adds_and_weights_are_those_of_the_structure(name, network, task_of, tmp_path):
     model, x = network(name)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=32)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=32))
     found = costs(onnx_of(runner, Recipe()), 3)
     assert sum(c.macs for c in found) == 3 * cost.macs(runner.structure, Recipe())
     assert sum(c.weights for c in found) == sum(layer.params for layer in runner.structure.layers)
@@ -71,7 +74,7 @@ def test_widths_of_activations_are_those_of_the_file(runner):
 
 def test_signs_and_ternary_weights_and_groups_are_told_apart(network, task_of, tmp_path):
     model, x = network("tokens")
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=32)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=32))
     steps = [
         Quantize("embed", 1, 8),
         Quantize("up", 2, 8),
@@ -101,7 +104,7 @@ def test_a_latency_is_the_sum_of_rooflines_and_exact(runner):
 
 def test_accuracy_is_that_of_onnx_runtime(runner, network, task_of, tmp_path):
     model, x = network("residual")
-    other = LocalRunner(task_of(model, x), tmp_path, calibration_images=64)
+    other = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     data = runner.build(MIXED)
     np.testing.assert_array_equal(runner.scores(data), other.scores(data))
 

@@ -12,6 +12,7 @@ from paretorch.runners.check_target import check_target
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner, environment
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.target import Target, as_target
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify
@@ -33,10 +34,12 @@ INT8 = Recipe(tuple(Quantize(name, 8, 8) for name in ("stem", "layer1.0.conv1", 
 def files(network, task_of, tmp_path_factory):
     """The ONNX files of a network with skips: untouched, 4-bit weights alone, int8 in part."""
     model, x = network("residual")
-    runner = LocalRunner(task_of(model, x), tmp_path_factory.mktemp("files"), calibration_images=64)
+    runner = LocalRunner(
+        task_of(model, x), tmp_path_factory.mktemp("files"), MeasurementSettings(calibration_images=64)
+    )
     weights = Recipe(tuple(Quantize(layer.name, 4) for layer in runner.structure.layers))
     recipes = {"untouched": Recipe(), "4-bit": weights, "int8": INT8}
-    return {name: packing.unpack(runner.build(r)).SerializeToString() for name, r in recipes.items()}, x.numpy()
+    return {name: packing.onnx_bytes(runner.build(r)) for name, r in recipes.items()}, x.numpy()
 
 
 @pytest.mark.parametrize(
@@ -102,13 +105,13 @@ def test_a_runner_measures_on_its_target(network, task_of, tmp_path):
     made_up = replace(real, name="made-up", milliseconds=lambda data, batch: 7.0 * batch)
     task = task_of(model, x)
     recipe = Recipe((Quantize("1", 8),))
-    runner = LocalRunner(task, tmp_path, calibration_images=32, batch=3, target=made_up)
+    runner = LocalRunner(task, tmp_path, MeasurementSettings(calibration_images=32, batch=3), target=made_up)
     baseline, _ = runner.baseline()
     assert (baseline.metrics["latency_ms"].low, baseline.metrics["latency_ms"].high) == (21.0, 21.0)
     found = runner.run(recipe)
     assert found.metrics["latency_ms"] == baseline.metrics["latency_ms"]
     assert found.value("accuracy") > 0.9
-    runner = LocalRunner(task, tmp_path, calibration_images=32, target=turned, seconds=0.02)
+    runner = LocalRunner(task, tmp_path, MeasurementSettings(calibration_images=32, seconds=0.02), target=turned)
     runner.use_baseline(runner.build(Recipe()))
     assert runner.run(recipe).value("accuracy") < 0.2
 

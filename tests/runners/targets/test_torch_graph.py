@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from paretorch.errors import ExportFailed
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets import torch_graph
 from paretorch.runners.targets.target import as_target
 from paretorch.spaces.recipe import Quantize, Recipe
@@ -145,12 +146,12 @@ def test_every_operator_is_tested():
 @pytest.mark.parametrize("name", ["residual", "mobile", "gated", "tokens", "branches", "sound"])
 def test_a_network_computes_what_it_does_in_onnx_runtime(name, network, task_of, tmp_path):
     model, x = network(name)
-    runner = LocalRunner(task_of(model, x), tmp_path, calibration_images=32)
+    runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=32))
     steps = [
         Quantize(layer.name, bits) for layer, bits in zip(runner.structure.layers, (4, 16, 8, 3) * 9, strict=False)
     ]
     for recipe in (Recipe(), Recipe(tuple(steps))):
-        data = packing.unpack(runner.build(recipe)).SerializeToString()
+        data = packing.onnx_bytes(runner.build(recipe))
         found, expected = both(data, x.numpy())
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

@@ -18,6 +18,7 @@ from paretorch.errors import ExportFailed
 from paretorch.runners.evaluate import EvaluationPlan
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.target import Target, as_target
 from paretorch.runners.task import Task, batches
@@ -38,7 +39,9 @@ def runner(tmp_path_factory):
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
     data = TensorDataset(torch.randn(210, 1, 8, 8), torch.arange(210) % 10)
     task = Task("t", lambda: net, train=data, validation=data, test=data, metric=distance, metric_name="closeness", batch_size=32)  # fmt: skip
-    found = LocalRunner(task, tmp_path_factory.mktemp("files"), seconds=0.002, calibration_images=32)
+    found = LocalRunner(
+        task, tmp_path_factory.mktemp("files"), MeasurementSettings(seconds=0.002, calibration_images=32)
+    )
     _, packed = found.baseline()
     found.path(Recipe()).write_bytes(packed)
     found.run(SMALL)

@@ -19,6 +19,7 @@ from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.quantize import FakeQuantize
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.runners.training import finetune as recover
 from paretorch.runners.training.finetune import State, finetune, trainable
@@ -338,7 +339,7 @@ def test_a_killed_training_goes_on_and_gives_the_same_file(network, task_of, tmp
             if phase == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        runner = LocalRunner(task_of(model, x, batch_size=16), folder, calibration_images=64)
+        runner = LocalRunner(task_of(model, x, batch_size=16), folder, MeasurementSettings(calibration_images=64))
         return runner.build(recipe, report), [phase for phase in heard if "tuning" in phase]
 
     whole, heard = build(tmp_path / "whole")
@@ -439,7 +440,7 @@ def test_a_candidate_whose_zeros_grew_ships_with_them(network, task_of, tmp_path
     model, x = network("residual")
     steps = tuple(Sparsify(name, 0.8) for name in ("stem", "layer1.0.conv1"))
     recipe = Recipe((*steps, Recover("finetune", 2, 0.05, gradual=True), Recover("finetune", 1, 0.02)))
-    runner = LocalRunner(task_of(model, x, batch_size=16), tmp_path, calibration_images=64)
+    runner = LocalRunner(task_of(model, x, batch_size=16), tmp_path, MeasurementSettings(calibration_images=64))
     data = runner.build(recipe)
     assert data == runner.build(recipe)
     arrays = [onnx.numpy_helper.to_array(entry) for entry in packing.unpack(data).graph.initializer]

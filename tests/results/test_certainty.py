@@ -13,18 +13,13 @@ from paretorch.errors import StudyError
 from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.objectives.paired import paired
+from paretorch.results import stored
 from paretorch.results.candidate import OK, Candidate
+from paretorch.results.certainty import describe_clusters, describe_optimism
+from paretorch.results.folder import BASELINE, StudyFolder
 from paretorch.results.front import Front
+from paretorch.results.parity import parity_failure
 from paretorch.runners.files.atomic import write_scores
-from paretorch.search.finalists import (
-    BASELINE,
-    described_clusters,
-    described_optimism,
-    optimism,
-    parity_failure,
-    read_finalists,
-    with_tests,
-)
 from paretorch.spaces.recipe import Quantize, Recipe
 
 N = 400
@@ -66,7 +61,7 @@ def test_a_member_joins_the_cheapest_one_that_is_not_worse(tmp_path):
     scores = [right(340), right(343), right(360), right(363), right(300)]
     front = finalists(tmp_path, members, scores)
     assert front.clusters == {0: 0, 1: 0, 2: 2, 3: 2, 4: 0}
-    assert described_clusters(front) == [
+    assert describe_clusters(front.clusters, front.quality) == [
         "#0 is recommended over #1, #4: cheaper, and in accuracy not told apart on the test split (paired, 5% for each pair)",
         "#2 is recommended over #3: cheaper, and in accuracy not told apart on the test split (paired, 5% for each pair)",
     ]
@@ -185,17 +180,19 @@ def test_optimism_is_a_difference_of_means_of_pairs(tmp_path):
     front = finalists(tmp_path, members, tests, base=base_test.astype(float))
     front = replace(front, baseline=Measurement({**BASE.metrics, "accuracy": Estimate.of(base_val.astype(float))}))
     assert len(front.members) == 3
-    found = optimism(front)
+    found = front.optimism()
     by_hand = np.mean([v - base_val for v in vals], 0), np.mean([t - base_test for t in tests], 0)
     assert found.value == pytest.approx(by_hand[0].mean() - by_hand[1].mean())
     assert found.low == found.high, "no validation scores, no interval"
     for m, v in zip(members, vals, strict=True):
         write_scores(tmp_path / "candidates" / f"{m.recipe.key}.npy", v)
     write_scores(tmp_path / "candidates" / f"{Recipe().key}.npy", base_val.astype(float))
-    found = optimism(front)
+    found = front.optimism()
     error = np.sqrt(by_hand[0].var(ddof=1) / 300 + by_hand[1].var(ddof=1) / N)
     assert (found.high - found.low) / 2 == pytest.approx(1.959964 * error)
-    assert f"by {100 * found.value:+.2f} ±{100 * 1.959964 * error:.2f} points" in described_optimism(front)
+    assert f"by {100 * found.value:+.2f} ±{100 * 1.959964 * error:.2f} points" in describe_optimism(
+        front.optimism(), front.quality
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -207,16 +204,17 @@ def test_finalists_of_an_older_study_are_read(tmp_path):
     old = {name: vars(metric) for name, metric in
            {"accuracy": Estimate.rate(90, 100), "latency_ms": Estimate(1, 0.9, 1.1, 10), "size_bytes": Estimate.exact(7)}.items()}  # fmt: skip
     (tmp_path / "finalists.json").write_text(json.dumps({BASELINE: old, candidate.recipe.key: old}))
-    (found,), base = with_tests([candidate], tmp_path)
+    finalists = StudyFolder(tmp_path).read_finalists()
+    (found,), base = stored.with_tests([candidate], finalists), stored.tested_baseline(finalists)
     assert base == Estimate.rate(90, 100)
     assert found.test["latency_ms"].value == 1
     front = Front((found,), (Objective("accuracy", True),), Budget(), BASE, tmp_path, base)
     assert front.clusters == {}
     assert front.verdicts(found) == {"speed": "faster"}
-    assert optimism(front).value == pytest.approx(0.0)
+    assert front.optimism().value == pytest.approx(0.0)
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "finalists.json").write_text('{"baseline": {"accuracy": 3}}')
     with pytest.raises(StudyError, match=r"finalists\.json is damaged .*; delete it"):
-        read_finalists(tmp_path)
+        StudyFolder(tmp_path).read_finalists()
