@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,14 @@ from torch import nn
 from paretorch.errors import ConfigError, StudyError
 from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
-from paretorch.results import register as module
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
-from paretorch.results.register import register
-from paretorch.results.tracking.tracker import Tracker, local_store
+from paretorch.results.register import CODE, register
+from paretorch.results.tracking.store import local_store
+from paretorch.results.tracking.tracker import Tracker
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import DISABLED_OPTIMIZERS, export_float, session
+from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session
 from paretorch.spaces.recipe import Quantize, Recipe
 
 mlflow = pytest.importorskip("mlflow")
@@ -245,21 +245,8 @@ def test_what_cannot_be_registered(study: SimpleNamespace, tmp_path: Path) -> No
     assert not mlflow.MlflowClient(uri, uri).search_registered_models()
 
 
-@pytest.mark.parametrize("uri", [None, "sqlite:////tmp/never-made/mlflow.db"])
-def test_the_settings_of_the_process_stay(monkeypatch: pytest.MonkeyPatch, uri: str | None) -> None:
-    if uri:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_UV_AUTO_DETECT", "true")
-    before, store = dict(os.environ), mlflow.get_tracking_uri()
-    with module._process_wide("sqlite:////tmp/another/mlflow.db"):
-        assert mlflow.get_tracking_uri() == "sqlite:////tmp/another/mlflow.db"
-        assert os.environ["MLFLOW_UV_AUTO_DETECT"] == "false"
-    assert (dict(os.environ), mlflow.get_tracking_uri()) == (before, store)
-    mlflow.set_tracking_uri(None)
-
-
 def test_the_code_that_is_registered_needs_little() -> None:
-    tree = ast.parse(module._CODE.read_text())
+    tree = ast.parse(CODE.read_text())
     named = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     tops = {alias.name.split(".")[0] for node in named if isinstance(node, ast.Import) for alias in node.names}
     tops |= {(node.module or "").split(".")[0] for node in named if isinstance(node, ast.ImportFrom)}
