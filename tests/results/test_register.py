@@ -19,6 +19,7 @@ from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.results.register import CODE, register
+from paretorch.results.registered_model import _session
 from paretorch.results.tracking.store import local_store
 from paretorch.results.tracking.tracker import Tracker
 from paretorch.runners.files import packing
@@ -252,3 +253,35 @@ def test_the_code_that_is_registered_needs_little() -> None:
     tops |= {(node.module or "").split(".")[0] for node in named if isinstance(node, ast.ImportFrom)}
     assert not any(node.level for node in named if isinstance(node, ast.ImportFrom))
     assert tops - sys.stdlib_module_names == {"mlflow", "numpy", "onnxruntime"}
+
+
+def sums(layers: int) -> bytes:
+    """A network that adds up products of uint8 and int8 in some layers, all with the same weights."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = numpy_helper.from_array(np.full((64, 16), 127, np.int8), "w")
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 64])
+    outputs = [helper.make_tensor_value_info(f"y{n}", TensorProto.INT32, [1, 16]) for n in range(layers)]
+    nodes = [helper.make_node("MatMulInteger", ["x", "w"], [f"y{n}"]) for n in range(layers)]
+    graph = helper.make_graph(nodes, "sums", [x], outputs, [weights])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+
+
+CONFIG = {"threads": 1, "disabled_optimizers": DISABLED_OPTIMIZERS}
+
+
+def test_the_registered_code_adds_up_8_bit_products_exactly() -> None:
+    (total,) = _session(sums(1), CONFIG).run(None, {"x": np.full((1, 64), 255, np.uint8)})
+    assert (total == 64 * 255 * 127).all(), "they saturate at 16 bits"
+
+
+def test_the_registered_code_loads_layers_that_share_weights() -> None:
+    """Where it makes products exact (x86 without VNNI), ONNX Runtime refuses two layers with one tensor."""
+    first, second = _session(sums(2), CONFIG).run(None, {"x": np.ones((1, 64), np.uint8)})
+    assert (first == 64 * 127).all()
+    assert (second == 64 * 127).all()
+
+
+def test_the_registered_code_raises_what_else_onnx_runtime_refuses() -> None:
+    with pytest.raises(Exception, match="INVALID_PROTOBUF"):
+        _session(b"no network", CONFIG)
