@@ -1,8 +1,10 @@
-"""A candidate as a version of a registered model, to be loaded and served where neither paretorch nor torch is installed.
+"""A candidate as a version of a registered model, which loads and serves without paretorch and torch.
 
-What is registered is an MLflow pyfunc model from code: `registered_model.py`, and beside it the files of an export. MLflow
-runs that file and unpickles nothing, so it loads with `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false`. This module decides what
-is registered and checks the names; `tracking.registry` writes it.
+What is registered is an MLflow pyfunc model from code: `registered_model.py`, and beside it the files of an export.
+MLflow runs that file and unpickles nothing, so it loads with `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false`.
+
+This module decides what is registered and checks the names; `tracking.registry` writes it. All files are exported to a
+temporary folder before the store is touched.
 """
 
 from __future__ import annotations

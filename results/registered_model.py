@@ -1,7 +1,7 @@
 """The model that `paretorch register` puts into the MLflow registry: MLflow copies this file and runs the copy.
 
-It needs MLflow, NumPy and ONNX Runtime, and neither paretorch nor torch; so it imports nothing else, and what it must
-know stands in the model's configuration. Nothing is pickled.
+It imports MLflow, NumPy and ONNX Runtime, and neither paretorch nor torch; what it must know is in the model's
+configuration. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ExportedNetwork(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["exported"])
         data = (folder / "model.onnx").read_bytes()
-        if (
-            hashlib.sha256(data).hexdigest()
-            != json.loads((folder / "artifact.json").read_text())["sha256"]["model.onnx"]
-        ):
-            raise ValueError(f"{folder / 'model.onnx'} was changed after it was exported: its SHA-256 is not the one in "
-                             "artifact.json; register the candidate again")  # fmt: skip
+        known = json.loads((folder / "artifact.json").read_text())["sha256"]["model.onnx"]
+        if hashlib.sha256(data).hexdigest() != known:
+            raise ValueError(
+                f"{folder / 'model.onnx'} was changed after it was exported: its SHA-256 is not the one in "
+                "artifact.json; register the candidate again"
+            )
         self._session = _session(data, context.model_config or {})
         self._input = self._session.get_inputs()[0].name
 
@@ -46,7 +46,7 @@ def _session(model: bytes, config: dict[str, Any]) -> ort.InferenceSession:
     try:
         return _created(model, config, exact=True)
     except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-        # ONNX Runtime 1.32 stumbles, where it makes products exact, over weights that several layers share.
+        # Where ONNX Runtime 1.32 makes products exact, it refuses weights that several layers share.
         if "replace the existing tensor" not in str(error):
             raise
         return _created(model, config, exact=False)
@@ -58,8 +58,8 @@ def _created(model: bytes, config: dict[str, Any], exact: bool) -> ort.Inference
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if exact:
-        # Without VNNI, x86 adds up products of uint8 and int8 in 16 bits, which saturate. With this ONNX Runtime turns the
-        # weights to uint8 there, whose kernels are exact; elsewhere it changes nothing.
+        # Without VNNI, x86 adds up products of uint8 and int8 in 16 bits, which saturate. With this ONNX Runtime turns
+        # the weights to uint8 there, whose kernels are exact; elsewhere it changes nothing.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=config["disabled_optimizers"]

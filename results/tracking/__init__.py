@@ -1,5 +1,6 @@
-"""MLflow as a mirror of a study. With `results/registered_model.py`, whose copy MLflow runs, this is the only place that
-imports MLflow. The study's journal stays the source of truth: nothing is read back from MLflow to continue a search.
+"""A study in MLflow. The study's journal stays the source of truth: nothing is read back to continue a search.
+
+With `results/registered_model.py`, whose copy MLflow runs, this is the only place that imports MLflow.
 
 - `database`: the SQLite file of a local store, and the file lock under which it is created.
 - `store`: tracking URIs, which run belongs to a study, and writing runs with retries and explained errors.

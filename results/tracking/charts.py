@@ -33,8 +33,8 @@ def page(directory: Path) -> str:
 def view(front: Front, run_id: str) -> str:
     """The state of MLflow's chart page for a study, as its UI saves it.
 
-    By default the page draws parent runs only. This state is internal to MLflow's UI and nothing depends on it: a UI that
-    does not know it any more shows its default page.
+    By default the page draws parent runs only. This state is internal to MLflow's UI and nothing depends on it: a UI
+    that does not know it any more shows its default page.
     """
     quality = front.quality
     costs = [

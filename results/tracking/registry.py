@@ -1,7 +1,6 @@
 """A version of a registered model in MLflow's model registry: created as a whole, or not at all.
 
-All files are written to a temporary folder before the registry is touched; what has been created is deleted when a later
-step fails. The alias, by which production finds the model, moves last.
+What has been created is deleted when a later step fails. The alias, by which production finds the model, moves last.
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ class Registry:
                 artifacts={"exported": str(new.exported)},
                 model_config=dict(new.config),
                 signature=ModelSignature(_schema(new.inputs), _schema(new.outputs)),
-                # Zeros, because the data are not at hand here, and a large image of other numbers makes megabytes of JSON.
+                # Zeros: the data are not available here, and a large image of other numbers makes megabytes of JSON.
                 input_example=np.zeros([n if isinstance(n, int) else 1 for n in new.inputs], np.float32),
                 pip_requirements=list(new.requirements),
                 mlflow_model=Model(

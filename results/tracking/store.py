@@ -4,8 +4,8 @@ Measured on MLflow 3.17:
 
 - `import mlflow` takes two seconds, so it happens inside functions. Telemetry is off unless the user turned it on.
 - The file store (`./mlruns`) is refused by MLflow 3; the local default is SQLite next to an artifact folder.
-- Artifacts of a local store are written as plain files where the run says they are stored; asking the client for the same
-  costs 10 ms per candidate.
+- Artifacts of a local store are written as plain files into the run's artifact folder; through the client this would
+  cost 10 ms per candidate.
 - `log_table` appends to a table that is already there, so a resumed study would repeat its rows. The table is therefore
   written in the same format, as a whole.
 """

@@ -1,8 +1,8 @@
 """A study as runs in MLflow.
 
-MLflow gets one parent run per study and one child run per finished candidate, whatever its end. It can be restored from the
-study's journal at any time (`Tracker.sync`): after a `kill -9`, after runs were deleted, or when the study continues in
-another store. So nothing here is ever read back to decide anything.
+MLflow gets one parent run per study and one child run per finished candidate, whatever its state. The runs can be
+restored from the study's journal at any time (`Tracker.sync`): after a `kill -9`, after runs were deleted, or when the
+study continues in another store. So nothing here is ever read back to decide anything.
 
 A candidate is written in one go at its end (create, one batch, terminate): a kill leaves at most one RUNNING run.
 """
@@ -48,8 +48,8 @@ class _Child:
 class Tracker:
     """Writes one study into MLflow: `start`, `sync` after a resume, `log` per candidate, `finish`.
 
-    Which run is the study's is kept in `mlflow_run.json` in the study's folder. The caller makes sure that one process at a
-    time writes a study; different studies may share a store at the same time.
+    Which run is the study's is kept in `mlflow_run.json` in the study's folder. The caller makes sure that one process
+    at a time writes a study; different studies may share a store at the same time.
 
     Args:
         study_name: the name of the parent run.
@@ -171,7 +171,7 @@ class Tracker:
         )
 
     def _close_strays(self, tags: Mapping[str, str]) -> None:
-        """End what an earlier study in this very folder, since removed, has left RUNNING."""
+        """End the runs that an earlier study in this folder, since removed, has left RUNNING."""
         # MLflow's filters know no escape, so a value with a quote matches nothing.
         values = {
             name: tags[name].replace("'", "") for name in ("paretorch.role", "paretorch.study_dir", "paretorch.host")
@@ -234,7 +234,7 @@ class Tracker:
         """Make the child runs those of the candidates: after `start` of a resumed study.
 
         Runs left RUNNING by a kill, duplicates and runs that fit no candidate are removed; candidates without a run are
-        logged. `hypervolumes` stand beside the candidates. Returns how many candidates' runs had to be corrected.
+        logged. `hypervolumes` has a value per candidate. Returns how many candidates' runs had to be corrected.
         """
         known = {candidate.number: candidate for candidate in candidates}
         self.store.remove_parts(self._run)
@@ -267,8 +267,8 @@ class Tracker:
     ) -> None:
         """Write the study's result onto the parent run and end it.
 
-        Children get the finalists' test metrics, whether they are on the final front, and as tags the verdicts on members
-        (`Front.verdicts`).
+        Children get the finalists' test metrics, whether they are on the final front, and as tags the verdicts on
+        members (`Front.verdicts`).
 
         Args:
             front: of the whole study.
@@ -314,7 +314,7 @@ class Tracker:
 
 
 def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
-    """Put the sensitivity files of a study's folder into its MLflow run; False when it has none.
+    """Put the sensitivity files of a study's folder into its MLflow run; False without a run.
 
     `uri` is the store that the configuration names. Nothing else in the store is touched. Raises `StudyError` when the
     store cannot be used or the run is no longer there.
@@ -323,7 +323,7 @@ def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
 
 
 def add_targets(directory: Path, uri: str | None = None) -> bool:
-    """Put what `retarget` wrote into a study's folder into its MLflow run; False when it has none. As `add_sensitivity`."""
+    """Put the files of `retarget` in a study's folder into its MLflow run, like `add_sensitivity`. False without a run."""
     return _add(directory, uri, _put_targets)
 
 

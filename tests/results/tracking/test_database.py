@@ -32,10 +32,14 @@ print(tracker.run_id)
 def test_two_searches_start_at_once_on_one_fresh_store(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     started = [
-        subprocess.Popen([sys.executable, "-c", SEARCH, str(tmp_path / name), uri, name],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", SEARCH, str(tmp_path / name), uri, name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for name in ("one", "two")
-    ]  # fmt: skip
+    ]
     ended = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
     assert [error for _, error in ended] == ["", ""]

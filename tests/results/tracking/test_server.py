@@ -31,7 +31,8 @@ def test_the_ui_opens_on_the_study_and_ends_with_ctrl_c(directory: Path) -> None
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code = f"from paretorch.results.tracking.server import serve\nserve(*{local_store(directory)}, {port}, {page(directory)!r})"
+        arguments = (*local_store(directory), port, page(directory))
+        code = f"from paretorch.results.tracking.server import serve\nraise SystemExit(serve(*{arguments}))"
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -50,27 +51,40 @@ def candidates() -> list[Candidate]:
         return Recipe((Quantize("conv", n, 8 if n <= 8 else 32), Quantize("fc", n), Recover("batchnorm")))
 
     return [
-        Candidate(0, Recipe(), "over_budget", "over size_bytes <= 50%", BASE, {"size_bytes <= 50%": 1.0}, None, "untouched"),
-        Candidate(1, bits(8), "ok", "", measured(189, 260), {"size_bytes <= 50%": -0.48}, {"conv": 4, "fc": 4}, "uniform 8 bit"),
+        Candidate(
+            0, Recipe(), "over_budget", "over size_bytes <= 50%", BASE, {"size_bytes <= 50%": 1.0}, None, "untouched"
+        ),
+        Candidate(
+            1,
+            bits(8),
+            "ok",
+            "",
+            measured(189, 260),
+            {"size_bytes <= 50%": -0.48},
+            {"conv": 4, "fc": 4},
+            "uniform 8 bit",
+        ),
         Candidate(2, bits(4), "ok", "", measured(180, 140, 0.4), {"size_bytes <= 50%": -0.72}, {"conv": 2, "fc": 2}),
         Candidate(3, bits(3), "failed", "ExportFailed: " + "x" * 900, None, {}, {"conv": 1, "fc": 1}),
-        Candidate(4, bits(16), "over_budget", "refused by arithmetic", None, {"size_bytes <= 50%": 0.02}, {"conv": 6, "fc": 6}),
+        Candidate(
+            4, bits(16), "over_budget", "refused by arithmetic", None, {"size_bytes <= 50%": 0.02}, {"conv": 6, "fc": 6}
+        ),
         Candidate(5, bits(2), "ok", "", measured(120, 300), {"size_bytes <= 50%": -0.4}, {"conv": 0, "fc": 0}),
-    ]  # fmt: skip
+    ]
 
 
-def front(found: list[Candidate], directory: Path | None = None) -> Front:
+def front(tried: list[Candidate], directory: Path | None = None) -> Front:
     objectives = tuple(Objective.parse(text) for text in ("accuracy", "size_bytes", "latency_ms"))
-    return Front(tuple(found), objectives, Budget.parse(["size_bytes <= 50%"]), BASE, directory)
+    return Front(tuple(tried), objectives, Budget.parse(["size_bytes <= 50%"]), BASE, directory)
 
 
 def picks(candidate: Candidate) -> dict[str, object]:
     return {f"{name}.bits[w]": f"level {value}" for name, value in (candidate.picks or {}).items()}
 
 
-def log_all(tracker: Tracker, found: list[Candidate]) -> None:
-    members = {c.number for c in front(found).members}
-    for candidate, volume in zip(found, hypervolume_curve(front(found)), strict=True):
+def log_all(tracker: Tracker, tried: list[Candidate]) -> None:
+    members = {c.number for c in front(tried).members}
+    for candidate, volume in zip(tried, hypervolume_curve(front(tried)), strict=True):
         tracker.log(candidate, volume, candidate.number in members, picks(candidate))
 
 
@@ -82,20 +96,20 @@ def started(directory: Path, **kwargs: str) -> Tracker:
     return tracker
 
 
-def children(tracker: Tracker) -> dict[str, object]:
+def children(tracker: Tracker) -> dict[str, Any]:
     runs = tracker._search(f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
     numbers = [run.data.tags["paretorch.number"] for run in runs]
     assert len(set(numbers)) == len(numbers), "a candidate has two runs"
     return dict(zip(numbers, runs, strict=True))
 
 
-def artifact(run: object, name: str) -> Path:
-    return Path(run.info.artifact_uri.removeprefix("file://")) / name  # type: ignore[attr-defined]
+def artifact(run: Any, name: str) -> Path:
+    return Path(run.info.artifact_uri.removeprefix("file://")) / name
 
 
 def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
     parent, runs = tracker.store.client.get_run(tracker.run_id), children(tracker)
     assert sorted(runs) == ["0", "1", "2", "3", "4", "5"]
     assert parent.info.status == "RUNNING"
@@ -105,7 +119,7 @@ def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> No
     assert artifact(parent, "config.yaml").read_text() == "trials: 6\n"
     assert json.loads(artifact(parent, "environment.json").read_text()) == {"torch": "2"}
     assert artifact(parent, "config.yaml").is_relative_to(directory / "mlartifacts")
-    for candidate in found:
+    for candidate in tried:
         run = runs[str(candidate.number)]
         tags = run.data.tags
         assert run.info.status == ("FAILED" if candidate.state == "failed" else "FINISHED")
@@ -124,39 +138,44 @@ def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> No
     assert 1500 < first.info.end_time - first.info.start_time < 2500
     assert (first.data.tags["paretorch.front"], runs["5"].data.tags["paretorch.front"]) == ("true", "false")
     history = tracker.store.client.get_metric_history(tracker.run_id, "hypervolume")
-    assert [entry.value for entry in sorted(history, key=lambda e: e.step)] == hypervolume_curve(front(found))
+    assert [entry.value for entry in sorted(history, key=lambda e: e.step)] == hypervolume_curve(front(tried))
 
 
 def test_logging_twice_changes_nothing(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
     before = {number: run.info.run_id for number, run in children(tracker).items()}
-    log_all(tracker, found)
+    log_all(tracker, tried)
     again = started(directory)
     assert again.run_id == tracker.run_id
-    assert again.sync(found, hypervolume_curve(front(found)), picks) == 0
+    assert again.sync(tried, hypervolume_curve(front(tried)), picks) == 0
     assert {number: run.info.run_id for number, run in children(again).items()} == before
-    assert len(again.store.client.get_metric_history(again.run_id, "hypervolume")) == len(found)
+    assert len(again.store.client.get_metric_history(again.run_id, "hypervolume")) == len(tried)
 
 
 def test_a_killed_study_is_mended(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found[:3])
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried[:3])
     client = tracker.store.client
 
     def child(number: int, key: str) -> str:
-        tags = {"mlflow.parentRunId": tracker.run_id, "paretorch.role": "trial", "paretorch.number": str(number),
-                "paretorch.recipe_key": key, "paretorch.state": "ok"}  # fmt: skip
+        tags = {
+            "mlflow.parentRunId": tracker.run_id,
+            "paretorch.role": "trial",
+            "paretorch.number": str(number),
+            "paretorch.recipe_key": key,
+            "paretorch.state": "ok",
+        }
         return str(client.create_run(tracker.experiment_id, tags=tags).info.run_id)
 
-    half = child(3, found[3].recipe.key)  # left RUNNING
+    half = child(3, tried[3].recipe.key)  # left RUNNING
     parts = []
     for run_id, name in ((half, ".recipe.json.1.part"), (tracker.run_id, "report/.front.csv.1.part")):
         folder = Path(urlsplit(client.get_run(run_id).info.artifact_uri).path)
         parts.append(folder / name)
         parts[-1].parent.mkdir(parents=True, exist_ok=True)
         parts[-1].write_text("ha")
-    twin = child(2, found[2].recipe.key)  # finished, but a duplicate
+    twin = child(2, tried[2].recipe.key)  # finished, but a duplicate
     client.set_terminated(twin)
     foreign = child(77, "0" * 16)  # of no candidate
     client.set_terminated(foreign)
@@ -164,7 +183,7 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
     resumed = started(directory)
     assert resumed.run_id == tracker.run_id
     # 3 was half written, 4 and 5 are missing, 2 was there twice, 77 belongs to nobody.
-    assert resumed.sync(found, hypervolume_curve(front(found)), picks) == 5
+    assert resumed.sync(tried, hypervolume_curve(front(tried)), picks) == 5
     runs = children(resumed)
     assert sorted(runs) == ["0", "1", "2", "3", "4", "5"]
     assert half not in {run.info.run_id for run in runs.values()}
@@ -172,21 +191,21 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
     assert {run.info.status for run in runs.values()} == {"FINISHED", "FAILED"}
     history = resumed.store.client.get_metric_history(resumed.run_id, "hypervolume")
     assert sorted(entry.step for entry in history) == [0, 1, 2, 3, 4, 5]
-    resumed.finish(front(found), directory / "nothing", "text", "KILLED")
+    resumed.finish(front(tried), directory / "nothing", "text", "KILLED")
     assert not resumed._search("attributes.status = 'RUNNING'")
     every = client.search_runs([resumed.experiment_id], run_view_type=3)  # deleted ones too
     assert "RUNNING" not in {run.info.status for run in every}
 
 
 def test_finish_tells_what_was_found(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
-    found[2] = replace(found[2], test={"accuracy": Estimate.rate(885, 1000)})
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
+    tried[2] = replace(tried[2], test={"accuracy": Estimate.rate(885, 1000)})
     # A better one takes the place of number 1.
     better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(192, 200, 0.3), {}, {"conv": 3, "fc": 3})
-    found.append(better)
-    log_all(tracker, found)
-    final = front(found, directory)
+    tried.append(better)
+    log_all(tracker, tried)
+    final = front(tried, directory)
     note = write_report(final, directory / "report", name="digits")
     for _ in range(2):  # a resumed study finishes again, and nothing doubles
         tracker.finish(final, directory / "report", note)
@@ -198,7 +217,7 @@ def test_finish_tells_what_was_found(directory: Path) -> None:
     assert parent.data.metrics["baseline.accuracy"] == 0.95
     assert parent.data.metrics["candidates.failed"] == 1
     assert {n: run.data.tags["paretorch.front"] for n, run in runs.items()} == {
-        str(c.number): str(c in final.members).lower() for c in found
+        str(c.number): str(c in final.members).lower() for c in tried
     }
     assert runs["1"].data.tags["paretorch.front"] == "false"
     assert runs["2"].data.metrics["test_accuracy"] == 0.885
@@ -214,19 +233,23 @@ def test_finish_tells_what_was_found(directory: Path) -> None:
 
 def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
     """And what is not true any more of one that left the front is taken back."""
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
     (directory / "finalists").mkdir()
-    best = front(found, directory).members
+    best = front(tried, directory).members
     for candidate in best:
         write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", np.arange(100) % 10 / 10)
-        known = {"accuracy": Estimate.rate(900, 1000), "latency_ratio": Estimate(1.2, 1.1, 1.3, 40),
-                 "parity_agreement": Estimate.rate(900, 1000), "parity_metric": Estimate(0, 0, 0, 100),
-                 "parity_simulated": Estimate.rate(900, 1000)}  # fmt: skip
+        known = {
+            "accuracy": Estimate.rate(900, 1000),
+            "latency_ratio": Estimate(1.2, 1.1, 1.3, 40),
+            "parity_agreement": Estimate.rate(900, 1000),
+            "parity_metric": Estimate(0, 0, 0, 100),
+            "parity_simulated": Estimate.rate(900, 1000),
+        }
         if candidate is not best[0]:
             known["parity_agreement"] = Estimate.rate(1000, 1000)
-        found[candidate.number] = replace(candidate, test=known)
-    final = front(found, directory)
+        tried[candidate.number] = replace(candidate, test=known)
+    final = front(tried, directory)
     tracker.finish(final, directory / "report", "")
     tags = {n: run.data.tags for n, run in children(tracker).items()}
     first, second = (tags[str(candidate.number)] for candidate in best[:2])
@@ -237,9 +260,9 @@ def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
     assert "paretorch.cluster" not in first
     assert children(tracker)[str(best[1].number)].data.metrics["test_latency_ratio_low"] == 1.1
     better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(200, 1, 0.01), {}, {"conv": 3, "fc": 3})
-    found.append(better)
-    log_all(tracker, found)
-    tracker.finish(front(found, directory), directory / "report", "")
+    tried.append(better)
+    log_all(tracker, tried)
+    tracker.finish(front(tried, directory), directory / "report", "")
     left = children(tracker)[str(best[1].number)].data.tags
     assert (left["paretorch.front"], left["paretorch.recommended"], left["paretorch.cluster"]) == ("false",) * 3
 
@@ -358,21 +381,21 @@ def test_the_run_is_found_again_without_its_id(directory: Path) -> None:
 
 
 def test_a_deleted_parent_is_replaced(directory: Path) -> None:
-    first, found = started(directory), candidates()
-    log_all(first, found)
+    first, tried = started(directory), candidates()
+    log_all(first, tried)
     first.store.client.delete_run(first.run_id)
     second = started(directory)
     assert second.run_id != first.run_id
-    assert second.sync(found, hypervolume_curve(front(found)), picks) == len(found)
+    assert second.sync(tried, hypervolume_curve(front(tried)), picks) == len(tried)
 
 
 def test_a_moved_study_makes_its_mirror_anew(directory: Path) -> None:
-    found = candidates()
-    log_all(started(directory / "a"), found[:2])
+    tried = candidates()
+    log_all(started(directory / "a"), tried[:2])
     (directory / "a").rename(directory / "b")
     assert saved_uri(directory / "b") == local_store(directory / "b")[0]
     moved = started(directory / "b")
-    assert moved.sync(found, hypervolume_curve(front(found)), picks) == len(found)
+    assert moved.sync(tried, hypervolume_curve(front(tried)), picks) == len(tried)
     assert artifact(children(moved)["0"], "recipe.json").is_relative_to(directory / "b")
 
 
