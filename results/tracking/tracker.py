@@ -323,7 +323,7 @@ def add_sensitivity(directory: Path, uri: str | None = None) -> bool:
 
 
 def add_targets(directory: Path, uri: str | None = None) -> bool:
-    """Put the files of `retarget` in a study's folder into its MLflow run, like `add_sensitivity`. False without a run."""
+    """Put what `retarget` wrote into a study's folder into its MLflow run; like `add_sensitivity`."""
     return _add(directory, uri, _put_targets)
 
 
