@@ -880,7 +880,9 @@ def ui(
 ) -> None:
     """Open a study in the MLflow UI, reachable from this machine only."""
     from .errors import StudyError
-    from .results.tracking.tracker import local_store, page, saved_uri, serve
+    from .results.tracking.charts import page
+    from .results.tracking.server import serve
+    from .results.tracking.store import local_store, saved_uri
 
     if not (study / "study.json").exists():
         raise StudyError(f"there is no study in {study}: it has no study.json; name the folder that a search has written, such as "

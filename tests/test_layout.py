@@ -17,7 +17,10 @@ ROOT = Path(paretorch.__file__).parent
 ORDER = ("errors", "spaces", "objectives", "runners", "results", "search", "configs", "people")
 PEOPLE = ("cli", "console", "__init__")
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-SEARCH_ONLY = {"optuna", "mlflow"}
+ONLY_IN = {
+    "optuna": ("paretorch.search.",),
+    "mlflow": ("paretorch.results.tracking.", "paretorch.results.registered_model."),
+}
 
 
 def folder(package: str) -> Path:
@@ -118,9 +121,10 @@ def test_there_is_no_cycle_of_imports():
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_only_the_search_imports_optuna_and_mlflow(module):
-    if not module.startswith("paretorch.search"):
-        assert not SEARCH_ONLY & {name.split(".")[0] for name, _ in imports(module)}
+def test_optuna_and_mlflow_are_imported_in_one_place_each(module):
+    tops = {name.split(".")[0] for name, _ in imports(module)}
+    for library, homes in ONLY_IN.items():
+        assert library not in tops or f"{module}.".startswith(homes), f"{module} imports {library}"
 
 
 def test_the_package_list_is_the_folders():

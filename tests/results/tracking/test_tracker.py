@@ -1,21 +1,13 @@
-"""The MLflow mirror, against real SQLite stores."""
+"""A study in MLflow, in real SQLite stores."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
-import signal
-import socket
-import sqlite3
-import subprocess
-import sys
-import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -28,14 +20,14 @@ from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.results.report.heatmap import write_sensitivity
 from paretorch.results.report.report import FILES, hypervolume_curve, write_report
-from paretorch.results.tracking import tracker as tracking
-from paretorch.results.tracking.tracker import Tracker, add_sensitivity, local_store, page, saved_uri, store_uri
+from paretorch.results.tracking import charts
+from paretorch.results.tracking.store import RUN_FILE, local_store, saved_uri
+from paretorch.results.tracking.tracker import Tracker, add_sensitivity
 from paretorch.runners.files.atomic import write_scores
 from paretorch.runners.sensitivity import KL, Sensitivity, SensitivityRow
 from paretorch.spaces.recipe import Quantize, Recipe, Recover
 
-mlflow = pytest.importorskip("mlflow")
-event = pytest.importorskip("sqlalchemy.event")
+pytest.importorskip("mlflow")
 BASE = Measurement(
     {
         "accuracy": Estimate.rate(190, 200),
@@ -43,11 +35,6 @@ BASE = Measurement(
         "latency_ms": Estimate(1.0, 0.97, 1.04, 40),
     }
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 def measured(hits: int, size: float, latency: float = 0.5) -> Measurement:
@@ -64,27 +51,40 @@ def candidates() -> list[Candidate]:
         return Recipe((Quantize("conv", n, 8 if n <= 8 else 32), Quantize("fc", n), Recover("batchnorm")))
 
     return [
-        Candidate(0, Recipe(), "over_budget", "over size_bytes <= 50%", BASE, {"size_bytes <= 50%": 1.0}, None, "untouched"),
-        Candidate(1, bits(8), "ok", "", measured(189, 260), {"size_bytes <= 50%": -0.48}, {"conv": 4, "fc": 4}, "uniform 8 bit"),
+        Candidate(
+            0, Recipe(), "over_budget", "over size_bytes <= 50%", BASE, {"size_bytes <= 50%": 1.0}, None, "untouched"
+        ),
+        Candidate(
+            1,
+            bits(8),
+            "ok",
+            "",
+            measured(189, 260),
+            {"size_bytes <= 50%": -0.48},
+            {"conv": 4, "fc": 4},
+            "uniform 8 bit",
+        ),
         Candidate(2, bits(4), "ok", "", measured(180, 140, 0.4), {"size_bytes <= 50%": -0.72}, {"conv": 2, "fc": 2}),
         Candidate(3, bits(3), "failed", "ExportFailed: " + "x" * 900, None, {}, {"conv": 1, "fc": 1}),
-        Candidate(4, bits(16), "over_budget", "refused by arithmetic", None, {"size_bytes <= 50%": 0.02}, {"conv": 6, "fc": 6}),
+        Candidate(
+            4, bits(16), "over_budget", "refused by arithmetic", None, {"size_bytes <= 50%": 0.02}, {"conv": 6, "fc": 6}
+        ),
         Candidate(5, bits(2), "ok", "", measured(120, 300), {"size_bytes <= 50%": -0.4}, {"conv": 0, "fc": 0}),
-    ]  # fmt: skip
+    ]
 
 
-def front(found: list[Candidate], directory: Path | None = None) -> Front:
+def front(tried: list[Candidate], directory: Path | None = None) -> Front:
     objectives = tuple(Objective.parse(text) for text in ("accuracy", "size_bytes", "latency_ms"))
-    return Front(tuple(found), objectives, Budget.parse(["size_bytes <= 50%"]), BASE, directory)
+    return Front(tuple(tried), objectives, Budget.parse(["size_bytes <= 50%"]), BASE, directory)
 
 
 def picks(candidate: Candidate) -> dict[str, object]:
     return {f"{name}.bits[w]": f"level {value}" for name, value in (candidate.picks or {}).items()}
 
 
-def log_all(tracker: Tracker, found: list[Candidate]) -> None:
-    members = {c.number for c in front(found).members}
-    for candidate, volume in zip(found, hypervolume_curve(front(found)), strict=True):
+def log_all(tracker: Tracker, tried: list[Candidate]) -> None:
+    members = {c.number for c in front(tried).members}
+    for candidate, volume in zip(tried, hypervolume_curve(front(tried)), strict=True):
         tracker.log(candidate, volume, candidate.number in members, picks(candidate))
 
 
@@ -96,21 +96,21 @@ def started(directory: Path, **kwargs: str) -> Tracker:
     return tracker
 
 
-def children(tracker: Tracker) -> dict[str, object]:
+def children(tracker: Tracker) -> dict[str, Any]:
     runs = tracker._search(f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
     numbers = [run.data.tags["paretorch.number"] for run in runs]
     assert len(set(numbers)) == len(numbers), "a candidate has two runs"
     return dict(zip(numbers, runs, strict=True))
 
 
-def artifact(run: object, name: str) -> Path:
-    return Path(run.info.artifact_uri.removeprefix("file://")) / name  # type: ignore[attr-defined]
+def artifact(run: Any, name: str) -> Path:
+    return Path(run.info.artifact_uri.removeprefix("file://")) / name
 
 
 def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
-    parent, runs = tracker._client.get_run(tracker.run_id), children(tracker)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
+    parent, runs = tracker.store.client.get_run(tracker.run_id), children(tracker)
     assert sorted(runs) == ["0", "1", "2", "3", "4", "5"]
     assert parent.info.status == "RUNNING"
     assert parent.data.params == {"task": "digits.py:task", "budget_0_": "size_bytes <= 50%"}
@@ -119,7 +119,7 @@ def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> No
     assert artifact(parent, "config.yaml").read_text() == "trials: 6\n"
     assert json.loads(artifact(parent, "environment.json").read_text()) == {"torch": "2"}
     assert artifact(parent, "config.yaml").is_relative_to(directory / "mlartifacts")
-    for candidate in found:
+    for candidate in tried:
         run = runs[str(candidate.number)]
         tags = run.data.tags
         assert run.info.status == ("FAILED" if candidate.state == "failed" else "FINISHED")
@@ -137,40 +137,45 @@ def test_a_study_is_one_parent_with_a_child_per_candidate(directory: Path) -> No
     assert first.data.metrics["excess.size_bytes at most 50 percent"] == -0.48
     assert 1500 < first.info.end_time - first.info.start_time < 2500
     assert (first.data.tags["paretorch.front"], runs["5"].data.tags["paretorch.front"]) == ("true", "false")
-    history = tracker._client.get_metric_history(tracker.run_id, "hypervolume")
-    assert [entry.value for entry in sorted(history, key=lambda e: e.step)] == hypervolume_curve(front(found))
+    history = tracker.store.client.get_metric_history(tracker.run_id, "hypervolume")
+    assert [entry.value for entry in sorted(history, key=lambda e: e.step)] == hypervolume_curve(front(tried))
 
 
 def test_logging_twice_changes_nothing(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
     before = {number: run.info.run_id for number, run in children(tracker).items()}
-    log_all(tracker, found)
+    log_all(tracker, tried)
     again = started(directory)
     assert again.run_id == tracker.run_id
-    assert again.sync(found, hypervolume_curve(front(found)), picks) == 0
+    assert again.sync(tried, hypervolume_curve(front(tried)), picks) == 0
     assert {number: run.info.run_id for number, run in children(again).items()} == before
-    assert len(again._client.get_metric_history(again.run_id, "hypervolume")) == len(found)
+    assert len(again.store.client.get_metric_history(again.run_id, "hypervolume")) == len(tried)
 
 
 def test_a_killed_study_is_mended(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found[:3])
-    client = tracker._client
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried[:3])
+    client = tracker.store.client
 
     def child(number: int, key: str) -> str:
-        tags = {"mlflow.parentRunId": tracker.run_id, "paretorch.role": "trial", "paretorch.number": str(number),
-                "paretorch.recipe_key": key, "paretorch.state": "ok"}  # fmt: skip
+        tags = {
+            "mlflow.parentRunId": tracker.run_id,
+            "paretorch.role": "trial",
+            "paretorch.number": str(number),
+            "paretorch.recipe_key": key,
+            "paretorch.state": "ok",
+        }
         return str(client.create_run(tracker.experiment_id, tags=tags).info.run_id)
 
-    half = child(3, found[3].recipe.key)  # left RUNNING
+    half = child(3, tried[3].recipe.key)  # left RUNNING
     parts = []
     for run_id, name in ((half, ".recipe.json.1.part"), (tracker.run_id, "report/.front.csv.1.part")):
         folder = Path(urlsplit(client.get_run(run_id).info.artifact_uri).path)
         parts.append(folder / name)
         parts[-1].parent.mkdir(parents=True, exist_ok=True)
         parts[-1].write_text("ha")
-    twin = child(2, found[2].recipe.key)  # finished, but a duplicate
+    twin = child(2, tried[2].recipe.key)  # finished, but a duplicate
     client.set_terminated(twin)
     foreign = child(77, "0" * 16)  # of no candidate
     client.set_terminated(foreign)
@@ -178,33 +183,33 @@ def test_a_killed_study_is_mended(directory: Path) -> None:
     resumed = started(directory)
     assert resumed.run_id == tracker.run_id
     # 3 was half written, 4 and 5 are missing, 2 was there twice, 77 belongs to nobody.
-    assert resumed.sync(found, hypervolume_curve(front(found)), picks) == 5
+    assert resumed.sync(tried, hypervolume_curve(front(tried)), picks) == 5
     runs = children(resumed)
     assert sorted(runs) == ["0", "1", "2", "3", "4", "5"]
     assert half not in {run.info.run_id for run in runs.values()}
     assert not [path for path in parts if path.exists()]
     assert {run.info.status for run in runs.values()} == {"FINISHED", "FAILED"}
-    history = resumed._client.get_metric_history(resumed.run_id, "hypervolume")
+    history = resumed.store.client.get_metric_history(resumed.run_id, "hypervolume")
     assert sorted(entry.step for entry in history) == [0, 1, 2, 3, 4, 5]
-    resumed.finish(front(found), directory / "nothing", "text", "KILLED")
+    resumed.finish(front(tried), directory / "nothing", "text", "KILLED")
     assert not resumed._search("attributes.status = 'RUNNING'")
     every = client.search_runs([resumed.experiment_id], run_view_type=3)  # deleted ones too
     assert "RUNNING" not in {run.info.status for run in every}
 
 
 def test_finish_tells_what_was_found(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
-    found[2] = replace(found[2], test={"accuracy": Estimate.rate(885, 1000)})
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
+    tried[2] = replace(tried[2], test={"accuracy": Estimate.rate(885, 1000)})
     # A better one takes the place of number 1.
     better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(192, 200, 0.3), {}, {"conv": 3, "fc": 3})
-    found.append(better)
-    log_all(tracker, found)
-    final = front(found, directory)
+    tried.append(better)
+    log_all(tracker, tried)
+    final = front(tried, directory)
     note = write_report(final, directory / "report", name="digits")
     for _ in range(2):  # a resumed study finishes again, and nothing doubles
         tracker.finish(final, directory / "report", note)
-    parent, runs = tracker._client.get_run(tracker.run_id), children(tracker)
+    parent, runs = tracker.store.client.get_run(tracker.run_id), children(tracker)
     assert parent.info.status == "FINISHED"
     assert all(artifact(parent, name).stat().st_size > 0 for name in FILES)
     assert parent.data.tags["mlflow.note.content"].startswith("# digits")
@@ -212,35 +217,39 @@ def test_finish_tells_what_was_found(directory: Path) -> None:
     assert parent.data.metrics["baseline.accuracy"] == 0.95
     assert parent.data.metrics["candidates.failed"] == 1
     assert {n: run.data.tags["paretorch.front"] for n, run in runs.items()} == {
-        str(c.number): str(c in final.members).lower() for c in found
+        str(c.number): str(c in final.members).lower() for c in tried
     }
     assert runs["1"].data.tags["paretorch.front"] == "false"
     assert runs["2"].data.metrics["test_accuracy"] == 0.885
-    assert len(tracker._client.get_metric_history(runs["2"].info.run_id, "test_accuracy")) == 1
+    assert len(tracker.store.client.get_metric_history(runs["2"].info.run_id, "test_accuracy")) == 1
     table = json.loads(artifact(parent, "front_table.json").read_text())
     assert [row[table["columns"].index("number")] for row in table["data"]] == [c.number for c in final.members]
-    loaded = json.loads(tracker._client.get_experiment(tracker.experiment_id).tags[f"mlflow.sharedViewState.{tracking._view_key(tracker.run_id)}"])  # fmt: skip
+    experiment = tracker.store.client.get_experiment(tracker.experiment_id)
+    loaded = json.loads(experiment.tags[f"mlflow.sharedViewState.{charts.view_key(tracker.run_id)}"])
     assert [chart["type"] for chart in loaded["compareRunCharts"]] == ["SCATTER", "SCATTER", "PARALLEL"]
     assert tracker.run_id in loaded["searchFilter"]
-    assert f"viewStateShareKey={tracking._view_key(tracker.run_id)}" in page(directory)
-    assert str(directory) in tracker.url_hint()
+    assert f"viewStateShareKey={charts.view_key(tracker.run_id)}" in charts.page(directory)
 
 
 def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
     """And what is not true any more of one that left the front is taken back."""
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
+    tracker, tried = started(directory), candidates()
+    log_all(tracker, tried)
     (directory / "finalists").mkdir()
-    best = front(found, directory).members
+    best = front(tried, directory).members
     for candidate in best:
         write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", np.arange(100) % 10 / 10)
-        known = {"accuracy": Estimate.rate(900, 1000), "latency_ratio": Estimate(1.2, 1.1, 1.3, 40),
-                 "parity_agreement": Estimate.rate(900, 1000), "parity_metric": Estimate(0, 0, 0, 100),
-                 "parity_simulated": Estimate.rate(900, 1000)}  # fmt: skip
+        known = {
+            "accuracy": Estimate.rate(900, 1000),
+            "latency_ratio": Estimate(1.2, 1.1, 1.3, 40),
+            "parity_agreement": Estimate.rate(900, 1000),
+            "parity_metric": Estimate(0, 0, 0, 100),
+            "parity_simulated": Estimate.rate(900, 1000),
+        }
         if candidate is not best[0]:
             known["parity_agreement"] = Estimate.rate(1000, 1000)
-        found[candidate.number] = replace(candidate, test=known)
-    final = front(found, directory)
+        tried[candidate.number] = replace(candidate, test=known)
+    final = front(tried, directory)
     tracker.finish(final, directory / "report", "")
     tags = {n: run.data.tags for n, run in children(tracker).items()}
     first, second = (tags[str(candidate.number)] for candidate in best[:2])
@@ -251,9 +260,9 @@ def test_what_is_said_of_members_becomes_tags(directory: Path) -> None:
     assert "paretorch.cluster" not in first
     assert children(tracker)[str(best[1].number)].data.metrics["test_latency_ratio_low"] == 1.1
     better = Candidate(6, Recipe((Quantize("fc", 5),)), "ok", "", measured(200, 1, 0.01), {}, {"conv": 3, "fc": 3})
-    found.append(better)
-    log_all(tracker, found)
-    tracker.finish(front(found, directory), directory / "report", "")
+    tried.append(better)
+    log_all(tracker, tried)
+    tracker.finish(front(tried, directory), directory / "report", "")
     left = children(tracker)[str(best[1].number)].data.tags
     assert (left["paretorch.front"], left["paretorch.recommended"], left["paretorch.cluster"]) == ("false",) * 3
 
@@ -269,7 +278,7 @@ def measure(directory: Path, divergence: float = 0.0123456) -> None:
 
 def shown(tracker: Tracker) -> tuple[dict[str, bytes], list[str]]:
     """What the study's run holds of the sensitivity, and which of its artifacts MLflow knows as tables."""
-    run = tracker._client.get_run(tracker.run_id)
+    run = tracker.store.client.get_run(tracker.run_id)
     files = {path.name: path.read_bytes() for path in artifact(run, "sensitivity").glob("*")}
     tables = json.loads(run.data.tags.get("mlflow.loggedArtifacts", "[]"))
     assert {table["type"] for table in tables} <= {"table"}
@@ -314,17 +323,17 @@ def test_a_sensitivity_that_is_measured_later_joins_the_run(directory: Path) -> 
     assert not add_sensitivity(directory), "there is no run yet"
     tracker = started(directory)
     tracker.finish(front(candidates()), directory / "report", "note")
-    before = tracker._client.get_run(tracker.run_id)
+    before = tracker.store.client.get_run(tracker.run_id)
     measure(directory)
     for _ in range(2):
         assert add_sensitivity(directory)
     files, tables = shown(tracker)
     assert sorted(files) == SENSITIVITY
     assert tables == ["front_table.json", "sensitivity/sensitivity_table.json"]
-    after = tracker._client.get_run(tracker.run_id)
+    after = tracker.store.client.get_run(tracker.run_id)
     assert after.info.status == "FINISHED"
     assert after.info.end_time == before.info.end_time
-    assert len(tracker._client.search_experiments()) == 2, "MLflow's own and the study's"
+    assert len(tracker.store.client.search_experiments()) == 2, "MLflow's own and the study's"
 
 
 def test_it_joins_the_store_of_the_search_whatever_holds_now(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,11 +351,11 @@ def test_a_run_that_is_not_there_gets_no_sensitivity(directory: Path) -> None:
     with pytest.raises(StudyError, match=r"holds no run of the study in .*/b;"):
         add_sensitivity(directory / "b")  # its run says that its artifacts lie in a
     assert not shown(tracker)[0]
-    tracker._client.delete_run(tracker.run_id)
+    tracker.store.client.delete_run(tracker.run_id)
     with pytest.raises(StudyError, match=r"holds no run of the study in .*/a;"):
         add_sensitivity(directory / "a")
-    known = json.loads((directory / "a" / tracking.RUN_FILE).read_text())
-    (directory / "a" / tracking.RUN_FILE).write_text(json.dumps(known | {"run_id": "0" * 32}))
+    known = json.loads((directory / "a" / RUN_FILE).read_text())
+    (directory / "a" / RUN_FILE).write_text(json.dumps(known | {"run_id": "0" * 32}))
     with pytest.raises(StudyError, match="not found"):
         add_sensitivity(directory / "a")
     (directory / "b" / "mlflow.db").unlink()
@@ -357,8 +366,8 @@ def test_a_run_that_is_not_there_gets_no_sensitivity(directory: Path) -> None:
 
 def test_another_study_in_a_removed_folder_gets_a_run_of_its_own(directory: Path) -> None:
     first = started(directory)
-    first._client.create_run(first.experiment_id, tags={"mlflow.parentRunId": first.run_id})
-    (directory / tracking.RUN_FILE).unlink()
+    first.store.client.create_run(first.experiment_id, tags={"mlflow.parentRunId": first.run_id})
+    (directory / RUN_FILE).unlink()
     second = started(directory)
     assert second.run_id != first.run_id
     assert [run.info.run_id for run in second._search("attributes.status = 'RUNNING'")] == [second.run_id]
@@ -366,27 +375,27 @@ def test_another_study_in_a_removed_folder_gets_a_run_of_its_own(directory: Path
 
 def test_the_run_is_found_again_without_its_id(directory: Path) -> None:
     first = started(directory)
-    known = json.loads((directory / tracking.RUN_FILE).read_text())
-    (directory / tracking.RUN_FILE).write_text(json.dumps({"study": known["study"]}))
+    known = json.loads((directory / RUN_FILE).read_text())
+    (directory / RUN_FILE).write_text(json.dumps({"study": known["study"]}))
     assert started(directory).run_id == first.run_id
 
 
 def test_a_deleted_parent_is_replaced(directory: Path) -> None:
-    first, found = started(directory), candidates()
-    log_all(first, found)
-    first._client.delete_run(first.run_id)
+    first, tried = started(directory), candidates()
+    log_all(first, tried)
+    first.store.client.delete_run(first.run_id)
     second = started(directory)
     assert second.run_id != first.run_id
-    assert second.sync(found, hypervolume_curve(front(found)), picks) == len(found)
+    assert second.sync(tried, hypervolume_curve(front(tried)), picks) == len(tried)
 
 
 def test_a_moved_study_makes_its_mirror_anew(directory: Path) -> None:
-    found = candidates()
-    log_all(started(directory / "a"), found[:2])
+    tried = candidates()
+    log_all(started(directory / "a"), tried[:2])
     (directory / "a").rename(directory / "b")
     assert saved_uri(directory / "b") == local_store(directory / "b")[0]
     moved = started(directory / "b")
-    assert moved.sync(found, hypervolume_curve(front(found)), picks) == len(found)
+    assert moved.sync(tried, hypervolume_curve(front(tried)), picks) == len(tried)
     assert artifact(children(moved)["0"], "recipe.json").is_relative_to(directory / "b")
 
 
@@ -400,128 +409,6 @@ def test_two_hundred_layers_and_awkward_names(directory: Path) -> None:
     assert len(run.data.params) == 207
     assert Recipe.from_dict(json.loads(artifact(run, "recipe.json").read_text())) == recipe
     tracker.finish(front([]), directory, "```\n" + "x" * 90 + ("\n" + "y" * 90) * 100 + "\n```\n")
-    note = tracker._client.get_run(tracker.run_id).data.tags["mlflow.note.content"]
+    note = tracker.store.client.get_run(tracker.run_id).data.tags["mlflow.note.content"]
     assert 7800 < len(note) <= 8000
     assert note.endswith("y\n```\n\n(The rest is in report.md.)")
-
-
-SEARCH = """
-import sys, pathlib, json
-sys.path.insert(0, sys.argv[4])
-from paretorch.search.tracking import Tracker
-from paretorch.search.candidate import Candidate
-from paretorch.spaces.recipe import Recipe
-tracker = Tracker(sys.argv[3], pathlib.Path(sys.argv[1]), uri=sys.argv[2], experiment="shared")
-tracker.start({}, {}, {})
-for number in range(12):
-    tracker.log(Candidate(number, Recipe(), "failed", "why"), 0.0, False, {f"p{i}": i for i in range(20)})
-print(tracker.run_id)
-"""
-
-
-def test_two_searches_start_at_once_on_one_fresh_store(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
-    started = [
-        subprocess.Popen([sys.executable, "-c", SEARCH, str(tmp_path / name), uri, name, os.getcwd()],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for name in ("one", "two")
-    ]  # fmt: skip
-    ended = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
-    assert [error for _, error in ended] == ["", ""]
-    client = mlflow.MlflowClient(uri)
-    shared = client.get_experiment_by_name("shared")
-    runs = client.search_runs([shared.experiment_id])
-    for (out, _), name in zip(ended, ("one", "two"), strict=True):
-        assert json.loads((tmp_path / name / tracking.RUN_FILE).read_text())["run_id"] == out.strip()
-        assert sum(run.data.tags.get("mlflow.parentRunId") == out.strip() for run in runs) == 12
-    assert (tmp_path / "store" / "mlartifacts").is_dir()
-
-
-def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert store_uri(tmp_path) == local_store(tmp_path)[0] == f"sqlite:///{tmp_path}/mlflow.db"
-    assert store_uri(tmp_path, "sqlite:///some/m.db") == f"sqlite:///{tmp_path}/some/m.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert store_uri(tmp_path) == f"sqlite:///{tmp_path}/other.db"
-    assert store_uri(tmp_path, "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
-
-
-@pytest.mark.parametrize(
-    ("uri", "say"),
-    [
-        ("./mlruns", "no file store"),
-        ("file:///tmp/mlruns", "no file store"),
-        ("sqlite://", "name a file"),
-        ("http://127.0.0.1:9", "no MLflow server answers"),
-        ("sqlite:///{tmp}/a_file/mlflow.db", "its folder exists and is writable"),
-        ("sqlite:////proc/nowhere/mlflow.db", "its folder exists and is writable"),
-        ("sqlite:///{tmp}/a_file", "not a database"),
-    ],
-)
-def test_a_store_that_cannot_be_used_says_so_at_once(tmp_path: Path, uri: str, say: str) -> None:
-    (tmp_path / "a_file").write_text("this is no database, and long enough to be sure of it" * 50)
-    before = time.monotonic()
-    with pytest.raises(StudyError, match=say):
-        Tracker("digits", tmp_path / "study", uri=uri.format(tmp=tmp_path))
-    assert time.monotonic() - before < 10
-
-
-def test_a_full_disk_is_named(directory: Path) -> None:
-    tracker = started(directory)
-    engine = tracker._client._tracking_client.store.engine
-    engine.dispose()
-
-    @event.listens_for(engine, "connect")
-    def fill(connection: sqlite3.Connection, _: object) -> None:
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-        connection.execute(f"PRAGMA max_page_count = {pages + 1}")
-
-    with pytest.raises(StudyError, match="the disk is full; free some space"):
-        tracker.log(candidates()[1], 0.5, False, {f"p{i}": "x" * 5000 for i in range(50)})
-
-
-def test_passwords_stay_out_of_files_and_messages(tmp_path: Path) -> None:
-    with pytest.raises(StudyError) as error:
-        Tracker("digits", tmp_path, uri="http://me:secret@127.0.0.1:9")
-    assert "secret" not in str(error.value)
-
-
-@pytest.mark.slow
-def test_the_ui_opens_on_the_study_and_ends_with_ctrl_c(directory: Path) -> None:
-    tracker, found = started(directory), candidates()
-    log_all(tracker, found)
-    tracker.finish(front(found), directory, "note")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        code = (f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom pathlib import Path\n"
-                "from paretorch.results.tracking.tracker import serve, local_store, page\n"
-                f"d = Path({str(directory)!r})\nsys.exit(serve(*local_store(d), {port}, page(d)))")  # fmt: skip
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            said = [process.stdout.readline() for _ in range(3)]
-            assert said[0].startswith(f"Port {port} is taken")
-            link = said[2].removeprefix("Open ").strip()
-            assert link.endswith(page(directory))
-            with urllib.request.urlopen(link.partition("#")[0], timeout=30) as answer:
-                assert b"MLflow" in answer.read()
-        finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(link.partition("#")[0], timeout=5)
-
-
-def test_a_store_whose_making_was_killed_is_made_anew(tmp_path):
-    """Killed between two of MLflow's migrations, a database has tables that the next attempt cannot create again."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
-        connection.execute("CREATE TABLE jobs (id TEXT)")
-        connection.commit()
-    (tmp_path / "mlflow.db.lock").write_text("creating")
-    tracker = Tracker("study", tmp_path)
-    assert tracker.experiment_id
-    assert (tmp_path / "mlflow.db.lock").read_text() == ""
-    Tracker("study", tmp_path)  # a finished one stays
