@@ -49,6 +49,14 @@ def rank(module: str) -> int:
 
 def imports(module: str, *, at_import_time: bool = False) -> list[tuple[str, bool]]:
     """`(absolute name, whether written relatively)` of all that a module imports; a name from a package is resolved."""
+    path = MODULES[module]
+    return imports_of(path.read_text(), module, set(MODULES), path.stem == "__init__", at_import_time=at_import_time)
+
+
+def imports_of(
+    source: str, module: str, known: set[str], package: bool = False, *, at_import_time: bool = False
+) -> list[tuple[str, bool]]:
+    """The same for a text; lazy imports and those for type checkers count, unless `at_import_time`."""
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST) -> None:
@@ -61,18 +69,35 @@ def imports(module: str, *, at_import_time: bool = False) -> list[tuple[str, boo
         elif isinstance(node, ast.ImportFrom):
             home = node.module or ""
             if node.level:
-                base = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+                base = module if package else module.rpartition(".")[0]
                 for _ in range(node.level - 1):
                     base = base.rpartition(".")[0]
                 home = f"{base}.{home}".rstrip(".")
             for alias in node.names:
                 whole = f"{home}.{alias.name}"
-                found.append((whole if whole in MODULES else home, bool(node.level)))
+                found.append((whole if whole in known else home, bool(node.level)))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(MODULES[module].read_text()))
+    visit(ast.parse(source))
     return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; empty when there is no circle."""
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name not in done:
+            for target in sorted(graph[name]):
+                if there := walk(target, (*trail, name)):
+                    return there
+            done.add(name)
+        return []
+
+    return next((there for name in sorted(graph) if (there := walk(name, ()))), [])
 
 
 def test_a_relative_import_is_resolved():
@@ -102,22 +127,28 @@ def test_an_example_stands_on_the_facade_alone(module):
     assert not [name for name in MODULES if module in {target for target, _ in imports(name)}]
 
 
-def test_there_is_no_cycle_of_imports():
-    graph = {
-        name: {target for target, _ in imports(name, at_import_time=True) if target in MODULES} - {name}
-        for name in MODULES
-    }
-    done: set[str] = set()
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even lazily or for a type checker: two modules that need each other are one module, or lack a third."""
+    graph = {name: {target for target, _ in imports(name) if target in MODULES} - {name} for name in MODULES}
+    del graph["paretorch"]  # the facade names everything, and nothing inside imports it
+    there = circle({name: targets & set(graph) for name, targets in graph.items()})
+    assert not there, f"imports in a circle: {' -> '.join(there)}"
 
-    def walk(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"imports in a circle: {' -> '.join([*trail[trail.index(name) :], name])}"
-        if name not in done:
-            for target in sorted(graph[name]):
-                walk(target, (*trail, name))
-            done.add(name)
 
-    for name in sorted(graph):
-        walk(name, ())
+PLANTED = {
+    "at the top": "from . import b",
+    "lazily": "def f():\n    from .b import g\n    return g",
+    "for a type checker": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B",
+}
+
+
+@pytest.mark.parametrize("how", PLANTED)
+def test_a_planted_circle_is_found(how):
+    known = {"p.a", "p.b", "p.c"}
+    sources = {"p.a": PLANTED[how], "p.b": "from .c import x", "p.c": "from .a import y"}
+    graph = {name: {target for target, _ in imports_of(text, name, known)} & known for name, text in sources.items()}
+    assert circle(graph) == ["p.a", "p.b", "p.c", "p.a"]
+    assert not circle(graph | {"p.c": set()})
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -162,6 +193,15 @@ def test_importing_paretorch_is_free():
 def test_the_spaces_need_no_tensor_and_no_sampler():
     statement = "import paretorch.spaces.space, paretorch.spaces.recipe, paretorch.spaces.structure"
     assert not loaded_after(statement) & {"torch", "numpy", "optuna", "mlflow"}
+
+
+def test_a_finished_study_is_opened_without_the_search():
+    statement = "import paretorch.results.front, paretorch.results.folder, paretorch.results.candidate"
+    assert not loaded_after(statement) & {"torch", "onnx", "onnxruntime", "optuna", "mlflow", "plotly", "matplotlib"}
+
+
+def test_export_and_report_need_no_sampler():
+    assert not loaded_after("import paretorch.results.export, paretorch.results.register") & {"optuna", "mlflow"}
 
 
 def test_the_facade_lists_each_name_once():
