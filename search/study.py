@@ -55,8 +55,9 @@ from ..runners.task import Task, check_criteria, dataset, scores
 from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, default_space, reference_recipes
 from . import ensembles as together
-from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
+from .ehvi import UNKNOWN, EHVISampler
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests
+from .gaussian import Floats, Ints
 from .preflight import TOLERANCE, Preflight, check_metrics, check_supported, nonzero_shares, preflight, within
 from .racing import Rival, race
 from .rungs import PILOT, Ladder, RungEntry, ranked
