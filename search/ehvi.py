@@ -56,9 +56,9 @@ class EHVISampler(BaseSampler):
     """Expected hypervolume improvement for spaces of ordered choices and one or several objectives.
 
     Axes are `IntDistribution`, `CategoricalDistribution` (in the given order) and `FloatDistribution` with a step, of
-    at most 64 choices; other parameters are sampled at random. Infeasible trials (Optuna's constraints) teach the models
-    and are no members of the front, failed ones teach a model of failures, and running ones are assumed to come out as
-    predicted.
+    at most 64 choices; other parameters are sampled at random. Infeasible trials (Optuna's constraints) teach the
+    models and are no members of the front, failed ones teach a model of failures, and running ones are assumed to come
+    out as predicted.
 
     Args:
         seed: Seed of all random choices.
@@ -266,7 +266,7 @@ class _Suggestion:
         return worst
 
     def _pool(self, models: Mapping[str, Model]) -> Ints:
-        """The first candidates, from the front or, where nothing is feasible yet, from the five nearest to the limits."""
+        """The first candidates, from the front; where nothing is feasible yet, from the five of least violation."""
         observed, counts, random = self.observed, self.counts, self.random
         good = observed.picks[observed.front]
         if not len(good):

@@ -43,8 +43,8 @@ MAX_PAIR_CHOICES = 16  # an axis of more choices has no pair interactions: neigh
 _BLOCK = 96  # rows predicted at once: larger arrays leave the processor's cache, and need fresh memory pages
 _COMMON = 4.0  # prior deviation of the weights that axes of one kind share, in units of the deviation of an axis's own
 _CONSTANT = 4.0  # prior variance of the constant, in units of the variance of the observations
-# The hyperparameters, as logarithms: size of the curves, size and length scale of the smooth interactions, noise, size of
-# the pair interactions. Means and deviations of their normal priors, and bounds for the optimizer.
+# The hyperparameters, as logarithms: size of the curves, size and length scale of the smooth interactions, noise, size
+# of the pair interactions. Means and deviations of their normal priors, and bounds for the optimizer.
 _PRIOR = np.array([0.0, -1.0, -1.0, -2.0, -1.0])
 _PRIOR_WIDTH = np.array([1.0, 1.0, 0.7, 1.0, 1.0])
 _BOUNDS = [(-3.0, 3.0), (-5.0, 2.0), (-3.0, 1.0), (-4.0, 0.0), (-5.0, 2.0)]
@@ -90,7 +90,8 @@ class Curves:
         starts: By axis the column of `table` at which its choices begin.
         few: The axes that have pair interactions.
         common: `[axes, kinds]`, the matrix that sums the functions of the axes of one kind.
-        conditions: Which axes are conditional; where an axis is inactive its features and its pair interactions are zero.
+        conditions: Which axes are conditional; where an axis is inactive its features and its pair interactions are
+            zero.
     """
 
     table: Floats
@@ -245,7 +246,7 @@ class Model:
         return ndtr((self.warp.forward(np.array(bound)) - mean) / deviation), median
 
     def with_predicted(self, picks: Ints) -> Model:
-        """The model as if these rows had been evaluated and were as predicted (kriging believer, Ginsbourger et al. 2010)."""
+        """The model as if these rows had come out as predicted (kriging believer, Ginsbourger et al. 2010)."""
         believed = self.warp.backward(self.predict(picks)[0])
         rows, column = np.concatenate([self.picks, picks]), np.concatenate([self.column, believed])
         return Model(self.curves, rows, column, self.warped, self.hyperparameters)

@@ -1,20 +1,21 @@
 """The additive multiple-choice knapsack: one level for every item, with losses and costs that add up.
 
-An item is a layer, or a group of layers that must take the same level; a level is one way to compress it (bits, sparsity,
-rank). A *table* holds one row of numbers per item, with one number per level; rows may differ in length.
+An item is a layer, or a group of layers that must take the same level; a level is one way to compress it (bits,
+sparsity, rank). A *table* holds one row of numbers per item, with one number per level; rows may differ in length.
 
 `front` computes the Pareto front by dynamic programming over nondominated partial sums (Nemhauser & Ullmann 1969): two
-parts of the items are joined by adding every sum of one to every sum of the other, and dominated sums are dropped, since
-no later addition can make them nondominated again. This gives the whole front in one pass, but with real-valued costs
-the number of sums can double with every item.
+parts of the items are joined by adding every sum of one to every sum of the other, and dominated sums are dropped,
+since no later addition can make them nondominated again. This gives the whole front in one pass, but with real-valued
+costs the number of sums can double with every item.
 
-A search that needs the front at every suggestion therefore bounds it by a `resolution`: the costs of a part are divided
-into as many buckets, and each bucket keeps only the sum of the least loss. Sums that are kept are exact; what may be
-lost is a sum that shared its bucket with one of no more loss and slightly more cost. The error grows with the number of
-times that a sum passes through buckets, so the parts are joined in pairs (six rounds for 60 layers, not 59), and a part
-of half the items gets 1/sqrt(2) of the buckets, which makes all rounds take equally long. Where a little cost saves much
-loss, even one bucket is wide. There the convex hull of the front is dense, and its points are found by sorting the steps
-between levels (Sinha & Zoltners 1979). They are added to what the buckets kept; `hull` returns them alone.
+A search that needs the front at every suggestion therefore bounds it by a `resolution`: the costs of a part are
+divided into as many buckets, and each bucket keeps only the sum of the least loss. Sums that are kept are exact; what
+may be lost is a sum that shared its bucket with one of no more loss and slightly more cost. The error grows with the
+number of times that a sum passes through buckets, so the parts are joined in pairs (six rounds for 60 layers, not 59),
+and a part of half the items gets 1/sqrt(2) of the buckets, which makes all rounds take equally long. Where a little
+cost saves much loss, even one bucket is wide. There the convex hull of the front is dense, and its points are found by
+sorting the steps between levels (Sinha & Zoltners 1979). They are added to what the buckets kept; `hull` returns them
+alone.
 
 `best` needs no front: it solves an integer program under any number of limits with HiGHS.
 """
@@ -60,13 +61,13 @@ _BLOCK = 1 << 13
 def front(losses: Table, costs: Table, resolution: int | None = None, block: int = _BLOCK) -> list[Choice]:
     """The Pareto front of all choices, the cheapest first; of choices with equal sums one.
 
-    Without a `resolution` the front is exact, and for many items whose costs are not small integers too long to compute.
-    With a resolution, at most twice so many choices are returned (of a single item all): the best of so many buckets of
-    cost, and so many points of the convex hull of the exact front, or all its points if there are fewer. Exact then are
-    the sums of each choice, the cheapest choice, the one of the least loss, and those on the hull. For every choice of
-    the exact front there is one here of no more loss whose cost is higher by at most `3.5 * sqrt(items) / resolution` of
-    the difference between the largest and the smallest possible cost; most are far closer. Time grows with the square of
-    the resolution: 60 items of 40 levels take 5 ms at 256 and 8 ms at 512.
+    Without a `resolution` the front is exact, and for many items whose costs are not small integers too long to
+    compute. With a resolution, at most twice so many choices are returned (of a single item all): the best of so many
+    buckets of cost, and so many points of the convex hull of the exact front, or all its points if there are fewer.
+    Exact then are the sums of each choice, the cheapest choice, the one of the least loss, and those on the hull. For
+    every choice of the exact front there is one here of no more loss whose cost is higher by at most
+    `3.5 * sqrt(items) / resolution` of the difference between the largest and the smallest possible cost; most are far
+    closer. Time grows with the square of the resolution: 60 items of 40 levels take 5 ms at 256 and 8 ms at 512.
 
     Args:
         losses: By item a loss per level; may be negative.
@@ -139,7 +140,7 @@ def _thinned(levels: NDArray[np.integer], most: int) -> NDArray[np.integer]:
 
 
 def _hull(parts: list[_Part]) -> NDArray[np.integer]:
-    """The levels along the convex hull of the front: from the cheapest, always the step that saves most loss per cost."""
+    """The levels along the front's convex hull: from the cheapest, always the step that saves most loss per cost."""
     slopes, items, places = [], [], []
     for item, part in enumerate(parts):
         loss, cost = part.losses.tolist(), part.costs.tolist()
@@ -199,7 +200,7 @@ def _nondominated(loss: _Floats, cost: _Floats) -> NDArray[np.intp]:
     return np.asarray(order[keep])
 
 
-# The solver's tolerances are absolute, 1e-6 for sums and for integrality; a table is scaled so that its sums differ by this.
+# The solver's tolerances are absolute, 1e-6 for sums and for integrality; tables are scaled so that sums differ by this.
 _SCALE = 1e4
 _CUTS = 10  # choices slightly over a limit that are excluded one by one
 
@@ -209,16 +210,16 @@ def best(
 ) -> tuple[int, ...] | None:
     """The levels of least loss whose costs keep every limit, or None where no choice does.
 
-    The result is optimal to the solver's tolerance, at worst 1e-6 of the difference between the largest and the smallest
-    possible loss; of several such choices it is any one. The solver does not see an excess below 1e-6 of the range of the
-    costs either, so what it returns is added up again: the first ten choices with such an excess are excluded one by one,
-    and after that also those that keep the limit by as little.
+    The result is optimal to the solver's tolerance, at worst 1e-6 of the difference between the largest and the
+    smallest possible loss; of several such choices it is any one. The solver does not see an excess below 1e-6 of the
+    range of the costs either, so what it returns is added up again: the first ten choices with such an excess are
+    excluded one by one, and after that also those that keep the limit by as little.
 
     Args:
         losses: By item a loss per level.
         costs: Tables of costs, which are not negative.
-        limits: For each table of costs an upper limit in its unit, or None for no limit. A sum that exceeds its limit by
-            a rounding error (1e-12 of it) keeps it.
+        limits: For each table of costs an upper limit in its unit, or None for no limit. A sum that exceeds its limit
+            by a rounding error (1e-12 of it) keeps it.
         time_limit: Seconds that one call of the solver may take.
 
     Raises:
@@ -329,8 +330,8 @@ def _homes(count: int, groups: Sequence[Sequence[int]]) -> list[list[int]]:
 def fit_latency(table: Table, picks: Sequence[Sequence[int]], measured: Sequence[float]) -> tuple[float, float]:
     """The `(offset, factor)` with which `offset + factor * sum` fits end-to-end measurements best.
 
-    The sum of single layers misses what the network adds as a whole and what the runtime fuses. Fitted by least squares;
-    the factor is not negative, and 1 where all sums are equal.
+    The sum of single layers misses what the network adds as a whole and what the runtime fuses. Fitted by least
+    squares; the factor is not negative, and 1 where all sums are equal.
 
     Args:
         table: By item a time per level.

@@ -56,7 +56,7 @@ class Grid:
         return rows if self.conditions is None else np.where(self.conditions.active(rows), rows, 0)
 
     def randomize_inactive(self, rows: Ints, random: np.random.Generator) -> Ints:
-        """The rows with random choices at inactive axes, so that a change of network leads to any recipe of the other."""
+        """The rows with random choices at inactive axes; a change of network then leads to any recipe of the other."""
         if self.conditions is None:
             return rows
         return np.where(self.conditions.active(rows), rows, random.integers(0, self.counts, rows.shape))
@@ -155,7 +155,10 @@ def scattered(counts: Ints, random: np.random.Generator, amount: int) -> Ints:
 
 
 def mutated(rows: Ints, counts: Ints, random: np.random.Generator, amount: int) -> Ints:
-    """Random rows with one or two axes changed on average, by one or two choices or (one time in four) to any choice."""
+    """Random rows with one or two axes changed on average.
+
+    Three times in four by one or two choices, otherwise to any choice.
+    """
     chosen = rows[random.integers(len(rows), size=amount)]
     share = random.integers(1, 3, (amount, 1)) / len(counts)
     step = random.integers(1, 3, chosen.shape) * random.choice([-1, 1], chosen.shape)

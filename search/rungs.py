@@ -1,11 +1,11 @@
 """Rungs: how long a candidate is trained depends on how it does with less training.
 
-Most of a search's time goes into training, and most candidates are not worth it. The choices of `recovery` are therefore
-the rungs of an asynchronous successive halving (ASHA, Li et al. 2020) with one bracket. Every candidate starts on the
-lowest rung, untrained or trained the least; its file is exported, timed and evaluated like any other. The best third of
-a rung is promoted to the next one, where training continues from the weights they have. A promotion makes a new
-candidate, with a recipe, a file and measurements of its own, so a candidate that is good enough untrained is a member of
-the front as it is.
+Most of a search's time goes into training, and most candidates are not worth it. The choices of `recovery` are
+therefore the rungs of an asynchronous successive halving (ASHA, Li et al. 2020) with one bracket. Every candidate
+starts on the lowest rung, untrained or trained the least; its file is exported, timed and evaluated like any other.
+The best third of a rung is promoted to the next one, where training continues from the weights they have. A promotion
+makes a new candidate, with a recipe, a file and measurements of its own, so a candidate that is good enough untrained
+is a member of the front as it is.
 
 *Best* means by nondominated rank, and within a rank by hypervolume contribution (Emmerich et al. 2005). With several
 objectives there is no median to compare with, which is why Optuna offers no pruning there. A candidate that exceeds a
@@ -74,7 +74,7 @@ class Ladder:
         self.rungs = [[] for _ in self.names]
 
     def tau(self, rung: int) -> float | None:
-        """Kendall's tau between a rung and the next, over the candidates on both; None when there are fewer than six."""
+        """Kendall's tau between a rung and the next, over the candidates on both; None for fewer than six."""
         upper = {entry.number: entry.metric for entry in self.rungs[rung + 1]}
         promoted = [entry for entry in self.rungs[rung] if self.above.get(entry.number) in upper]
         both = [(entry.metric, upper[self.above[entry.number]]) for entry in promoted]

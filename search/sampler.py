@@ -67,7 +67,7 @@ def _number(trial: FrozenTrial) -> int:
 
 
 class _QMC(QMCSampler):
-    """Quasi-Monte Carlo sampling with the number of trials as the position in the sequence, not a counter of its own."""
+    """Quasi-Monte Carlo sampling whose position in the sequence is the number of trials, not a counter of its own."""
 
     def __init__(self, seed: int, position: int) -> None:
         # One sequence for the whole study: the seed scrambles it once.
@@ -123,7 +123,8 @@ def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistr
 def in_space(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
     """Fix a sampler's search space.
 
-    Optuna would compute the parameters that all trials have in common, which takes longer than the rest of a suggestion.
+    Optuna would compute the parameters that all trials have in common, which takes longer than the rest of a
+    suggestion.
     """
     sampler.infer_relative_search_space = (  # type: ignore[method-assign]  # Optuna has no argument for the space
         lambda study, trial: dict(space)

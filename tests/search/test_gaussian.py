@@ -60,7 +60,7 @@ def test_what_axes_have_in_common_is_learned_from_few_recipes():
 
 
 def test_the_model_learns_pairs_of_choices_that_no_curve_describes():
-    """Every pair of choices of two axes has a number of its own, drawn: the model tells unseen recipes apart by them."""
+    """Every pair of choices of two axes has a random number: the model tells unseen recipes apart by them."""
     random = np.random.default_rng(0)
     counts, pairs = np.full(5, 4), list(itertools.combinations(range(5), 2))
     tables = random.normal(0, 1, (len(pairs), 4, 4))
