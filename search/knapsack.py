@@ -200,7 +200,7 @@ def _nondominated(loss: _Floats, cost: _Floats) -> NDArray[np.intp]:
     return np.asarray(order[keep])
 
 
-# The solver's tolerances are absolute, 1e-6 for sums and for integrality; tables are scaled so that sums differ by this.
+# The solver's tolerances are absolute, 1e-6 for sums and integrality; tables are scaled so that sums differ by this.
 _SCALE = 1e4
 _CUTS = 10  # choices slightly over a limit that are excluded one by one
 
