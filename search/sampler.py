@@ -1,8 +1,8 @@
-"""Samplers by name: our own, and Optuna's, each made anew for every suggestion.
+"""Samplers by name: paretorch's own and Optuna's, each constructed anew for every suggestion.
 
-A suggestion depends on the seed, the number of records so far and the records themselves, and on no state that lives
-only in memory: a study that was interrupted goes on with the suggestions it would have made without the interruption.
-Where Optuna keeps such state, the classes here make it a function of the records.
+A suggestion depends on the seed, on the number of trials so far and on the trials themselves, and on no state that is
+only in memory: a study that was interrupted resumes with the suggestions it would have made without the interruption.
+Where one of Optuna's samplers keeps such state, the subclasses here make it a function of the trials.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SAMPLERS = ("ehvi", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
 class _TPE(TPESampler):
-    """TPE that reads off all its trials at once, of which every one has every decision, and every choice is a number.
+    """TPE that converts all trials at once, given that every trial has every parameter and all choices are numbers.
 
-    Optuna goes through them number by number, a third of the time of a suggestion with 60 decisions and 200 trials.
+    Optuna converts them value by value, which takes a third of a suggestion's time with 60 parameters and 200 trials.
     """
 
     def _get_internal_repr(
@@ -40,21 +40,21 @@ class _TPE(TPESampler):
 
 
 class _NSGAII(NSGAIISampler):
-    """NSGA-II whose parents come in one order; Optuna's has another one the first time they are asked for."""
+    """NSGA-II with its parents in a fixed order; in Optuna's the first call returns another order than later ones."""
 
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
         return sorted(super().select_parent(study, generation), key=_number)
 
 
 class _NSGAIII(NSGAIIISampler):
-    """NSGA-III likewise, whose random choice of a generation's parents is the same whenever it is made."""
+    """NSGA-III, likewise; its random selection of a generation's parents is the same whenever it is made."""
 
     def __init__(self, seed: int, parents_seed: int, population_size: int) -> None:
         super().__init__(seed=seed, population_size=population_size)
         self._parents_seed = parents_seed
 
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
-        self.get_parent_population(study, generation - 1)  # remembered from here on, so that it draws nothing below
+        self.get_parent_population(study, generation - 1)  # cached by this call, so that it draws nothing below
         before = self._rng.rng.get_state()
         self._rng.rng.seed((self._parents_seed + generation) % 2**32)
         chosen = sorted(super().select_parent(study, generation), key=_number)
@@ -67,10 +67,10 @@ def _number(trial: FrozenTrial) -> int:
 
 
 class _QMC(QMCSampler):
-    """A quasi-random sequence that is continued by the number of the record, not by a counter of its own."""
+    """Quasi-Monte Carlo sampling whose position in the sequence is the number of trials, not a counter of its own."""
 
     def __init__(self, seed: int, position: int) -> None:
-        # The sequence is one sequence: the seed scrambles it once.
+        # One sequence for the whole study: the seed scrambles it once.
         super().__init__(seed=seed, scramble=True)
         self._position = position
 
@@ -78,17 +78,27 @@ class _QMC(QMCSampler):
         return self._position
 
 
-# Trials that carry a generation number are the parents NSGA breeds from; it ignores all that were merely added.
+# NSGA selects parents only among trials with a generation number; trials that were merely added it ignores.
 GENERATION = {"nsga2": _NSGAII._get_generation_key(), "nsga3": _NSGAIII._get_generation_key()}
 
 
 def mixed_seed(seed: int, count: int) -> int:
-    """The seed of one suggestion."""
+    """The seed of the suggestion after `count` trials."""
     return (seed * 1_000_003 + count * 7919 + 12345) % 2**32
 
 
 def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistribution]) -> BaseSampler:
-    """The sampler for the suggestion after `count` records, which are all of `space`; raises `ConfigError` for a name."""
+    """The sampler for one suggestion.
+
+    Args:
+        name: One of `SAMPLERS`.
+        seed: The study's seed.
+        count: The number of trials so far.
+        space: The search space, the same for all trials.
+
+    Raises:
+        ConfigError: There is no such sampler.
+    """
     mixed = mixed_seed(seed, count)
     makers: dict[str, Callable[[], BaseSampler]] = {
         "ehvi": lambda: EHVISampler(seed),
@@ -105,11 +115,17 @@ def make_sampler(name: str, seed: int, count: int, space: Mapping[str, BaseDistr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = makers[name]()
-    if name != "random":  # which draws every decision by itself
+    if name != "random":  # samples each parameter independently
         in_space(sampler, space)
     return sampler
 
 
 def in_space(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
-    """Tell a sampler its decisions; Optuna would look for those that all trials share, which takes it longer than the rest."""
-    sampler.infer_relative_search_space = lambda study, trial: dict(space)  # type: ignore[method-assign]
+    """Fix a sampler's search space.
+
+    Optuna would compute the parameters that all trials have in common, which takes longer than the rest of a
+    suggestion.
+    """
+    sampler.infer_relative_search_space = (  # type: ignore[method-assign]  # Optuna has no argument for the space
+        lambda study, trial: dict(space)
+    )

@@ -10,7 +10,8 @@ from optuna.samplers import BaseSampler
 
 from ..objectives import cost
 from ..spaces.space import Axis, Space
-from .ehvi import EHVISampler, Floats, Ints
+from .ehvi import EHVISampler
+from .gaussian import Floats, Ints
 from .judge import PREDICTED, Judge
 from .sampler import in_space, make_sampler
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import yaml
 
 from paretorch import ConfigError
-from paretorch.configs import init
 from paretorch.configs.init import write_templates
 from paretorch.configs.load import json_schema, load, parse
 from paretorch.configs.plugins import load_task
@@ -20,7 +20,7 @@ NAMES = ["config.yaml", "task.py", "paretorch.schema.json"]
 
 
 def test_the_templates_run_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # what `load_task` adds to it is taken off again
     folder = tmp_path / "new" / "study"
     assert write_templates(folder) == [folder / name for name in NAMES]
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(NAMES), "no temporary file stays"
@@ -75,7 +75,8 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(init.tempfile, "mkstemp", refuse)
+    # The operating system's refusal: a folder's mode would not do where the tests run as root.
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     with pytest.raises(ConfigError, match="cannot be written to: Permission denied"):
         write_templates(tmp_path / "study")
 
@@ -88,7 +89,7 @@ def test_nothing_half_written_stays_on_a_full_disk(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(init.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)  # the operating system's, on a full disk
     with pytest.raises(ConfigError, match="cannot be written to: No space left on device"):
         write_templates(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -77,6 +77,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
+    # The operating system's refusal: a file's mode would not do where the tests run as root.
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert "cannot be read: Permission denied" in problem(write(tmp_path, "task: t.py:task"))
 

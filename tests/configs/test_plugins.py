@@ -31,6 +31,7 @@ def task():
 
 @pytest.fixture(autouse=True)
 def _same_path(monkeypatch):
+    """What `load_task` adds to sys.path is taken off again."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 

@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_lines_before(journal, monkeypatch, failing):
     journal.append({"number": 0})
     before = journal.path.read_bytes()
     full = OSError(errno.ENOSPC, "No space left on device")
-    if failing == "fsync":
+    if failing == "fsync":  # no argument could say it: the operating system's own call fails
         monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
         with pytest.raises(OSError, match="No space left"):
             journal.append({"number": 1})
@@ -79,6 +79,7 @@ def test_an_interrupt_while_writing_leaves_the_lines_before(journal, monkeypatch
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
+    # Stands for Ctrl-C while the operating system writes, at a moment that no argument could give.
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         journal.append({"number": 1})
@@ -106,6 +107,7 @@ def test_a_lock_that_went_with_its_folder_is_made_anew(tmp_path, monkeypatch):
         times.append(how)
         flock(stream, how)
 
+    # Stands for another process between two calls to the operating system, a moment that no argument could give.
     monkeypatch.setattr(fcntl, "flock", late)
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())

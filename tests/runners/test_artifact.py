@@ -23,6 +23,7 @@ from paretorch.runners import artifact
 from paretorch.runners.artifact import card, inspect, load, verify, write
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
+from paretorch.runners.files.atomic import write_atomic
 from paretorch.runners.graphs.onnx_export import export_float, session
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
@@ -188,20 +189,24 @@ def test_what_is_not_ours_is_never_replaced(names, packed, tmp_path):
     assert single.read_text() == "precious"
 
 
+# These simulate the operating system: a disk that is full or fails in the middle, which no argument could say.
+
+
 @pytest.mark.parametrize("number", range(7))
 def test_a_full_disk_leaves_the_old_artifact_and_nothing_else(number, written, packed, monkeypatch):
     before = verify(written)
-    original, calls = artifact.write_atomic, []
+    fsync, calls = os.fsync, []
 
-    def full(path, data):
+    def full(descriptor):
         if len(calls) == number:
             raise OSError(28, "No space left on device")
-        calls.append(path)
-        original(path, data)
+        calls.append(descriptor)
+        fsync(descriptor)
 
-    monkeypatch.setattr(artifact, "write_atomic", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write(written, packed, Recipe(), {}, "new", {})
+    assert len(calls) == number
     assert verify(written) == before
     assert list(written.parent.iterdir()) == [written]
     with pytest.raises(OSError, match="No space"):
@@ -211,14 +216,14 @@ def test_a_full_disk_leaves_the_old_artifact_and_nothing_else(number, written, p
 
 def test_a_failed_move_brings_the_old_artifact_back(written, packed, monkeypatch):
     before = verify(written)
-    original = artifact.Path.rename
+    original = Path.rename
 
     def rename(path, target):
         if path.name.endswith(".partial"):
             raise OSError(5, "Input/output error")
         return original(path, target)
 
-    monkeypatch.setattr(artifact.Path, "rename", rename)
+    monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="Input/output"):
         write(written, packed, Recipe(), {}, "new", {})
     assert verify(written) == before
@@ -227,14 +232,14 @@ def test_a_failed_move_brings_the_old_artifact_back(written, packed, monkeypatch
 
 def test_a_partly_written_file_never_shows(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    artifact.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        artifact.write_atomic(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -5,13 +5,11 @@ import itertools
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from paretorch.objectives.pareto import hypervolume
-from paretorch.search.ehvi import UNKNOWN, Curves, EHVISampler, Model, Warp, choices, improvement
+from paretorch.search.ehvi import UNKNOWN, EHVISampler, choices
 
 LAYERS, LEVELS = 5, 4
 SPACE = {f"layer{i}": IntDistribution(0, LEVELS - 1) for i in range(LAYERS)}
@@ -79,11 +77,11 @@ def rebuilt(trials, sampler):
 
 def told(amount, seed=0, **more):
     random = np.random.default_rng(seed)
-    found = []
+    trials = []
     for row in random.integers(0, LEVELS, (amount, LAYERS)).tolist():
         params = dict(zip(SPACE, row, strict=True))
-        found.append(create_trial(params=params, distributions=SPACE, values=[float(v) for v in truth(row)], **more))
-    return found
+        trials.append(create_trial(params=params, distributions=SPACE, values=[float(v) for v in truth(row)], **more))
+    return trials
 
 
 @pytest.mark.parametrize("amount", [3, 8, 30])
@@ -198,80 +196,6 @@ def test_choices_of_an_axis():
     assert choices(FloatDistribution(0.0, 1.0)) is None
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 12))
-def test_an_improvement_is_what_the_hypervolume_grows_by(seed, members):
-    random = np.random.default_rng(seed)
-    points = random.uniform(0, 1.2, (members, 2))
-    front = np.array([p for p in points if not any((q <= p).all() and (q < p).any() for q in points)]).reshape(-1, 2)
-    new = random.uniform(-0.2, 1.2, (5, 2))
-    found = improvement([new[:, :1], new[:, 1:]], front, np.ones(2))[:, 0]
-    before = hypervolume(front, (1, 1)) if members else 0.0
-    for point, gain in zip(new, found, strict=True):
-        grown = hypervolume([*front, point], (1, 1)) - before
-        assert gain == pytest.approx(grown, abs=1e-9)
-
-
-@pytest.mark.parametrize("unit", [(1.0, 1.0, 1.0), (1.0, 1e6, 1e-3)], ids=["one unit", "shares, bytes, seconds"])
-def test_with_three_objectives_it_ranks_like_the_hypervolume(unit):
-    random, unit = np.random.default_rng(0), np.array(unit)
-    front = random.uniform(0.2, 1, (6, 3))
-    front = np.array([p for p in front if not any((q <= p).all() and (q < p).any() for q in front)])
-    new = random.uniform(0, 0.6, (40, 3))
-    found = improvement([unit[i] * new[:, [i]] for i in range(3)], unit * front, unit)[:, 0]
-    grown = [hypervolume([*front, point], (1, 1, 1)) - hypervolume(front, (1, 1, 1)) for point in new]
-    assert np.corrcoef(found, grown)[0, 1] > 0.99
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
-def test_the_warp_keeps_order_and_comes_back(values):
-    column = np.array(values)
-    warp = Warp(column)
-    there = warp.forward(column)
-    assert np.isfinite(there).all()
-    assert (np.diff(there[np.argsort(column, kind="stable")]) >= 0).all()
-    assert warp.backward(there) == pytest.approx(column, rel=1e-6, abs=1e-6)
-
-
-def test_the_model_learns_an_additive_function():
-    random = np.random.default_rng(0)
-    counts = np.full(8, 5)
-    picks = random.integers(0, 5, (120, 8))
-    own = random.gamma(1.0, 1.0, 8)
-
-    def loss(rows):
-        return ((1 - rows / 4) ** 3 * own).sum(1)
-
-    curves = Curves.make(counts, [None] * 8, [0] * 8)
-    model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
-    fresh = random.integers(0, 5, (200, 8))
-    mean, deviation = model.predict(fresh)
-    assert np.corrcoef(mean, loss(fresh))[0, 1] > 0.999
-    assert (np.abs(mean - loss(fresh)) < 4 * deviation).mean() > 0.9
-    table = model.additive(None)
-    spans = np.array([row[0] - row[-1] for row in table])
-    assert np.corrcoef(spans, own)[0, 1] > 0.99, "the layers that matter are the ones that it names"
-
-
-def test_what_axes_have_in_common_is_learned_from_few_recipes():
-    """Twenty axes that do the same, seven recipes: too few to know anything of each, but for those of like choices."""
-    random = np.random.default_rng(0)
-    counts = np.full(20, 6)
-    picks, fresh = random.integers(0, 6, (7, 20)), random.integers(0, 6, (200, 20))
-
-    def loss(rows):
-        return ((1 - rows / 5) ** 2).sum(1)
-
-    found = []
-    for kinds in ([0] * 20, range(20)):
-        curves = Curves.make(counts, [None] * 20, kinds)
-        model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
-        found.append(np.corrcoef(model.predict(fresh)[0], loss(fresh))[0, 1])
-        spans = np.array([row[0] - row[-1] for row in model.additive(None)])
-        assert len(found) == 2 or (spans > 0.3).all(), "each of the axes is worth something"
-    assert found[0] > 0.95 > 0.75 > found[1]
-
-
 @pytest.mark.parametrize("ladder", [None, "effort"])
 @pytest.mark.parametrize("good", [True, False])
 def test_the_first_recipes_are_the_front_of_axes_that_are_all_alike(good, ladder):
@@ -307,65 +231,6 @@ def test_the_first_recipes_are_the_front_of_axes_that_are_all_alike(good, ladder
     first, second = (row @ weights / (5 * weights.sum()) for row in rows[1:])
     assert 0.3 < first < 0.5
     assert 0.1 < second < 0.2 if good else 0.6 < second < 0.8
-
-
-def test_the_model_learns_pairs_of_choices_that_no_curve_describes(monkeypatch):
-    """Every pair of choices of two axes has a number of its own, drawn: the model tells unseen recipes apart by them."""
-    random = np.random.default_rng(0)
-    counts, pairs = np.full(5, 4), list(itertools.combinations(range(5), 2))
-    tables = random.normal(0, 1, (len(pairs), 4, 4))
-    everything = random.permutation(np.array(list(itertools.product(range(4), repeat=5))))
-    picks, fresh = everything[:180], everything[180:]
-
-    def loss(rows):
-        return sum(table[rows[:, a], rows[:, b]] for table, (a, b) in zip(tables, pairs, strict=True))
-
-    found = []
-    for most in (16, 3):  # choices of an axis that takes part in pairs
-        monkeypatch.setattr("paretorch.search.ehvi._APART", most)
-        curves = Curves.make(counts, [None] * 5, [0] * 5)
-        model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
-        mean, deviation = model.predict(fresh)
-        assert (np.abs(mean - loss(fresh)) < 3 * deviation).mean() > 0.95
-        found.append(np.corrcoef(mean, loss(fresh))[0, 1])
-    assert found[0] > 0.85 > 0.7 > found[1]
-
-
-def test_only_axes_of_few_choices_take_part_in_pairs():
-    curves = Curves.make(np.array([3, 40, 2]), [None] * 3, [0, 1, 1])
-    marks = curves.marks(np.array([[0, 7, 1], [0, 39, 0], [2, 7, 0]]))
-    assert marks @ marks.T == pytest.approx(np.array([[1.0, 0.5, 0.0], [0.5, 1.0, 0.5], [0.0, 0.5, 1.0]]))
-    assert Curves.make(np.array([40, 40]), [None] * 2, [0] * 2).marks(np.zeros((1, 2), dtype=np.int64)) is None
-
-
-@pytest.mark.parametrize("counts", [[40, 40, 40], [40, 3, 3]], ids=["many choices", "many and few"])
-def test_a_recipe_that_was_seen_is_predicted_as_seen(counts):
-    random = np.random.default_rng(0)
-    picks = random.integers(0, counts, (30, 3))
-    column = (picks / np.array(counts)).sum(1) + (picks[:, 1] == picks[:, 2])
-    curves = Curves.make(np.array(counts), [None] * 3, [0, 1, 1])
-    model = Model(curves, picks, column, False, np.array([0.0, -1.0, -3.0, -4.0, -1.0]))
-    mean, deviation = model.predict(picks, lucky=False)
-    assert mean == pytest.approx(column, abs=0.05)
-    assert (deviation < 0.05).all()
-    assert (model.predict(random.integers(0, counts, (200, 3)), lucky=False)[1] > 0.05).any()
-
-
-def test_a_prior_is_worth_what_it_turns_out_to_be():
-    """Sensitivities in the wrong unit and of irregular shape still tell the model where the losses are."""
-    random = np.random.default_rng(1)
-    counts, own = np.full(6, 6), random.gamma(0.5, 1.0, (6, 6))
-    picks, fresh = random.integers(0, 6, (25, 6)), random.integers(0, 6, (200, 6))
-
-    def loss(rows):
-        return sum(own[axis][rows[:, axis]] for axis in range(6))
-
-    errors = []
-    for prior in ([None] * 6, [tuple(100 * row) for row in own]):
-        curves = Curves.make(counts, prior, [0] * 6)
-        model = Model(curves, picks, loss(picks), False, Model.tune(curves, picks, loss(picks), False))
-        errors.append(np.abs(model.predict(fresh)[0] - loss(fresh)).mean())
-    assert errors[1] < 0.5 * errors[0]
 
 
 def two_networks(picks):
