@@ -1048,7 +1048,7 @@ class Study:
     @undisturbed()
     def _finish(self, status: str) -> None:
         """The report, and the end of the MLflow run."""
-        from ..results.report.report import write_report
+        from ..results.report.write import write_report
 
         self.listener.phase("writing the report")
         front = self.front

@@ -47,8 +47,10 @@ from urllib.parse import urlsplit
 
 from ...errors import ArtifactError, StudyError
 from ...objectives.measurement import flat
+from ...runners.files.atomic import remove_parts, write_whole
 from ..candidate import FAILED, Candidate
-from ..report.report import FILES, remove_parts, rows, write_whole
+from ..report.tables import rows
+from ..report.write import FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

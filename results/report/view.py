@@ -1,0 +1,272 @@
+"""All that a report says of a front, as plain data, worked out once by `view_of`.
+
+The writers of this folder read a `View` and nothing else (the pictures also `plots.Plots`), so a number, a verdict or a
+sentence is the same in the terminal, in `report.md` and on the page. Every number carries its 95% interval, and a
+difference inside the intervals is called none.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...objectives.measurement import Estimate, Measurement
+from ...objectives.objective import Objective
+from ...search.finalists import described_clusters, described_optimism
+from ..candidate import FAILED, OVER_BUDGET, Candidate
+from ..front import Front
+from . import sentences
+from .cells import Cell, beside, costs_of, difference, final, heading, is_trivial, measured
+from .misses import misses, nearest
+
+NEAREST = 3  # how many candidates over the budget are shown where the front is empty
+
+
+@dataclass(frozen=True)
+class MemberView:
+    """A member of the front.
+
+    numbers: by metric, the latency of a finalist as the clean process has measured it. test: its metric on the test
+    split; what stands beside it is the paired difference to the baseline there, `-0.56 ±1.20`. marks: `knee`,
+    `recommended`, `like #3`, `not what was simulated`. verdicts: see `Front.verdicts`.
+    """
+
+    candidate: Candidate
+    what: str
+    numbers: Mapping[str, Cell]
+    test: Cell
+    marks: tuple[str, ...]
+    verdicts: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A candidate over the budget: by how much it misses each limit, and the limits that it would keep."""
+
+    number: int
+    what: str
+    quality: Cell
+    misses: tuple[str, ...]
+    keeps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrivialView:
+    """A trivial baseline, such as all weights at 8 bits, and what the search has found beyond it."""
+
+    number: int
+    label: str
+    numbers: Mapping[str, Cell]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of the candidates.
+
+    states: how many by state. over: those over the budget; rejected: those of them that were never measured, for their
+    predicted cost was over. exceeded: by limit, how many candidates exceed it, and `exceeded_by_over` those of them
+    that count as over the budget (one that was stopped early is not). failed: number and reason.
+    """
+
+    states: Mapping[str, int]
+    over: int
+    rejected: int
+    exceeded: tuple[tuple[str, int], ...]
+    exceeded_by_over: tuple[tuple[str, int], ...]
+    failed: tuple[tuple[int, str], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.states.values())
+
+
+@dataclass(frozen=True)
+class BoundLimit:
+    """A limit of the budget, with the number that it means for this baseline."""
+
+    text: str
+    metric: str
+    upper: bool
+    value: float
+
+
+@dataclass(frozen=True)
+class View:
+    """A front and what is said of it.
+
+    name, config, budget and notes are what `view_of` was given. study: the study's folder as one types it. quality is
+    the metric, costs what is paid for it; columns are both and what else the tables of the report show. summary: a
+    sentence, its end in bold (`**`). certainty: sentences on what the numbers do not tell; warnings: what one should
+    know before a member is taken; clusters and optimism: the lines for a terminal. pick: what to export by default.
+    trivial_volume: the hypervolume of the trivial baselines alone. sensitivity: the picture in the study's folder.
+    """
+
+    name: str
+    config: str
+    notes: tuple[str, ...]
+    study: str
+    objectives: tuple[Objective, ...]
+    limits: tuple[BoundLimit, ...]
+    budget: tuple[str, ...]
+    quality: str
+    costs: tuple[str, ...]
+    columns: tuple[str, ...]
+    baseline: Measurement
+    test_baseline: Estimate | None
+    members: tuple[MemberView, ...]
+    knee: Candidate | None
+    recommended: Candidate | None
+    pick: str
+    nearest: tuple[NearMiss, ...]
+    trivial: tuple[TrivialView, ...]
+    trivial_volume: float
+    hypervolume: float
+    outcomes: Outcomes
+    summary: str
+    certainty: tuple[str, ...]
+    warnings: tuple[str, ...]
+    clusters: tuple[str, ...]
+    optimism: str
+    sensitivity: Path | None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric and the costs."""
+        return (self.quality, *self.costs)
+
+    @property
+    def tested(self) -> bool:
+        """Whether a member has met the test split."""
+        return any(self.quality in member.candidate.test for member in self.members)
+
+    def baseline_cell(self, metric: str) -> Cell:
+        """The baseline's number."""
+        return Cell.of(metric, self.baseline.metrics.get(metric))
+
+    @property
+    def test_baseline_cell(self) -> Cell:
+        """The baseline's metric on the test split."""
+        return Cell.of(self.quality, self.test_baseline)
+
+
+def view_of(
+    front: Front,
+    *,
+    name: str = "",
+    config_text: str = "",
+    budget_lines: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> View:
+    """What there is to say of a front; the arguments are those of `write_report`."""
+    costs = costs_of(front)
+    columns = [metric for metric in (front.quality, *costs) if metric in front.baseline.metrics]
+    if "zstd_bytes" in front.baseline.metrics:
+        columns.insert(columns.index("size_bytes") + 1 if "size_bytes" in columns else len(columns), "zstd_bytes")
+    baseline = {metric: estimate.value for metric, estimate in front.baseline.metrics.items()}
+    limits = [BoundLimit(x.text, x.metric, x.upper, x.resolve(baseline[x.metric])) for x in front.budget.limits]
+    trivial = tuple(c for c in front.candidates if is_trivial(c))
+    picture = front.directory / "sensitivity.png" if front.directory else None
+    outcomes, clusters, warnings = _outcomes(front), tuple(described_clusters(front)), sentences.warnings(front)
+    return View(
+        name=name,
+        config=config_text,
+        notes=tuple(notes),
+        study=_typed(front.directory),
+        objectives=front.objectives,
+        limits=tuple(limits),
+        budget=tuple(budget_lines) or tuple(front.budget.describe(baseline)),
+        quality=front.quality,
+        costs=tuple(costs),
+        columns=tuple(columns),
+        baseline=front.baseline,
+        test_baseline=front.test_baseline,
+        members=tuple(_member(front, member, {front.quality, *costs, *columns}) for member in front.members),
+        knee=front.knee() if front.members else None,
+        recommended=front.recommended() if front.members else None,
+        pick=sentences.pick(front),
+        nearest=tuple(_near_miss(front, candidate) for candidate in nearest(front, NEAREST)),
+        trivial=tuple(_trivial(front, candidate, (front.quality, *costs)) for candidate in trivial),
+        trivial_volume=replace(front, candidates=trivial).hypervolume(),
+        hypervolume=front.hypervolume(),
+        outcomes=outcomes,
+        summary=sentences.summary(front, costs, outcomes.states),
+        certainty=sentences.certainty(front, clusters, warnings),
+        warnings=warnings,
+        clusters=clusters,
+        optimism=described_optimism(front),
+        sensitivity=picture if picture and picture.is_file() else None,
+    )
+
+
+def front_cells(view: View) -> tuple[list[str], list[list[Cell]]]:
+    """Heads and cells of the front's table, for the text and the page."""
+    tests = [f"test {view.quality}"] if view.tested else []
+    heads = ["#", *(heading(name) for name in view.columns), *tests, "what"]
+    lines = []
+    for member in view.members:
+        line = [Cell(str(member.candidate.number)), *(member.numbers[name] for name in view.columns)]
+        if view.tested:
+            test = member.test
+            beside = f"{test.beside} against the baseline" if test.beside else ""
+            line.append(Cell(test.value, test.interval, beside=beside))
+        said = ", ".join([member.candidate.label] * bool(member.candidate.label) + list(member.marks))
+        lines.append([*line, Cell(member.what + (f" ({said})" if said else ""))])
+    return heads, lines
+
+
+def _typed(directory: Path | None) -> str:
+    """The study's folder as one would type it here."""
+    if directory is None:
+        return "STUDY"
+    path = directory.resolve()
+    short = os.path.relpath(path)
+    return shlex.quote(str(path) if short.startswith("..") else short)
+
+
+def _member(front: Front, member: Candidate, metrics: set[str]) -> MemberView:
+    return MemberView(
+        candidate=member,
+        what=member.recipe.describe(),
+        numbers={name: Cell.of(name, final(member, name), beside(front, member, name)) for name in metrics},
+        test=Cell.of(front.quality, member.test.get(front.quality), difference(front, member)),
+        marks=sentences.marks(front, member),
+        verdicts=front.verdicts(member),
+    )
+
+
+def _near_miss(front: Front, candidate: Candidate) -> NearMiss:
+    pairs = misses(front, candidate)
+    return NearMiss(
+        candidate.number,
+        candidate.recipe.describe(),
+        Cell.of(front.quality, measured(candidate, front.quality)),
+        tuple(missed for missed, _ in pairs),
+        tuple(kept for _, kept in pairs),
+    )
+
+
+def _trivial(front: Front, candidate: Candidate, metrics: Sequence[str]) -> TrivialView:
+    numbers = {name: Cell.of(name, measured(candidate, name)) for name in metrics}
+    return TrivialView(candidate.number, candidate.label, numbers, sentences.beaten(front, candidate))
+
+
+def _outcomes(front: Front) -> Outcomes:
+    over = [c for c in front.candidates if c.state == OVER_BUDGET]
+    return Outcomes(
+        states=Counter(c.state for c in front.candidates),
+        over=len(over),
+        rejected=sum(c.measurement is None for c in over),
+        exceeded=_exceeded(front.candidates),
+        exceeded_by_over=_exceeded(over),
+        failed=tuple((c.number, c.reason) for c in front.candidates if c.state == FAILED),
+    )
+
+
+def _exceeded(candidates: Sequence[Candidate]) -> tuple[tuple[str, int], ...]:
+    """How many candidates exceed each limit, the one most often exceeded first."""
+    return tuple(Counter(text for c in candidates for text, value in c.excess.items() if value > 0).most_common())
