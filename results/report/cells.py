@@ -33,6 +33,11 @@ class Cell:
 
     @classmethod
     def of(cls, metric: str, estimate: Estimate | None, beside: str = "") -> Cell:
+        """An estimate in the unit of its metric.
+
+        >>> Cell.of("size_bytes", Estimate.exact(19_000), "19% of baseline")
+        Cell(value='19 kB', interval='', spread='', beside='19% of baseline')
+        """
         if estimate is None:
             return cls(beside=beside)
         value, interval = show(metric, estimate.value), ""
@@ -47,7 +52,10 @@ class Cell:
 
 
 def costs_of(front: Front) -> list[str]:
-    """The costs that were measured, other than the metric itself; MACs only where nothing else says what it costs."""
+    """The costs that were measured and are not the quality metric.
+
+    MACs are among them only where an objective or a limit asks for them, or where no other cost was measured.
+    """
     quality = front.quality
     known = [name for name in ("size_bytes", "latency_ms") if name in front.baseline.metrics and name != quality]
     wanted = [o.metric for o in front.objectives if o.metric in COSTS] + [x.metric for x in front.budget.limits]
@@ -57,11 +65,12 @@ def costs_of(front: Front) -> list[str]:
 
 
 def is_rate(metric: str) -> bool:
-    """Whether a metric is a share, which is shown in per cent and whose differences are points."""
+    """Whether a metric is a share: shown in per cent, and its differences in points."""
     return metric == "accuracy"
 
 
 def is_trivial(candidate: Candidate) -> bool:
+    """Whether a candidate is a trivial baseline, such as all weights at 8 bits; the original model is none."""
     return bool(candidate.label) and candidate.recipe != Recipe()
 
 

@@ -82,10 +82,8 @@ def _trivial(view: View) -> list[str]:
         return []
     parts = ["## What search adds to the trivial baselines"]
     if view.members:
-        parts.append(
-            f"Share of the space between baseline and ideal that is dominated: {view.trivial_volume:.3f} by the trivial "
-            f"baselines alone, {view.hypervolume:.3f} with the search."
-        )
+        shares = f"{view.trivial_volume:.3f} by the trivial baselines alone, {view.hypervolume:.3f} with the search"
+        parts.append(f"Share of the space between baseline and ideal that is dominated: {shares}.")
     heads = ["#", "baseline", *map(heading, view.metrics), "verdict"]
     lines = []
     for trivial in view.trivial:
@@ -137,7 +135,7 @@ def _sensitivity(view: View, folder: Path) -> list[str]:
 
 
 def _knee(view: View) -> list[str]:
-    """The knee's recipe: a step a line, and last, for MLflow's page grows as wide as its widest line and cuts the end."""
+    """The knee's recipe, a step a line and last: MLflow shows a page as wide as its widest line and may cut its end."""
     if view.knee is None:
         return []
     recipe = view.knee.recipe

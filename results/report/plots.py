@@ -68,6 +68,7 @@ class Panel:
 
     @property
     def log(self) -> bool:
+        """Whether the x axis is logarithmic: the costs span more than a factor of six."""
         return self.span[0] > 0 and self.span[1] / self.span[0] > 6
 
     @property
@@ -195,7 +196,7 @@ def _stairs(front: Front, points: Sequence[Point], up: bool) -> tuple[tuple[floa
 def _window(points: Sequence[Point], base: float, up: bool, limits: Sequence[float]) -> tuple[float, float]:
     """The part of the y axis to draw.
 
-    Candidates that are lost for good would squeeze the rest into a line; they are drawn at the edge instead.
+    Candidates far below the baseline would squeeze the rest into a line; they are drawn at the edge instead.
     """
 
     def near(point: Point) -> bool:

@@ -1,4 +1,7 @@
-"""What a report says of a front in words: marks, verdicts and sentences."""
+"""What a report says of a front in words: marks, verdicts and sentences.
+
+This module and `view` are the only ones here that ask whether members can be distinguished and files be trusted.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,25 @@ SENSITIVITY = "How far the outputs move when one layer alone is compressed, with
 
 
 def marks(front: Front, member: Candidate) -> tuple[str, ...]:
-    marks = ["knee"] if member.number == front.knee().number else []
-    cluster = list(front.clusters.values())
+    """What a table says of a member behind its recipe: `knee`, `recommended`, `like #3`, `not what was simulated`."""
+    words = ["knee"] if member.number == front.knee().number else []
+    heads = list(front.clusters.values())
     head = front.clusters.get(member.number)
-    if head == member.number and cluster.count(head) > 1:
-        marks.append("recommended")
+    if head == member.number and heads.count(head) > 1:
+        words.append("recommended")
     elif head not in (None, member.number):
-        marks.append(f"like #{head}")
-    return (*marks, *(["not what was simulated"] if parity_failure(member) else []))
+        words.append(f"like #{head}")
+    if parity_failure(member):
+        words.append("not what was simulated")
+    return tuple(words)
 
 
 def pick(front: Front) -> str:
-    """What to export: the knee, or what stands for it where the test split has been looked at; else the nearest one."""
+    """What to export by default, as `--pick` takes it.
+
+    That is the knee, or the recommended member where the test split was used; where the front is empty, the candidate
+    that misses the budget by the least.
+    """
     if front.members:
         return "recommended" if front.clusters else "knee"
     closest = front.least_violating(1)
@@ -34,7 +44,7 @@ def pick(front: Front) -> str:
 
 
 def warnings(front: Front) -> tuple[str, ...]:
-    """Which members are slower than the baseline, and whose file is another network."""
+    """Which members are slower than the baseline, and which files do not compute what was simulated."""
     slower = [f"#{m.number}" for m in front.members if front.speed(m) == "slower"]
     lines = [f"Slower than the untouched network: {', '.join(slower)}"] if slower else []
     failures = [(m.number, parity_failure(m)) for m in front.members]
@@ -42,7 +52,7 @@ def warnings(front: Front) -> tuple[str, ...]:
 
 
 def summary(front: Front, costs: Sequence[str], states: Mapping[str, int]) -> str:
-    """The knee against the baseline, or that there is none."""
+    """How many candidates were tried and what the knee is beside the baseline; the second part is in bold (`**`)."""
     ok, over, stopped, failed = (states.get(state, 0) for state in (OK, OVER_BUDGET, STOPPED, FAILED))
     tried = f"{len(front.candidates)} candidates: {ok} inside the budget, {over} over it, {failed} failed."
     if stopped:
@@ -57,7 +67,7 @@ def summary(front: Front, costs: Sequence[str], states: Mapping[str, int]) -> st
 
 
 def certainty(front: Front, clusters: Sequence[str], warnings: Sequence[str]) -> tuple[str, ...]:
-    """Which members the images cannot tell apart, what selecting on validation has cost, and whom to beware of."""
+    """What the numbers do not tell: members that cannot be distinguished, the bias of the selection, warnings."""
     quality, lines = front.quality, []
     if front.clusters:
         lines += [f"{line}." for line in clusters]
@@ -74,7 +84,7 @@ def certainty(front: Front, clusters: Sequence[str], warnings: Sequence[str]) ->
 
 
 def _overlapping(front: Front) -> str:
-    """Which members are as good as the best by their 95% intervals on the validation split; empty where none is."""
+    """The members whose 95% interval on the validation split overlaps the best one's; empty where there is none."""
     numbers = [(m, e) for m in front.members if (e := measured(m, front.quality)) is not None]
     if not numbers:
         return ""
@@ -90,7 +100,7 @@ def _overlapping(front: Front) -> str:
 
 
 def _selection(quality: str, cost: Estimate) -> str:
-    """What selecting on the validation split has cost, beyond the baseline's change from there to the test split."""
+    """The bias of the selection: how much more than the baseline the members lost from validation to test."""
     scale = 100 if is_rate(quality) else 1
     amount = f"{scale * abs(cost.value):.2f} points" if is_rate(quality) else f"{abs(cost.value):.3g}"
     interval = ""
@@ -104,7 +114,7 @@ def _selection(quality: str, cost: Estimate) -> str:
 
 
 def beaten(front: Front, trivial: Candidate) -> str:
-    """What the search has to say against a trivial baseline."""
+    """A trivial baseline beside the front: the member that is better in every objective, and by how much."""
     theirs = trivial.measurement
     if theirs is None or trivial.state != OK:
         return trivial.reason or trivial.state.replace("_", " ")
@@ -117,8 +127,8 @@ def beaten(front: Front, trivial: Candidate) -> str:
     best = min(better, key=lambda m: sum(front.losses(m)))
     assert best.measurement is not None  # a member was measured
     gains = [_gain(o.metric, best.measurement.metrics[o.metric], theirs.metrics[o.metric]) for o in front.objectives]
-    told = ", ".join(gain for gain in gains if gain)
-    return f"beaten by #{best.number}" + (f": {told}" if told else "")
+    differences = ", ".join(gain for gain in gains if gain)
+    return f"beaten by #{best.number}" + (f": {differences}" if differences else "")
 
 
 def _gain(metric: str, ours: Estimate, theirs: Estimate) -> str:

@@ -40,7 +40,7 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def json_text(view: View) -> str:
-    """The members with all that was measured of them, the budget, the baseline and the number of candidates by state."""
+    """The members with all measurements, the budget, the baseline and how many candidates are in each state."""
     return json.dumps(
         {
             "name": view.name,

@@ -30,9 +30,9 @@ NEAREST = 3  # how many candidates over the budget are shown where the front is 
 class MemberView:
     """A member of the front.
 
-    numbers: by metric, the latency of a finalist as the clean process has measured it. test: its metric on the test
-    split; what stands beside it is the paired difference to the baseline there, `-0.56 ±1.20`. marks: `knee`,
-    `recommended`, `like #3`, `not what was simulated`. verdicts: see `Front.verdicts`.
+    what: its recipe in one line. numbers: by metric; the latency of a finalist is that of the clean process. test: its
+    metric on the test split, beside it the paired difference to the baseline there, `-0.56 ±1.20`. marks and verdicts:
+    see `sentences.marks` and `Front.verdicts`.
     """
 
     candidate: Candidate
@@ -56,7 +56,7 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class TrivialView:
-    """A trivial baseline, such as all weights at 8 bits, and what the search has found beyond it."""
+    """A trivial baseline, such as all weights at 8 bits, and what the search adds to it."""
 
     number: int
     label: str
@@ -68,9 +68,10 @@ class TrivialView:
 class Outcomes:
     """What became of the candidates.
 
-    states: how many by state. over: those over the budget; rejected: those of them that were never measured, for their
-    predicted cost was over. exceeded: by limit, how many candidates exceed it, and `exceeded_by_over` those of them
-    that count as over the budget (one that was stopped early is not). failed: number and reason.
+    states: how many candidates are in each state. over: how many are over the budget. rejected: how many of these were
+    never measured, because their predicted cost is over. exceeded: for each limit, how many candidates exceed it;
+    exceeded_by_over: the same among those over the budget (a candidate that was stopped early is in the first only).
+    failed: number and reason of each failed candidate.
     """
 
     states: Mapping[str, int]
@@ -99,11 +100,17 @@ class BoundLimit:
 class View:
     """A front and what is said of it.
 
-    name, config, budget and notes are what `view_of` was given. study: the study's folder as one types it. quality is
-    the metric, costs what is paid for it; columns are both and what else the tables of the report show. summary: a
-    sentence, its end in bold (`**`). certainty: sentences on what the numbers do not tell; warnings: what one should
-    know before a member is taken; clusters and optimism: the lines for a terminal. pick: what to export by default.
-    trivial_volume: the hypervolume of the trivial baselines alone. sensitivity: the picture in the study's folder.
+    name, config, notes and budget: what `view_of` was given.
+    study: the study's folder as one types it in a shell.
+    limits: the budget in numbers.
+    quality, costs: the names of the metric and of what is paid for it.
+    columns: what the report's table of the front shows.
+    pick: what to export by default.
+    nearest: the candidates that miss the budget by the least.
+    trivial_volume: the hypervolume of the trivial baselines alone; hypervolume: that of the front.
+    summary, certainty, warnings: see `sentences`.
+    clusters, optimism: lines on members that cannot be distinguished and on the bias of the selection.
+    sensitivity: the picture in the study's folder, None where it was not measured.
     """
 
     name: str
@@ -162,7 +169,7 @@ def view_of(
     budget_lines: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> View:
-    """What there is to say of a front; the arguments are those of `write_report`."""
+    """Work out all that a report says of a front; the arguments are those of `write_report`."""
     costs = costs_of(front)
     columns = [metric for metric in (front.quality, *costs) if metric in front.baseline.metrics]
     if "zstd_bytes" in front.baseline.metrics:
@@ -185,7 +192,7 @@ def view_of(
         columns=tuple(columns),
         baseline=front.baseline,
         test_baseline=front.test_baseline,
-        members=tuple(_member(front, member, {front.quality, *costs, *columns}) for member in front.members),
+        members=tuple(_member(front, member, (front.quality, *costs, *columns)) for member in front.members),
         knee=front.knee() if front.members else None,
         recommended=front.recommended() if front.members else None,
         pick=sentences.pick(front),
@@ -212,10 +219,10 @@ def front_cells(view: View) -> tuple[list[str], list[list[Cell]]]:
         line = [Cell(str(member.candidate.number)), *(member.numbers[name] for name in view.columns)]
         if view.tested:
             test = member.test
-            beside = f"{test.beside} against the baseline" if test.beside else ""
-            line.append(Cell(test.value, test.interval, beside=beside))
-        said = ", ".join([member.candidate.label] * bool(member.candidate.label) + list(member.marks))
-        lines.append([*line, Cell(member.what + (f" ({said})" if said else ""))])
+            compared = f"{test.beside} against the baseline" if test.beside else ""
+            line.append(Cell(test.value, test.interval, beside=compared))
+        remarks = ", ".join(text for text in (member.candidate.label, *member.marks) if text)
+        lines.append([*line, Cell(member.what + (f" ({remarks})" if remarks else ""))])
     return heads, lines
 
 
@@ -228,7 +235,7 @@ def _typed(directory: Path | None) -> str:
     return shlex.quote(str(path) if short.startswith("..") else short)
 
 
-def _member(front: Front, member: Candidate, metrics: set[str]) -> MemberView:
+def _member(front: Front, member: Candidate, metrics: Sequence[str]) -> MemberView:
     return MemberView(
         candidate=member,
         what=member.recipe.describe(),

@@ -1,16 +1,19 @@
 """What is said of a front, whoever writes it."""
 
+import doctest
 from dataclasses import replace
 
 import pytest
 
 from paretorch.errors import ParetorchError
 from paretorch.objectives.measurement import Estimate
+from paretorch.results.report import cells
 from paretorch.results.report.cells import Cell
 from paretorch.results.report.view import view_of
 
 
 def test_a_number_in_words():
+    assert doctest.testmod(cells).failed == 0
     assert Cell.of("size_bytes", Estimate.exact(19_000), "19% of baseline") == Cell("19 kB", "", "", "19% of baseline")
     cell = Cell.of("accuracy", Estimate(0.95, 0.93, 0.97, 100))
     assert (cell.text, cell.spread) == ("95.00% [93.00%, 97.00%]", "±2.00")
