@@ -41,7 +41,7 @@ def _baseline(view: View) -> list[str]:
     lines = [[heading(name), view.baseline_cell(name).text] for name in names]
     if view.test_baseline is not None:
         lines.append([f"test {view.quality}", view.test_baseline_cell.text])
-    said = "The untouched network, measured like every candidate. Brackets are 95% intervals."
+    said = "The original model, measured like every candidate. Brackets are 95% intervals."
     return ["## Baseline", said, _table(["metric", "value"], lines)]
 
 
@@ -63,7 +63,7 @@ def _front(view: View) -> list[str]:
 def _unreachable(view: View) -> list[str]:
     parts = ["## No candidate kept the budget"]
     if not view.nearest:
-        return [*parts, "Nothing was measured, and nothing was refused for its cost: see what failed below."]
+        return [*parts, "Nothing was measured, and nothing was rejected by its predicted cost: see what failed below."]
     lines = []
     for near in view.nearest:
         quality = near.quality.text if near.quality.value else "not measured"
@@ -97,7 +97,7 @@ def _lost(view: View) -> list[str]:
     parts, outcomes = [], view.outcomes
     if outcomes.over:
         limits = "\n".join(f"- `{limit}`: exceeded by {count}" for limit, count in outcomes.exceeded_by_over)
-        rejected = f"{outcomes.rejected} of them refused by arithmetic before anything was compressed"
+        rejected = f"{outcomes.rejected} of them rejected by predicted cost before anything was compressed"
         parts += ["## Over the budget", f"{outcomes.over} candidates, {rejected}.\n\n{limits}"]
     reasons: dict[str, list[str]] = {}
     for number, reason in outcomes.failed:

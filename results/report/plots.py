@@ -14,7 +14,7 @@ from ..candidate import OK, OVER_BUDGET, Candidate
 from ..front import Front
 from .cells import Cell, costs_of, heading, is_rate, is_trivial, measured
 
-ORIGINAL = "untouched network"
+ORIGINAL = "original model"
 # What a point on a plot is: legend, colour, plotly's and matplotlib's marker.
 ROLES = {
     "other": ("candidate", "#9aa5b1", "circle", "o"),

@@ -46,7 +46,7 @@ def pick(front: Front) -> str:
 def warnings(front: Front) -> tuple[str, ...]:
     """Which members are slower than the baseline, and which files do not compute what was simulated."""
     slower = [f"#{m.number}" for m in front.members if front.speed(m) == "slower"]
-    lines = [f"Slower than the untouched network: {', '.join(slower)}"] if slower else []
+    lines = [f"Slower than the original model: {', '.join(slower)}"] if slower else []
     failures = [(m.number, parity_failure(m)) for m in front.members]
     return (*lines, *(f"#{number} is not what was simulated: {why}" for number, why in failures if why))
 
@@ -56,7 +56,7 @@ def summary(front: Front, costs: Sequence[str], states: Mapping[str, int]) -> st
     ok, over, stopped, failed = (states.get(state, 0) for state in (OK, OVER_BUDGET, STOPPED, FAILED))
     tried = f"{len(front.candidates)} candidates: {ok} inside the budget, {over} over it, {failed} failed."
     if stopped:
-        tried = f"{tried[:-1]}, {stopped} given up early as beyond doubt worse."
+        tried = f"{tried[:-1]}, {stopped} stopped early as significantly worse."
     if not front.members:
         return f"{tried} **No candidate kept the budget.**"
     knee, numbers = front.knee(), []

@@ -25,7 +25,7 @@ def front_table(view: View) -> Table:
     table.add_column("what", ratio=1, overflow="fold", min_width=16)
     cells = [_cell(view.baseline_cell(name)) for name in view.metrics]
     tests = [_cell(view.test_baseline_cell)] if view.tested else []
-    table.add_row("-", *cells, *tests, "[dim]the untouched network[/dim]")
+    table.add_row("-", *cells, *tests, "[dim]the original model[/dim]")
     for member in view.members:
         cells = [_cell(member.numbers[name], beside=name != quality) for name in view.metrics]
         tests = [_cell(member.test)] if view.tested else []
@@ -53,8 +53,8 @@ def summary(view: View) -> Iterator[Text]:
     counts = [
         f"{len(view.members)} on the front",
         f"{outcomes.over - outcomes.rejected} measured over the budget",
-        f"{outcomes.rejected} refused by arithmetic",
-        *([f"{stopped} given up early"] if stopped else []),
+        f"{outcomes.rejected} rejected by predicted cost",
+        *([f"{stopped} stopped early"] if stopped else []),
         f"{outcomes.states.get(FAILED, 0)} failed",
     ]
     over = f" (over: {by_limit})" if by_limit else ""

@@ -71,5 +71,5 @@ def test_a_browser_without_a_network_draws_the_page(fronts, tmp_path):
     assert page.count('class="main-svg"') >= 2, "plotly drew nothing"
     assert len(re.findall(r'<path class="point[" ]', page)) >= 2 * len(fronts["whole"].members)
     assert "digits &lt;study&gt;" in page
-    assert "untouched network" in page
+    assert "original model" in page
     assert "<h2>The front</h2>" in page

@@ -27,7 +27,7 @@ def test_the_text_tells_a_colleague_what_was_found(fronts, tmp_path):
     assert "(within the intervals)" in text
     assert "dominated: 0.420 by the trivial baselines alone, 0.496 with the search" in text
     assert "over size_bytes <= 50%" in text
-    assert "1 of them refused by arithmetic" in text
+    assert "1 of them rejected by predicted cost" in text
     assert "- #9: ExportFailed: &lt;b>layer1&lt;/b> [red]has[/red] no | shape line two" in text
     assert "cannot be told apart from the best" in text
     assert "the members lost 0.40 points more than the baseline" in text
@@ -75,7 +75,7 @@ def test_finalists_are_shown_with_what_is_known_of_them(finalists, tmp_path):
         "not told apart on the test split (paired, 5% for each pair)." in text
     )
     slower = ", ".join(f"#{m.number}" for m in finalists.members)
-    assert f"- Slower than the untouched network: {slower}." in text
+    assert f"- Slower than the original model: {slower}." in text
     assert f"- #{first.number} is not what was simulated: 98.00% of 1000 answers" in text
     assert "-0.40 ±0.60 against the baseline" in text
     assert "--pick recommended" in text

@@ -36,13 +36,13 @@ def test_finalists_are_shown_with_what_is_known_of_them(finalists, printed):
 def test_the_summary_counts_every_trial(fronts, finalists):
     first, *rest = [line.plain for line in summary(view_of(fronts["whole"]))]
     assert first == (
-        "\n11 trials: 4 on the front, 3 measured over the budget, 1 refused by arithmetic, 1 failed "
+        "\n11 trials: 4 on the front, 3 measured over the budget, 1 rejected by predicted cost, 1 failed "
         "(over: 4 by size_bytes <= 50%)"
     )
     assert rest[0] == "  #9 failed: ExportFailed: <b>layer1</b> [red]has[/red] no | shape"
     stopped = replace(fronts["whole"].candidates[5], state="stopped")
     lines = summary(view_of(replace(fronts["whole"], candidates=(stopped,))))
-    assert "0 refused by arithmetic, 1 given up early, 0 failed" in next(iter(lines)).plain
+    assert "0 rejected by predicted cost, 1 stopped early, 0 failed" in next(iter(lines)).plain
     lines = [line.plain for line in summary(view_of(finalists))]
     assert any("is recommended over" in line for line in lines)
     assert lines[-1].startswith(f"#{finalists.members[0].number} is not what was simulated: 98.00% of 1000 answers")

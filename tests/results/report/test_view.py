@@ -72,4 +72,4 @@ def test_stopped_candidates_are_told_and_count_as_over_no_budget(fronts):
     view = view_of(replace(front, candidates=(*front.candidates[:1], stopped, *front.candidates[2:])))
     assert view.outcomes.exceeded == (("size_bytes <= 50%", 4),)
     assert view.outcomes.exceeded_by_over == (("size_bytes <= 50%", 3),)
-    assert "1 given up early as beyond doubt worse." in view.summary
+    assert "1 stopped early as significantly worse." in view.summary
