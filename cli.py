@@ -160,57 +160,26 @@ def _age() -> float:
 def _show_front(console: Console, front: Front, directory: Path) -> None:
     from rich.text import Text
 
-    from .results.report.report import front_table, least_violating_table, preferred
+    from .results.report.terminal import front_table, least_violating_table, summary
+    from .results.report.view import view_of
 
+    view = view_of(front)
     console.print()
-    if front.members:
-        console.print(front_table(front))
+    if view.members:
+        console.print(front_table(view))
     else:
         console.print(
             Text("No candidate kept the budget. The nearest ones, and the limits they would keep:", style="bold yellow")
         )
-        console.print(least_violating_table(front))
-    _summary(console, front)
+        console.print(least_violating_table(view))
+    for line in summary(view):
+        console.print(line)
     folder = os.path.relpath(directory)
     folder = folder if len(folder) < len(str(directory)) else str(directory)
-    pick = (
-        preferred(front)
-        if front.members
-        else str(front.least_violating(1)[0].number)
-        if front.least_violating(1)
-        else "NUMBER"
-    )
     console.print("\nNext:")
     console.print(Text(f"  paretorch ui {folder}                  # every candidate, in the MLflow UI"))
-    console.print(Text(f"  paretorch export {folder} --pick {pick} --to deploy"))
+    console.print(Text(f"  paretorch export {folder} --pick {view.pick} --to deploy"))
     console.print(Text(f"  the report: {folder}/report/front.html"))
-
-
-def _summary(console: Console, front: Front) -> None:
-    """What was refused, what was measured and found over the budget, what failed and why."""
-    from collections import Counter
-
-    from rich.text import Text
-
-    from .results.certainty import describe_clusters, describe_optimism
-    from .results.report.report import warned
-
-    refused = sum(c.state == "over_budget" and c.measurement is None for c in front.candidates)
-    over = sum(c.state == "over_budget" and c.measurement is not None for c in front.candidates)
-    failed = [c for c in front.candidates if c.state == "failed"]
-    stopped = sum(c.state == "stopped" for c in front.candidates)
-    limits = Counter(limit for c in front.candidates for limit, value in c.excess.items() if value > 0)
-    by_limit = ", ".join(f"{count} by {limit}" for limit, count in limits.most_common())
-    console.print(Text(f"\n{len(front.candidates)} trials: {len(front.members)} on the front, {over} measured over the budget, "
-                       f"{refused} refused by arithmetic, {f'{stopped} given up early, ' if stopped else ''}{len(failed)} failed" + (f" (over: {by_limit})" if by_limit else "")))  # fmt: skip
-    for candidate in failed[:5]:
-        console.print(Text(f"  #{candidate.number} failed: {candidate.reason.splitlines()[0]}", style="red"))
-    for line in describe_clusters(front.clusters, front.quality):
-        console.print(Text(line))
-    if line := describe_optimism(front.optimism(), front.quality):
-        console.print(Text(line))
-    for line in warned(front):
-        console.print(Text(line, style="yellow"))
 
 
 @app.command(short_help="Tell in seconds whether a search will work.")
@@ -375,7 +344,7 @@ def front(
 ) -> None:
     """Print a study's front again, also while it runs."""
     from .results.front import open_front
-    from .results.report.report import write_report
+    from .results.report.write import write_report
 
     found = open_front(study)
     if csv:

@@ -508,7 +508,7 @@ class Study:
     @undisturbed()
     def _finish(self, status: str) -> None:
         """The report, and the end of the MLflow run."""
-        from ..results.report.report import write_report  # plotly and matplotlib take seconds to import
+        from ..results.report.write import write_report  # plotly and matplotlib take seconds to import
 
         self.listener.phase("writing the report")
         front, ladder = self.front, self.promotions.ladder

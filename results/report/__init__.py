@@ -1,1 +1,4 @@
-"""A front for people: one plain view of the data, computed once, and one writer per medium. Nothing here measures or decides."""
+"""A front for people: one plain view of the data, worked out once, and a writer per medium.
+
+Nothing here measures or decides.
+"""

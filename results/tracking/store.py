@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from ...errors import StudyError
-from ..report.report import remove_parts, write_whole
+from ...runners.files.atomic import remove_parts, write_whole
 from .database import check_writable, creating, database_path, skip_flushes
 
 if TYPE_CHECKING:

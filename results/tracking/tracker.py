@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from ...errors import ArtifactError, StudyError
 from ...objectives.measurement import flat
 from ..candidate import FAILED, Candidate
-from ..report.report import FILES, rows
+from ..report.tables import rows
+from ..report.write import FILES
 from . import charts
 from .names import NOTE, PARAM_LENGTH, PARENT, TAG_LENGTH, accepted, description
 from .store import Store, explain, is_local, opened, save_run, saved_run, store_uri, study_run

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from paretorch.results.report.heatmap import FILES, _png, heat_rows, heat_tables, short, write_sensitivity
+from paretorch.results.report.heatmap import FILES, heat_png, heat_rows, heat_tables, short, write_sensitivity
 from paretorch.runners.sensitivity import KL, SQUARED, Sensitivity, SensitivityRow
 
 
@@ -58,7 +58,7 @@ def test_a_pattern_stands_among_the_shares():
     Console(file=stream, width=80).print(*heat_tables(sensitivity))
     assert stream.getvalue().split() == ["bits", "8", "8", "32", "zeros", "2:4", "70%", "a", "0.10", "0.25", "0.50"]
     assert heat_rows(sensitivity)[0]["8 bits, 2:4 zeros"] == 0.25
-    assert _png(sensitivity, "patterns").startswith(b"\x89PNG")
+    assert heat_png(sensitivity, "patterns").startswith(b"\x89PNG")
 
 
 def test_a_level_that_a_layer_lacks_is_a_dash():
@@ -91,4 +91,4 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, math.inf])
 def test_a_picture_of_anything(value):
-    assert _png(found(2, 1, value, SQUARED), "x").startswith(b"\x89PNG")
+    assert heat_png(found(2, 1, value, SQUARED), "x").startswith(b"\x89PNG")

@@ -19,7 +19,8 @@ from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.results.report.heatmap import write_sensitivity
-from paretorch.results.report.report import FILES, hypervolume_curve, write_report
+from paretorch.results.report.plots import hypervolume_curve
+from paretorch.results.report.write import FILES, write_report
 from paretorch.results.tracking import charts
 from paretorch.results.tracking.store import RUN_FILE, local_store, saved_uri
 from paretorch.results.tracking.tracker import Tracker, add_sensitivity

@@ -1,0 +1,102 @@
+"""Numbers in words, and which of them a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...objectives.measurement import Estimate
+from ...objectives.objective import COSTS, against, show, spread
+from ...spaces.recipe import Recipe
+from ..candidate import Candidate
+from ..front import Front
+
+_HEADINGS = {"size_bytes": "size", "zstd_bytes": "size, zstd", "latency_ms": "latency", "macs": "MACs"}
+
+
+def heading(metric: str) -> str:
+    """A metric's name above a column."""
+    return _HEADINGS.get(metric, metric)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number in words; all parts are empty where it is not known.
+
+    value: `94.40%`. interval: `[92.8%, 95.7%]`. spread: half of it, `±1.43`. beside: how it stands beside the
+    baseline, `14% of baseline`, `2.1x faster`.
+    """
+
+    value: str = ""
+    interval: str = ""
+    spread: str = ""
+    beside: str = ""
+
+    @classmethod
+    def of(cls, metric: str, estimate: Estimate | None, beside: str = "") -> Cell:
+        """An estimate in the unit of its metric.
+
+        >>> Cell.of("size_bytes", Estimate.exact(19_000), "19% of baseline")
+        Cell(value='19 kB', interval='', spread='', beside='19% of baseline')
+        """
+        if estimate is None:
+            return cls(beside=beside)
+        value, interval = show(metric, estimate.value), ""
+        if estimate.low != estimate.high:
+            interval = f"[{show(metric, estimate.low)}, {show(metric, estimate.high)}]"
+        return cls(value, interval, spread(metric, estimate), beside)
+
+    @property
+    def text(self) -> str:
+        """The value and its interval; a dash where it is not known."""
+        return f"{self.value or '-'} {self.interval}".rstrip()
+
+
+def costs_of(front: Front) -> list[str]:
+    """The costs that were measured and are not the quality metric.
+
+    MACs are among them only where an objective or a limit asks for them, or where no other cost was measured.
+    """
+    quality = front.quality
+    known = [name for name in ("size_bytes", "latency_ms") if name in front.baseline.metrics and name != quality]
+    wanted = [o.metric for o in front.objectives if o.metric in COSTS] + [x.metric for x in front.budget.limits]
+    if "macs" in front.baseline.metrics and quality != "macs" and ("macs" in wanted or not known):
+        known.append("macs")
+    return known
+
+
+def is_rate(metric: str) -> bool:
+    """Whether a metric is a share: shown in per cent, and its differences in points."""
+    return metric == "accuracy"
+
+
+def is_trivial(candidate: Candidate) -> bool:
+    """Whether a candidate is a trivial baseline, such as all weights at 8 bits; the original model is none."""
+    return bool(candidate.label) and candidate.recipe != Recipe()
+
+
+def measured(candidate: Candidate, metric: str) -> Estimate | None:
+    """What the trial has measured; None where it did not."""
+    return candidate.measurement.metrics.get(metric) if candidate.measurement else None
+
+
+def final(candidate: Candidate, metric: str) -> Estimate | None:
+    """The number that counts: a finalist's latency is that of the clean process."""
+    estimate = measured(candidate, metric)
+    return candidate.test.get(metric, estimate) if metric == "latency_ms" else estimate
+
+
+def beside(front: Front, member: Candidate, metric: str) -> str:
+    """A member's number beside the baseline's: `14% of baseline`, `2.1x faster`."""
+    if metric == "latency_ms" and (pair := front.latency(member)):
+        return against(metric, *pair)
+    estimate, base = measured(member, metric), front.baseline.metrics.get(metric)
+    return against(metric, estimate, base) if estimate and base else ""
+
+
+def difference(front: Front, member: Candidate) -> str:
+    """The paired difference to the baseline on the test split: `-0.56 ±1.20`, in points for an accuracy."""
+    name = f"{front.quality}_difference"
+    estimate = member.test.get(name)
+    if estimate is None:
+        return ""
+    return f"{show(name, estimate.value).removesuffix(' points')} {spread(name, estimate)}".rstrip()
