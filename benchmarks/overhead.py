@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +25,45 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import paretorch.search.study as study_module
 from paretorch import Study, Task
 from paretorch.objectives import cost
-from paretorch.objectives.measurement import Estimate, Measurement
+from paretorch.objectives.measurement import Estimate
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
-from paretorch.runners.local import LocalRunner
+from paretorch.runners.compression.trace import trace
+from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.target import Target
+from paretorch.runners.testing import FunctionRunner
 from paretorch.search.listener import Quiet
 from paretorch.spaces.recipe import Quantize, Recipe
 from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.structure import Structure
 
 WINDOW = 50
 LAYERS = 30
 
 
-class Imagined(LocalRunner):
-    """Tells made-up numbers at once; the preflight before them is real."""
+OVERHEAD = cost.FileOverhead(4000, 120, 300)
 
-    started = False
 
-    def run(self, recipe: Recipe, report: object = None, **_: object) -> Measurement:
-        if not Imagined.started:
-            Imagined.started = True
-            return super().run(recipe)
-        size = cost.size_bytes(self.structure, recipe, cost.FileOverhead(4000, 120, 300))
-        # Every layer costs accuracy by its bits and its place, with a trace of noise: a front of many points.
-        bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
-        loss = sum(2.0 ** -bits.get(layer.name, 32) / (1 + i) for i, layer in enumerate(self.structure.layers))
-        accuracy = max(0.0, 0.95 - loss - 1e-4 * int(recipe.key[:2], 16) / 255)
-        self.path(recipe).write_bytes(b"x" * 1000)
-        metrics: Mapping[str, Estimate] = {
-            "size_bytes": Estimate.exact(size),
-            "onnx_bytes": Estimate.exact(size),
-            "macs": Estimate.exact(cost.macs(self.structure, recipe)),
-            "latency_ms": Estimate(size / 1e5, size / 1.1e5, size / 0.9e5, 100),
-            "accuracy": Estimate.rate(round(10_000 * accuracy), 10_000),
-        }
-        return Measurement(metrics, {"build": 0.0, "latency": 0.0, "evaluate": 0.0})
+def made_up(structure: Structure, recipe: Recipe) -> dict[str, Estimate]:
+    """Every layer costs accuracy by its bits and its place, with a trace of noise: a front of many points."""
+    size = cost.size_bytes(structure, recipe, OVERHEAD)
+    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
+    loss = sum(2.0 ** -bits.get(layer.name, 32) / (1 + i) for i, layer in enumerate(structure.layers))
+    accuracy = max(0.0, 0.95 - loss - 1e-4 * int(recipe.key[:2], 16) / 255)
+    return {
+        "size_bytes": Estimate.exact(size),
+        "onnx_bytes": Estimate.exact(size),
+        "latency_ms": Estimate(size / 1e5, size / 1.1e5, size / 0.9e5, 100),
+        "accuracy": Estimate.rate(round(10_000 * accuracy), 10_000),
+    }
+
+
+def make_runner(task: Task, directory: Path, settings: MeasurementSettings, *, target: Target | None) -> FunctionRunner:
+    """Tells made-up numbers at once."""
+    structure = trace(network(), torch.randn(8, 16))
+    return FunctionRunner(structure, lambda recipe: made_up(structure, recipe), directory, overhead=OVERHEAD)
 
 
 def network() -> nn.Module:
@@ -85,8 +86,6 @@ def percentile(values: list[float], share: float) -> float:
 
 def main() -> None:
     marks = [int(text) for text in sys.argv[1:]] or [50, 200, 500]
-    study_module.LocalRunner = Imagined  # type: ignore[misc]
-    study_module.measure_finalists = lambda *_: None  # there are no files
     space = Space(
         weight_bits=(Rule((3, 4, 6, 8)),),
         sparsity=(Rule((0.0, 0.3, 0.5)),),
@@ -95,11 +94,10 @@ def main() -> None:
     print("objectives  trials  decisions  median ms  95% ms  cpu median  cpu 95%  asking  MLflow  asked")
     for objectives in (["accuracy", "size_bytes"], ["accuracy", "size_bytes", "latency_ms"]):
         with tempfile.TemporaryDirectory() as folder:
-            Imagined.started = False
             clock = Clock()
             study = Study(
                 task(), space, objectives=objectives, budget=["size_bytes <= 60%"], directory=Path(folder) / "study",
-                seconds=0.01, calibration_images=16, listener=clock,
+                listener=clock, make_runner=make_runner,
             )  # fmt: skip
             asking, logging = _timed(study)
             for mark in marks:
@@ -142,28 +140,25 @@ def _timed(study: Study) -> tuple[list[float], list[float]]:
     """Processor seconds that the study spends in asking the sampler, and in MLflow, a number each time."""
     asking: list[float] = []
     logging: list[float] = []
-    ask, start = study._ask, study._start_mirror
 
-    def timed_ask():  # type: ignore[no-untyped-def]
-        begin = time.process_time()
-        found = ask()
-        asking.append(time.process_time() - begin)
-        return found
-
-    def timed_start() -> None:
-        start()
-        assert study.tracker is not None
-        log = study.tracker.log
-
-        def timed_log(*arguments: Any) -> None:
+    def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             begin = time.process_time()
-            log(*arguments)
-            logging.append(time.process_time() - begin)
+            try:
+                return function(*arguments)
+            finally:
+                seconds.append(time.process_time() - begin)
 
-        study.tracker.log = timed_log  # type: ignore[method-assign]
+        return call
 
-    study._ask = timed_ask  # type: ignore[method-assign]
-    study._start_mirror = timed_start  # type: ignore[method-assign]
+    assemble = study._assemble
+
+    def timed_assemble(*arguments: Any) -> None:
+        assemble(*arguments)
+        study.mirror.log = timed(study.mirror.log, logging)  # type: ignore[method-assign]  # to be timed
+
+    study._assemble = timed_assemble  # type: ignore[method-assign]  # its parts are there only then
+    study._next = timed(study._next, asking)  # type: ignore[method-assign]  # to be timed
     return asking, logging
 
 

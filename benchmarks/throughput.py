@@ -185,8 +185,8 @@ def main() -> None:
     ratios = []
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         mine, study, share = ours(task, seed, arguments.trials)
-        base = study.baseline.value("accuracy"), study.baseline.value("size_bytes")
-        hand = by_hand(task, study.runner.structure, study.overhead, base, seed, arguments.hand_trials)
+        base = study.judge.baseline.value("accuracy"), study.judge.baseline.value("size_bytes")
+        hand = by_hand(task, study.facts.structure, study.judge.overheads[""], base, seed, arguments.hand_trials)
         reference = (1 - base[0] + 0.05, 0.25)
         final = hypervolume([*mine.points, *hand.points], reference)
         reached = {}
