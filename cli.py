@@ -434,7 +434,7 @@ def explain_(
                              "name its task, with the same checkpoint")  # fmt: skip
         runner.plan = EvaluationPlan(**about["way"])
         runner.take_student(candidate.recipe, study / "candidates")
-        baseline = {name: metric.value for name, metric in found.baseline.metrics.items()}
+        baseline = found.baseline.values
         told = explain(runner, candidate.recipe, found.budget, baseline, images, Steps(watcher))
     _show_explanation(console, number, candidate.recipe, loaded.metric_name, told, rows)
     if told.suggestion:
@@ -448,7 +448,7 @@ def explain_(
 
 
 def _show_explanation(console: Console, number: int, recipe: Recipe, metric: str, told: Explanation, rows: int) -> None:
-    from .objectives.objective import show
+    from .objectives.display import show
     from .spaces.recipe import Recover
 
     def points(found: Estimate) -> str:
@@ -687,7 +687,7 @@ def _runner(console: Console, task: Task, protocol: MeasurementProtocol) -> Iter
 
 def _show_changes(console: Console, rows: Sequence[RecordRow]) -> None:
     """Each number beside the untouched network's."""
-    from .objectives.objective import show, spread
+    from .objectives.display import show, spread
 
     cells = []
     for row in rows:
@@ -830,7 +830,7 @@ def retarget_(
 
 
 def _show_retargeted(console: Console, found: Retargeted) -> None:
-    from .objectives.objective import show, spread
+    from .objectives.display import show, spread
 
     def share(metric: Estimate) -> str:
         within = f" [{metric.low:.3g}, {metric.high:.3g}]" if metric.low != metric.high else ""

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .objectives.objective import duration
+from .objectives.display import duration
 
 if TYPE_CHECKING:
     from .objectives.measurement import Estimate, Measurement
@@ -62,7 +62,7 @@ class Watcher:
         self.phase(phase)
 
     def checked(self, found: Preflight, study: Study) -> None:
-        from .objectives.objective import show
+        from .objectives.display import show
         from .runners.targets.target import DEFAULT
 
         base = found.baseline
@@ -81,7 +81,7 @@ class Watcher:
         self.say(f"baseline  {numbers(base, None, study.task.metric_name)}")
         self.say(f"smallest  {show('size_bytes', small.value('size_bytes'))}, {show('latency_ms', small.value('latency_ms'))} "
                  f"({found.smallest.describe()})")  # fmt: skip
-        base_values = {name: metric.value for name, metric in base.metrics.items()}
+        base_values = base.values
         for line in study.budget.describe(base_values):
             self.say(f"budget    {line}")
         for warning in found.warnings:
@@ -142,7 +142,7 @@ class Steps:
 
 def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> str:
     """A measurement in one line, with spreads, and against the baseline where there is one."""
-    from .objectives.objective import show, spread
+    from .objectives.display import show, spread
 
     quality, size, latency = (measurement.metrics[name] for name in (metric, "size_bytes", "latency_ms"))
     text = f"{metric} {show(metric, quality.value)} {spread(metric, quality)}, {show('size_bytes', size.value)}"
@@ -152,7 +152,7 @@ def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> 
 
 
 def _cells(candidate: Candidate, front: Front, member: bool) -> list[Any]:
-    from .objectives.objective import show
+    from .objectives.display import show
 
     state = Text(
         {"ok": "front" if member else "ok", "over_budget": "over", "stopped": "stop", "failed": "failed"}[

@@ -74,7 +74,13 @@ class Measurement:
     fidelity: str = "full"
 
     def value(self, name: str) -> float:
+        """The value of one metric."""
         return self.metrics[name].value
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The values by name, without their intervals."""
+        return {name: metric.value for name, metric in self.metrics.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,9 +97,9 @@ def flat(metrics: Mapping[str, Estimate]) -> dict[str, float]:
     >>> flat({"size_bytes": Estimate.exact(10), "accuracy": Estimate(0.9, 0.8, 0.95, 40)})
     {'size_bytes': 10.0, 'accuracy': 0.9, 'accuracy_low': 0.8, 'accuracy_high': 0.95}
     """
-    found: dict[str, float] = {}
+    row: dict[str, float] = {}
     for name, metric in metrics.items():
-        found[name] = metric.value
+        row[name] = metric.value
         if metric.low != metric.high:
-            found[f"{name}_low"], found[f"{name}_high"] = metric.low, metric.high
-    return found
+            row[f"{name}_low"], row[f"{name}_high"] = metric.low, metric.high
+    return row

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ConfigError
+from .display import is_rate, show
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from .measurement import Estimate
 
 _Value = TypeVar("_Value", float, "NDArray[np.float64]")
 COSTS = ("size_bytes", "latency_ms", "macs")
@@ -22,7 +21,6 @@ _UNITS = {
     "latency_ms": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "macs": {"K": 1e3, "M": 1e6, "G": 1e9},
 }
-_SHARES = ("accuracy", "parity_agreement")
 _LIMIT = re.compile(
     r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$"
 )
@@ -102,9 +100,11 @@ class Limit:
                     f"limit {text!r}: unknown unit {unit!r} for {metric}; choose from {', '.join((*allowed, '%'))}"
                 )
             limit = cls(text.strip(), metric, upper, amount * allowed.get(unit, 1.0), "absolute")
-            if metric == "accuracy" and not 0 <= amount <= 1:
-                raise ConfigError(f"limit {text!r}: accuracy lies between 0 and 1; write a number such as 0.9, or a signed "
-                                  "percentage such as -1% for points relative to the baseline")  # fmt: skip
+            if is_rate(metric) and not 0 <= amount <= 1:
+                raise ConfigError(
+                    f"limit {text!r}: {metric} lies between 0 and 1; write a number such as 0.9, or a signed "
+                    "percentage such as -1% for points relative to the baseline"
+                )
         if metric in COSTS and limit.resolve(1.0) <= 0:
             raise ConfigError(f"limit {text!r}: {metric} is always above zero, and this limit is not")
         return limit
@@ -163,67 +163,3 @@ class Budget:
             bound = show(limit.metric, limit.resolve(baseline[limit.metric]))
             lines.append(limit.text if limit.kind == "absolute" else f"{limit.text}  (= {bound})")
         return lines
-
-
-def show(metric: str, value: float) -> str:
-    """A number for people: `41.2 kB`, `0.123 ms`, `97.3%`.
-
-    >>> show("size_bytes", 41234), show("latency_ms", 0.1234), show("accuracy", 0.9731), show("macs", 40_560_000)
-    ('41.2 kB', '0.123 ms', '97.31%', '40.6 M')
-    """
-    if value != value:
-        return "-"
-    if metric in _SHARES:
-        return f"{100 * value:.2f}%"
-    if metric == "accuracy_difference":
-        return f"{100 * value:+.2f} points"
-    if metric == "latency_ms":
-        return f"{value:.3g} ms" if abs(value) < 999.5 else f"{value:.0f} ms"
-    if metric == "macs" or metric.endswith("_bytes"):
-        units = ("", "k", "M", "G", "T") if metric == "macs" else ("B", "kB", "MB", "GB", "TB")
-        step = 0
-        while abs(value) >= 999.5 and step < 4:
-            value, step = value / 1000, step + 1
-        return f"{value:.3g} {units[step]}".rstrip()
-    return f"{value:.4g}"
-
-
-def spread(name: str, metric: Estimate) -> str:
-    """Half the interval, in the unit in which `show` gives the value."""
-    if metric.low == metric.high:
-        return ""
-    half = (metric.high - metric.low) / 2
-    return f"±{100 * half:.2f}" if name in (*_SHARES, "accuracy_difference") else f"±{half:.2g}"
-
-
-def speed(latency: Estimate, base: Estimate) -> str:
-    """What the intervals say of a latency beside another: `faster`, `slower`, or `same speed` where they overlap."""
-    return "faster" if latency.high < base.low else "slower" if latency.low > base.high else "same speed"
-
-
-def against(name: str, metric: Estimate, base: Estimate) -> str:
-    """A number beside the baseline's: `14% of baseline`, `2.1x faster`, `-0.41 points`."""
-    if name in ("latency_ms", "latency_ratio"):
-        verdict = speed(metric, base)
-        if verdict == "same speed":
-            return verdict
-        return f"{base.value / metric.value if verdict == 'faster' else metric.value / base.value:.2f}x {verdict}"
-    if name in COSTS or name.endswith("_bytes"):
-        return f"{100 * metric.value / base.value:.3g}% of baseline" if base.value else ""
-    if name == "accuracy":
-        return f"{100 * (metric.value - base.value):+.2f} points"
-    return f"{metric.value - base.value:+.4g}"
-
-
-def duration(seconds: float, exact: bool = False) -> str:
-    """Seconds for people, with `exact` to a tenth where they are few.
-
-    >>> duration(45.2), duration(125), duration(7260), duration(2.34, exact=True)
-    ('45s', '2m05s', '2h01m', '2.3s')
-    """
-    if exact and seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"

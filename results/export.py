@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import StudyError
-from ..objectives.objective import show, spread
+from ..objectives.display import show, spread
 from ..runners.artifact import card, write
 from ..runners.record import MeasurementProtocol, Record, rows
 from ..search.finalists import check_parity

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ArtifactError
+from ..objectives.display import against, show, spread
 from ..objectives.measurement import Estimate, Measurement
-from ..objectives.objective import against, show, spread
 
 # By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
 _BETWEEN_RUNS = 0.05

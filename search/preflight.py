@@ -18,8 +18,9 @@ from torch import nn
 
 from ..errors import ConfigError, Diverged
 from ..objectives import cost
+from ..objectives.display import show
 from ..objectives.measurement import Estimate, Measurement
-from ..objectives.objective import COSTS, Budget, Limit, Objective, show
+from ..objectives.objective import COSTS, Budget, Limit, Objective
 from ..runners.compression.compress import compress, folded_norms
 from ..runners.compression.library import Method
 from ..runners.local import LocalRunner

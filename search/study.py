@@ -41,8 +41,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Diverged, OverBudget, Stopped, StudyError, TaskError, TrialError
 from ..objectives import cost
+from ..objectives.display import duration, show
 from ..objectives.measurement import Estimate, Measurement
-from ..objectives.objective import Budget, Objective, duration, show
+from ..objectives.objective import Budget, Objective
 from ..objectives.pareto import nondominated
 from ..results.candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from ..results.front import Front

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ...objectives.display import against as _against
+from ...objectives.display import show
+from ...objectives.display import spread as _spread
 from ...objectives.measurement import Estimate, flat
-from ...objectives.objective import COSTS, Limit, show
-from ...objectives.objective import against as _against
-from ...objectives.objective import spread as _spread
+from ...objectives.objective import COSTS, Limit
 from ...objectives.pareto import hypervolume, nondominated
 from ...search.finalists import described_clusters, optimism, parity_failure
 from ...spaces.recipe import Recipe
