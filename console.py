@@ -63,7 +63,7 @@ class Watcher:
 
     def checked(self, found: Preflight, study: Study) -> None:
         from .objectives.display import show
-        from .runners.targets.target import DEFAULT
+        from .runners.targets.catalog import DEFAULT
 
         base = found.baseline
         small = found.smallest_measured

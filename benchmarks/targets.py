@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 from paretorch.errors import ParetorchError
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.latency import latency
-from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Quantize, Recipe
 

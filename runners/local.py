@@ -43,7 +43,8 @@ from .graphs.onnx_export import batch_of, quantized_graph
 from .operators.attention import open_attention
 from .operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from .operators.moments import Moments, match_moments, output_moments
-from .targets.target import DEFAULT, Network, Target, as_target
+from .targets.catalog import DEFAULT, as_target
+from .targets.target import Network, Target
 from .task import Task, batches, dataset, example_input, inputs
 from .training.distill import WORTH, teacher_logits
 from .training.finetune import State, finetune

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import ArtifactError
 from ..objectives.display import against, show, spread
 from ..objectives.measurement import Estimate, Measurement
+from .targets.catalog import TARGETS
 
 # By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
 _BETWEEN_RUNS = 0.05
@@ -28,7 +29,7 @@ class MeasurementProtocol:
     seconds: float = 0.5
     calibration_images: int = 512
     seed: int = 0
-    target: str | Mapping[str, Any] = "onnxruntime"  # a name, or a profile; see `target.as_target`
+    target: str | Mapping[str, Any] = "onnxruntime"  # a name, or a profile; see `catalog.as_target`
 
     @property
     def runtime(self) -> str:
@@ -36,8 +37,8 @@ class MeasurementProtocol:
         return _RUNTIMES.get(self.target, self.target) if isinstance(self.target, str) else _RUNTIMES["onnxruntime"]
 
 
-_ON_CPU = ("onnxruntime", "openvino", "torch")
-_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "torch-cuda": "PyTorch on CUDA"}
+_ON_CPU = tuple(name for name, entry in TARGETS.items() if entry.on_cpu)
+_RUNTIMES = {name: entry.title for name, entry in TARGETS.items()}
 
 
 @dataclass(frozen=True)

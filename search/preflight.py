@@ -26,8 +26,9 @@ from ..runners.compression.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
+from ..runners.targets.catalog import DEFAULT
 from ..runners.targets.runtime import sums_are_exact
-from ..runners.targets.target import DEFAULT, Target, everything
+from ..runners.targets.target import Target, everything
 from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
 from ..spaces.space import Axis, Rule, Space
 from ..spaces.structure import Structure, inside, kept_channels

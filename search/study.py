@@ -51,7 +51,8 @@ from ..results.journal import Journal, locked, undisturbed
 from ..runners.evaluate import EvaluationPlan
 from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner, environment
-from ..runners.targets.target import DEFAULT, Target, as_target
+from ..runners.targets.catalog import DEFAULT, as_target
+from ..runners.targets.target import Target
 from ..runners.task import Task, check_criteria, dataset, scores
 from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
 from ..spaces.space import Axis, Space, default_space, reference_recipes

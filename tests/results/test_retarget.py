@@ -13,8 +13,8 @@ from paretorch.errors import ConfigError, StudyError
 from paretorch.objectives.measurement import Estimate
 from paretorch.results.retarget import retarget, table_rows
 from paretorch.results.tracking.tracker import add_targets
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
-from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
 from paretorch.search.preflight import check_supported, within
 from paretorch.search.study import Quiet, Study, open_front
