@@ -56,9 +56,11 @@ class Watcher:
         self.live = None
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(Text(text))
 
     def phase(self, text: str) -> None:
+        """What is being done, shown under the live display."""
         self.current = text
 
     def report(self, phase: str, metrics: Mapping[str, Estimate]) -> None:
@@ -66,6 +68,7 @@ class Watcher:
         self.phase(phase)
 
     def checked(self, found: Preflight, study: Study) -> None:
+        """The preflight is done: print the network, the baseline, the smallest candidate and the budget."""
         from ..runners.targets.catalog import DEFAULT
 
         base = found.baseline
@@ -78,19 +81,18 @@ class Watcher:
             f"network   {layers} layers, {groups} channel groups, {blocks} removable blocks; {dimensions} decisions"
         )
         if study.target.name != DEFAULT:
-            self.say(
-                f"target    {study.target.name}: latency {'computed for it' if study.target.milliseconds else 'and metric measured there'}"
-            )
+            how = "computed for it" if study.target.milliseconds else "and metric measured there"
+            self.say(f"target    {study.target.name}: latency {how}")
         self.say(f"baseline  {numbers(base, None, study.task.metric_name)}")
-        self.say(f"smallest  {show('size_bytes', small.value('size_bytes'))}, {show('latency_ms', small.value('latency_ms'))} "
-                 f"({found.smallest.describe()})")  # fmt: skip
-        base_values = base.values
-        for line in study.budget.describe(base_values):
+        size, latency = (show(name, small.value(name)) for name in ("size_bytes", "latency_ms"))
+        self.say(f"smallest  {size}, {latency} ({found.smallest.describe()})")
+        for line in study.budget.describe(base.values):
             self.say(f"budget    {line}")
         for warning in found.warnings:
             self.console.print(Text(f"warning   {warning}", style="yellow"))
 
     def finished(self, candidate: Candidate, front: Front, done: int, total: int, eta: float) -> None:
+        """A trial has ended; `eta` is in seconds."""
         self.done, self.total, self.eta, self.front = done, total, eta, front
         self.front_size = len(front.members)
         member = candidate in front.members
