@@ -1,4 +1,4 @@
-"""Commands that measure: the sensitivity of layers, the decisions of a candidate, ONNX files, a front on another target."""
+"""Commands that measure: the sensitivity of layers, a candidate's decisions, ONNX files, a front on another target."""
 
 from __future__ import annotations
 

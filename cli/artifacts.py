@@ -151,7 +151,8 @@ def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig =
     different = [comparison.name for comparison in comparisons if not comparison.agrees]
     if different:
         console.print(
-            f"\nThe files are intact, but {', '.join(different)} differ{'s' * (len(different) == 1)} from what was recorded",
+            f"\nThe files are intact, but {', '.join(different)} differ{'s' * (len(different) == 1)} "
+            "from what was recorded",
             style="bold yellow",
             markup=False,
             soft_wrap=False,

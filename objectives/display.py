@@ -21,7 +21,7 @@ _RATES = frozenset({
     "f1", "precision", "recall", "sensitivity", "specificity",
     "auc", "auroc", "auprc", "average_precision", "ap", "ap50", "ap75", "map", "map50", "map75", "map50_95",
     "iou", "miou", "dice", "jaccard",
-})  # fmt: skip  # a table by kind of metric
+})  # fmt: skip  # a line per kind of metric
 # What scikit-learn puts behind a metric's name: `f1_macro`, `f1_score`, `roc_auc_ovr`.
 _ENDINGS = ("_score", "_macro", "_micro", "_weighted", "_samples", "_ovr", "_ovo")
 _PREFIXES = {"macs": ("", "k", "M", "G", "T"), "bytes": ("B", "kB", "MB", "GB", "TB")}

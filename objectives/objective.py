@@ -1,4 +1,4 @@
-"""What is good: objectives to pursue and limits to keep."""
+"""Objectives, which a search optimizes, and limits, which every candidate has to keep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ _UNITS = {
     "macs": {"K": 1e3, "M": 1e6, "G": 1e9},
 }
 _LIMIT = re.compile(
-    r"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<sign><=|>=)\s*(?P<number>[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*$"
+    r"""
+    ^\s* (?P<metric> [A-Za-z_]\w*)
+    \s* (?P<sign> <=|>=)
+    \s* (?P<number> [-+]? (?:\d[\d_]*\.?\d* | \.\d+) (?:[eE][-+]?\d+)?)
+    \s* (?P<unit> %|[A-Za-z]*) \s*$
+    """,
+    re.VERBOSE,
 )
 
 
@@ -39,7 +45,13 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """`accuracy`, `max accuracy`, `min size_bytes`; costs are minimised and all else is maximised unless it says."""
+        """The objective of a text: `accuracy`, `max accuracy` or `min size_bytes`.
+
+        Without a direction the costs (`COSTS`) are minimized and all other metrics are maximized.
+
+        Raises:
+            ConfigError: For any other text.
+        """
         words = text.split()
         if words and words[-1].isidentifier() and words[-1] not in ("min", "max"):
             if len(words) == 2 and words[0] in ("min", "max"):
@@ -49,9 +61,15 @@ class Objective:
         raise ConfigError(f"objective {text!r}: write a metric, or 'min METRIC' or 'max METRIC'")
 
     def loss(self, value: float, baseline: float) -> float:
-        """A number to minimise: a cost as a share of the baseline's, or what share of the baseline's metric is lost.
+        """A number to minimize, relative to the baseline.
 
-        So 1 is a cost equal to the baseline's, or a metric of zero; a metric better than the baseline's is below 0.
+        Args:
+            value: The candidate's value.
+            baseline: The baseline's value.
+
+        Returns:
+            For a metric to minimize, its share of the baseline's: 1 is as expensive. For a metric to maximize, the share
+            of the baseline's that is lost: 1 is a metric of zero, and below 0 the metric is better than the baseline's.
         """
         scale = abs(baseline) or 1.0
         return (baseline - value) / scale if self.maximize else value / scale
@@ -59,10 +77,16 @@ class Objective:
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit. `value` is absolute, a share of the baseline, or (signed per cent) a difference from it.
+    """One limit on one metric.
 
-    kind: `absolute`, `share` or `difference`. A difference is in points for a metric (`accuracy >= -1%` is the
-    baseline less 0.01) and relative for a cost (`size_bytes <= -75%` is a quarter of the baseline).
+    Attributes:
+        text: The limit as the user wrote it.
+        metric: The name of the metric.
+        upper: Whether the limit is an upper one (`<=`).
+        value: The number, in bytes, milliseconds, multiply-adds or the metric's own unit; per cents are shares of 1.
+        kind: What the number is: `absolute`, a `share` of the baseline's, or a `difference` from it (a signed per cent).
+            A difference is in points for a metric (`accuracy >= -1%` is the baseline's less 0.01) and relative for a cost
+            (`size_bytes <= -75%` is a quarter of the baseline's).
     """
 
     text: str
@@ -73,7 +97,10 @@ class Limit:
 
     @classmethod
     def parse(cls, text: str) -> Limit:
-        """Raises `ConfigError` for anything but `METRIC <= NUMBER[UNIT]` or `METRIC >= NUMBER[UNIT]`.
+        """The limit of a text `METRIC <= NUMBER[UNIT]` or `METRIC >= NUMBER[UNIT]`.
+
+        Raises:
+            ConfigError: The text has another form, or the number makes no sense for the metric.
 
         >>> Limit.parse("size_bytes <= 25%").resolve(1000.0)
         250.0
@@ -82,16 +109,20 @@ class Limit:
         """
         match = _LIMIT.match(text)
         if not match:
-            raise ConfigError(f"limit {text!r}: write METRIC <= NUMBER or METRIC >= NUMBER, such as 'size_bytes <= 25%', "
-                              "'latency_ms <= 4', 'accuracy >= -1%'")  # fmt: skip
+            raise ConfigError(
+                f"limit {text!r}: write METRIC <= NUMBER or METRIC >= NUMBER, such as 'size_bytes <= 25%', "
+                "'latency_ms <= 4', 'accuracy >= -1%'"
+            )
         metric, unit, number = match["metric"], match["unit"], match["number"]
         upper = match["sign"] == "<="
         amount = float(number.replace("_", ""))
         if unit == "%":
             signed = number[0] in "+-"
             if not signed and metric not in COSTS:
-                raise ConfigError(f"limit {text!r}: {number}% of what? Write {amount / 100:g} for an absolute limit, or a "
-                                  "signed number such as -1% for points relative to the baseline")  # fmt: skip
+                raise ConfigError(
+                    f"limit {text!r}: {number}% of what? Write {amount / 100:g} for an absolute limit, or a "
+                    "signed number such as -1% for points relative to the baseline"
+                )
             limit = cls(text.strip(), metric, upper, amount / 100, "difference" if signed else "share")
         else:
             allowed = _UNITS.get(metric, {})
@@ -110,7 +141,7 @@ class Limit:
         return limit
 
     def resolve(self, baseline: float) -> float:
-        """The absolute limit."""
+        """The absolute limit for a baseline."""
         if self.kind == "absolute":
             return self.value
         if self.kind == "share":
@@ -118,22 +149,22 @@ class Limit:
         return baseline * (1 + self.value) if self.metric in COSTS else baseline + self.value
 
     def excess(self, value: _Value, baseline: float) -> _Value:
-        """By what share of the limit it is exceeded, by one value or by each of many; <= 0 is inside."""
+        """By what share of the limit a value, or each of an array of values, exceeds it; 0 and below keeps it."""
         limit = self.resolve(baseline)
         excess = (value - limit if self.upper else limit - value) / (abs(limit) or 1.0)
-        # 0.905 is 1 point less than 0.915, but not in binary: a value at its limit keeps it. (The last 0 makes -0 a 0.)
+        # 0.905 is 1 point less than 0.915, but not in binary; a value at the limit keeps it. (Adding 0.0 turns -0 into 0.)
         return excess * (abs(excess) >= 1e-12) + 0.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """All limits; a candidate must keep every one."""
+    """All limits; a candidate has to keep every one."""
 
     limits: tuple[Limit, ...] = ()
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Budget:
-        """Raises one `ConfigError` with the problems of all the texts."""
+        """The budget of one or more texts; raises one `ConfigError` with the problems of all of them."""
         limits, problems = [], []
         for text in [texts] if isinstance(texts, str) else texts:
             try:
@@ -149,7 +180,7 @@ class Budget:
         return cls(tuple(limits))
 
     def excess(self, values: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-        """The excess of each limit whose metric is in `values`, by the limit's text."""
+        """The excess over each limit whose metric is in `values`, by the text of the limit."""
         return {
             limit.text: limit.excess(values[limit.metric], baseline[limit.metric])
             for limit in self.limits
@@ -157,7 +188,7 @@ class Budget:
         }
 
     def describe(self, baseline: Mapping[str, float]) -> list[str]:
-        """Each limit with what it means for this baseline."""
+        """A line per limit, with the absolute limit for this baseline."""
         lines = []
         for limit in self.limits:
             bound = show(limit.metric, limit.resolve(baseline[limit.metric]))
