@@ -229,8 +229,8 @@ def retarget(
 ) -> None:
     """Measure the files of a study's front on another target, in turns with the baseline's there; nothing is searched.
 
-    Outputs are compared with ONNX Runtime's. With the study's task (--task or --config) that happens on validation inputs
-    instead of made-up ones, and the metric is measured there, too.
+    Outputs are compared with ONNX Runtime's. With the study's task (--task or --config) that happens on validation
+    inputs instead of made-up ones, and the metric is measured there, too.
     """
     from ..configs.accelerator import load_target
     from ..errors import StudyError

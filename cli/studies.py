@@ -26,7 +26,7 @@ def search(
         Path | None, typer.Option("--output", "-o", help="The study's folder [default: studies/NAME].")
     ] = None,
 ) -> None:
-    """Search, or resume a search that was interrupted. Checks first that everything works and the budget can be kept."""
+    """Search, or resume an interrupted search. Checks first that everything works and the budget can be kept."""
     from ..configs.load import load
     from .show import show_front
     from .watcher import Watcher

@@ -68,8 +68,9 @@ class Objective:
             baseline: The baseline's value.
 
         Returns:
-            For a metric to minimize, its share of the baseline's: 1 is as expensive. For a metric to maximize, the share
-            of the baseline's that is lost: 1 is a metric of zero, and below 0 the metric is better than the baseline's.
+            For a metric to minimize, its share of the baseline's: 1 is as expensive. For a metric to maximize, the
+            share of the baseline's that is lost: 1 is a metric of zero, and below 0 the metric is better than the
+            baseline's.
         """
         scale = abs(baseline) or 1.0
         return (baseline - value) / scale if self.maximize else value / scale
@@ -84,9 +85,9 @@ class Limit:
         metric: The name of the metric.
         upper: Whether the limit is an upper one (`<=`).
         value: The number, in bytes, milliseconds, multiply-adds or the metric's own unit; per cents are shares of 1.
-        kind: What the number is: `absolute`, a `share` of the baseline's, or a `difference` from it (a signed per cent).
-            A difference is in points for a metric (`accuracy >= -1%` is the baseline's less 0.01) and relative for a cost
-            (`size_bytes <= -75%` is a quarter of the baseline's).
+        kind: What the number is: `absolute`, a `share` of the baseline's, or a `difference` from it (a signed per
+            cent). A difference is in points for a metric (`accuracy >= -1%` is the baseline's less 0.01) and relative
+            for a cost (`size_bytes <= -75%` is a quarter of the baseline's).
     """
 
     text: str
@@ -152,7 +153,8 @@ class Limit:
         """By what share of the limit a value, or each of an array of values, exceeds it; 0 and below keeps it."""
         limit = self.resolve(baseline)
         excess = (value - limit if self.upper else limit - value) / (abs(limit) or 1.0)
-        # 0.905 is 1 point less than 0.915, but not in binary; a value at the limit keeps it. (Adding 0.0 turns -0 into 0.)
+        # 0.905 is 1 point less than 0.915, but not in binary; a value at the limit keeps it. (Adding 0.0 turns -0
+        # into 0.)
         return excess * (abs(excess) >= 1e-12) + 0.0
 
 

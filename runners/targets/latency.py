@@ -26,9 +26,10 @@ def latency(
 ) -> tuple[Estimate, Estimate]:
     """The milliseconds of one run of `candidate` on `batch`, and the ratio to `baseline`, each with a 95% interval.
 
-    Both are warmed up, then run in turns, so that a change of the machine's speed affects both. The estimate is the median
-    of the ratios within pairs, with the interval of a median by order statistics. Milliseconds are the ratio times the
-    baseline's: absolute times on a busy or virtual machine drift by 20%, while ratios stay within a few per cent.
+    Both are warmed up, then run in turns, so that a change of the machine's speed affects both. The estimate is the
+    median of the ratios within pairs, with the interval of a median by order statistics. Milliseconds are the ratio
+    times the baseline's: absolute times on a busy or virtual machine drift by 20%, while ratios stay within a few per
+    cent.
 
     Args:
         candidate: The network that is timed.
@@ -63,8 +64,8 @@ def latency(
 def block(run: Callable[[], object], runs: int, clock: Callable[[], int]) -> int:
     """The nanoseconds of several runs in a row, after one that is not timed.
 
-    The first run finds the other network's weights in the caches, unlike in use. (With it an int8 ResNet-18 at 64 pixels
-    was measured at 0.31 of the float one's time, without it at 0.28.)
+    The first run finds the other network's weights in the caches, unlike in use. (With it an int8 ResNet-18 at 64
+    pixels was measured at 0.31 of the float one's time, without it at 0.28.)
     """
     run()
     begin = clock()

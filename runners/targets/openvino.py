@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, for large networks.
 
-On x86 with VNNI and AMX an int8 resnet18 takes about 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime, and
-floats take the same (`benchmarks/targets.py`). A call costs about 0.02 ms. What to know of it (all measured):
+On x86 with VNNI and AMX an int8 resnet18 takes about 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime,
+and floats take the same (`benchmarks/targets.py`). A call costs about 0.02 ms. What to know of it (all measured):
 
 - By default it computes floats in bfloat16, and the activations of weight-only linear layers in int8, whatever the file
   says. Both are turned off here, and must be turned off where the file is deployed.

@@ -1,13 +1,13 @@
 """An accelerator that is not at hand: the milliseconds of a file by the roofline model, from a profile of the hardware.
 
-A layer takes as long as the slowest of three processes that overlap (Williams et al. 2009, "Roofline"): its multiply-adds
-on the unit for its bit widths, the transfer of its weights, and the transfer of its inputs and outputs. Where weights and
-activations share one memory, their bytes add up. Only convolutions and matrix products count; other operators are taken
-to be fused into them. Zero weights are computed like others. Weights and activations have the bit widths of the file,
-rounded up to those of the profile. The bytes of scales and biases, 1% of a layer's, are left out.
+A layer takes as long as the slowest of three processes that overlap (Williams et al. 2009, "Roofline"): its
+multiply-adds on the unit for its bit widths, the transfer of its weights, and the transfer of its inputs and outputs.
+Where weights and activations share one memory, their bytes add up. Only convolutions and matrix products count; other
+operators are taken to be fused into them. Zero weights are computed like others. Weights and activations have the bit
+widths of the file, rounded up to those of the profile. The bytes of scales and biases, 1% of a layer's, are left out.
 
-Everything is read from the ONNX file, so the metric is exact. It is a bound on what the hardware can do, not what a compiler
-will reach. Accuracy is that of the file in ONNX Runtime.
+Everything is read from the ONNX file, so the metric is exact. It is a bound on what the hardware can do, not what a
+compiler will reach. Accuracy is that of the file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Profile:
 
     Attributes:
         name: The name of the target.
-        operations: Per second, by the bits of weights and activations (`8x8`). A multiply-add is two. `32x32` is required.
+        operations: Per second, by the bits of weights and activations (`8x8`). A multiply-add is two. `32x32` is
+            required.
         weight_bytes: Per second, from the memory of the weights.
         activation_bytes: Per second, from and to the memory of the activations.
         shared: Whether both are one memory.
@@ -231,7 +232,7 @@ class _CostGraph:
         return 32
 
     def _stored_bits(self, weight: str, count: int) -> int:
-        """The bits of a weight: of its codes where the file stores one code per weight, else of its bytes per weight."""
+        """The bits of a weight: those of its code where the file stores codes one by one, else of its bytes."""
         sources: dict[str, onnx.TensorProto] = {}
         waiting = [weight]
         while waiting:

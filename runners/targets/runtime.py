@@ -26,7 +26,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI, x86 sums products of uint8 and int8 in 16 bits, which saturate; that can ruin a whole network.
-    # With this option ONNX Runtime turns the weights to uint8 there, whose kernels are exact. Elsewhere it has no effect.
+    # With this option ONNX Runtime turns the weights to uint8 there, whose kernels are exact. Elsewhere it has no
+    # effect.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -62,8 +63,8 @@ def _created(source: str | bytes, threads: int) -> ort.InferenceSession:
 def _with_tensors_of_their_own(source: str | bytes) -> bytes:
     """The same model, in which each node has int8 weights of its own.
 
-    ONNX Runtime 1.32 turns the weights of each node to uint8 under a name made from the tensor's, and fails where two nodes
-    share the tensor.
+    ONNX Runtime 1.32 turns the weights of each node to uint8 under a name made from the tensor's, and fails where two
+    nodes share the tensor.
     """
     import onnx
 
@@ -85,8 +86,8 @@ def _with_tensors_of_their_own(source: str | bytes) -> bytes:
 def sums_are_exact() -> bool:
     """Whether ONNX Runtime sums products of uint8 and int8 exactly on this processor; tested once per process.
 
-    Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of at most
-    7 bits (63) cannot saturate them.
+    Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of
+    at most 7 bits (63) cannot saturate them.
     """
     from onnx import TensorProto, helper, numpy_helper
 

@@ -5,9 +5,9 @@ file into a function of arrays has a target, and everything else (pairs, medians
 same way for all. A target without a device at hand, such as the roofline of a profile (`roofline.analytic`), computes
 milliseconds from the file instead of timing it.
 
-The targets that have a name are in `catalog`; the docstring of each one's file says what it is good for and what to know
-of it. ExecuTorch is no target: it compiles torch programs and not the ONNX file that ships, and what it compiled of a
-CIFAR ResNet did not run (`slice_copy: tensors have different dim orders`).
+The targets that have a name are in `catalog`; the docstring of each one's file says what it is good for and what to
+know of it. ExecuTorch is no target: it compiles torch programs and not the ONNX file that ships, and what it compiled
+of a CIFAR ResNet did not run (`slice_copy: tensors have different dim orders`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An ONNX file as a program in eager PyTorch: a function of torch per node, called in order.
 
-Whatever depends on constants alone (unpacking weights of few bits, shapes) is computed once by ONNX Runtime when the file
-is loaded, so that only the layers are left to run, in floats. `OPERATORS` lists the operators. A file with another one is
-refused with the operator's name, and nothing is computed in another way than the file says.
+Whatever depends on constants alone (unpacking weights of few bits, shapes) is computed once by ONNX Runtime when the
+file is loaded, so that only the layers are left to run, in floats. `OPERATORS` lists the operators. A file with
+another one is refused with the operator's name, and nothing is computed in another way than the file says.
 """
 
 from __future__ import annotations
