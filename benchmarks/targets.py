@@ -21,8 +21,8 @@ from paretorch.errors import ParetorchError
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.latency import latency
-from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Quantize, Recipe
 

@@ -77,8 +77,8 @@ def load_target(text: str, folder: Path | None = None) -> Target:
         >>> load_target("configs/accelerators/edge_npu.yaml").name  # doctest: +SKIP
         'edge-npu'
     """
+    from ..runners.targets.catalog import TARGETS, as_target
     from ..runners.targets.roofline import Profile, analytic
-    from ..runners.targets.target import TARGETS, as_target
 
     if not text.endswith((".yaml", ".yml")):
         return as_target(text)

@@ -31,7 +31,7 @@ _VALIDATION = ("val", "valid", "validation")
 _NESTED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # written by DataParallel and by torch.compile
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-only outputs of googlenet and inception_v3
-# How torchvision's datasets are asked for their training and their test images.
+# The arguments of torchvision's datasets for the training and for the test images.
 _SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({"train": True}, {"train": False}) for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST")
@@ -45,10 +45,14 @@ _SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def builtin_task(spec: BuiltinTask, resolve: Callable[[str], Path], seed: int = 0) -> Task:
     """The task that a configuration describes.
 
-    resolve: makes the paths of the configuration absolute. seed: of the weights, when none are given.
+    Args:
+        spec: The task of the configuration.
+        resolve: Makes the paths of the configuration absolute.
+        seed: Initializes the weights where none are given.
 
-    Raises `TaskError` for an unknown network, for weights that are missing, foreign, broken or of other shapes, and for
-    images that are missing or laid out in another way.
+    Raises:
+        TaskError: The network is unknown; its weights are missing, damaged, or for another network; or the images are
+            missing or arranged in another way.
     """
     _known_model(spec.model)
     names, train, validation, test = _splits(spec.data, resolve)
@@ -60,8 +64,11 @@ def builtin_task(spec: BuiltinTask, resolve: Callable[[str], Path], seed: int = 
     if classes > len(names):
         log.warning(
             "the network has %d classes and the data %d: they count as outputs 0 to %d, in the order %s",
-            classes, len(names), len(names) - 1, _first(names),
-        )  # fmt: skip
+            classes,
+            len(names),
+            len(names) - 1,
+            _first(names),
+        )
     network = _network(spec, classes, resolve, seed)
     evaluate, learn = _transforms(spec.data)
     return Task(
@@ -75,9 +82,14 @@ def builtin_task(spec: BuiltinTask, resolve: Callable[[str], Path], seed: int = 
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Refuse a network with a weight or statistic that is NaN or infinite; `source` says where it comes from.
+    """Check that all weights and statistics of a network are finite.
 
-    Raises `TaskError` naming the first such tensor.
+    Args:
+        model: The network.
+        source: Where it comes from, for the message.
+
+    Raises:
+        TaskError: A value is NaN or infinite; the message names the first such tensor.
     """
     bad = [
         (name, int((~tensor.isfinite()).sum()), tensor.numel())
@@ -127,13 +139,17 @@ def _network(spec: BuiltinTask, classes: int, resolve: Callable[[str], Path], se
 
 
 def _set_channels(network: nn.Module, channels: int) -> None:
-    """Give the first convolution `channels` inputs; all torchvision networks are made for three."""
+    """Give the first convolution `channels` inputs; torchvision's networks have three."""
     name, conv = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     if conv.in_channels != channels:
         new = nn.Conv2d(
-            channels, conv.out_channels, cast(Any, conv.kernel_size), cast(Any, conv.stride), cast(Any, conv.padding),
+            channels,
+            conv.out_channels,
+            cast(Any, conv.kernel_size),
+            cast(Any, conv.stride),
+            cast(Any, conv.padding),
             bias=conv.bias is not None,
-        )  # fmt: skip
+        )
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, new)
 
@@ -179,9 +195,9 @@ def _read(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's advice on foreign pickles; the errors below say what to do
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
-        if found or "Unsupported" in str(error):
-            what = f" ({found[1]})" if found else ""
+        code = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
+        if code or "Unsupported" in str(error):
+            what = f" ({code[1]})" if code else ""
             raise TaskError(
                 f"weights file {path}: refused to unpickle code{what}; a weights file must hold tensors only: "
                 "save it again with torch.save(model.state_dict(), ...)"
@@ -199,24 +215,24 @@ def _unreadable(path: Path, error: Exception) -> TaskError:
     )
 
 
-def _named_tensors(found: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors by name, out of a checkpoint and without the prefixes of wrappers."""
+def _named_tensors(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, without the prefixes of wrappers."""
     for key in _NESTED:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
             break
-    if not isinstance(found, Mapping) or not found:
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise TaskError(
-            f"weights file {path} holds {'nothing' if found == {} else f'a {type(found).__name__}'}, not a state dict; "
+            f"weights file {path} holds {'nothing' if checkpoint == {} else f'a {type(checkpoint).__name__}'}, not a state dict; "
             "save it with torch.save(model.state_dict(), ...)"
         )
-    other = [(key, value) for key, value in found.items() if not isinstance(value, Tensor)]
+    other = [(key, value) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
     if other:
         raise TaskError(
             f"weights file {path}: {other[0][0]!r} holds a {type(other[0][1]).__name__}, not a tensor; the state dict may "
             f"stand at the top or under one of {', '.join(_NESTED)}"
         )
-    state = {str(key): value for key, value in found.items()}
+    state = {str(key): value for key, value in checkpoint.items()}
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -256,12 +272,12 @@ def _fill(network: nn.Module, state: dict[str, Tensor], source: str, classes: in
 
 # --- the images -------------------------------------------------------------------------------------------------------
 
-Part = tuple[Dataset[Any], Sequence[int]]  # a dataset of raw images, and the ones that are meant
+Part = tuple[Dataset[Any], Sequence[int]]  # a dataset of raw images, and the indices of those that belong to the part
 Parts = tuple[Sequence[str], Part, Part, Part | None]
 
 
 def _transforms(data: Data) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """What is done to an image in evaluation, and in training."""
+    """The transforms of an image for evaluation and for training."""
     finish = [
         v2.RGB() if data.channels == 3 else v2.Grayscale(),
         v2.ToImage(),
@@ -291,14 +307,14 @@ class _Prepared(Dataset[tuple[Tensor, int]]):
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # Palettes and transparency are resolved here; the transforms make it RGB or grey.
+            # This resolves palettes and transparency; the transforms make the image RGB or grey.
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise TaskError(f"image {path} cannot be read ({error}); replace or delete it") from error
 
 
 class _Folder(ImageFolder):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's image folder, which calls an empty class folder by name and skips hidden folders."""
+    """torchvision's image folder, which refuses an empty class folder by name and skips hidden folders."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), loader=_open, allow_empty=True)
@@ -335,7 +351,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _splits(data: Data, resolve: Callable[[str], Path]) -> Parts:
-    """Class names and the three parts."""
+    """The names of the classes, and the images for training, validation and test (None: no test images)."""
     return _folder_splits(data, resolve(data.folder)) if data.folder else _dataset_splits(data, resolve(data.root))
 
 
@@ -353,9 +369,8 @@ def _folder_splits(data: Data, folder: Path) -> Parts:
         whole = _Folder(folder)
         train, held, test = stratified(whole.targets, data.split, data.split_seed, whole.classes)
         return whole.classes, (whole, train), (whole, held), (whole, test) if test else None
-    sets = {
-        name: _Folder(folder / name) for name in ("train", *validation, *(["test"] if "test" in inside else []))
-    }  # fmt: skip
+    present = ("train", *validation, *(["test"] if "test" in inside else []))
+    sets = {name: _Folder(folder / name) for name in present}
     classes = sets["train"].classes
     for name, images in sets.items():
         if images.classes != classes:
@@ -393,7 +408,7 @@ def _dataset_splits(data: Data, root: Path) -> Parts:
 
 
 def _labels(images: Any) -> list[int]:
-    """All labels of a torchvision dataset, which keeps them under one of several names."""
+    """All labels of a torchvision dataset; which attribute has them depends on the dataset."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(images, name):
             return [int(label) for label in getattr(images, name)]
@@ -410,9 +425,20 @@ def _without_test(data: Data) -> tuple[float, float, float]:
 def stratified(
     labels: Sequence[int], split: tuple[float, float, float], seed: int, classes: Sequence[str]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Indices of train, validation and test: each class is divided in the shares of `split`, in an order of the seed.
+    """Divide images into training, validation and test in the same proportions for every class.
 
-    Every part with a share gets an image of every class. Raises `TaskError` for a class with too few images for that.
+    Args:
+        labels: The class of each image.
+        split: The shares of training, validation and test, which add up to 1. Every part with a share above 0 gets an
+            image of every class.
+        seed: Shuffles the images of each class.
+        classes: The names of the classes.
+
+    Returns:
+        The indices of each part, in ascending order.
+
+    Raises:
+        TaskError: A class has too few images.
 
         >>> [len(part) for part in stratified([0] * 10 + [1] * 20, (0.8, 0.1, 0.1), 0, ["a", "b"])]
         [24, 3, 3]

@@ -15,11 +15,18 @@ SCHEMA_FILE = "paretorch.schema.json"
 
 
 def write_templates(directory: Path) -> list[Path]:
-    """Write config.yaml, task.py and the JSON schema into a folder, which is made when it is missing.
+    """Write config.yaml, task.py and the JSON schema into a folder.
 
-    Each file appears whole or not at all, and when one cannot be written none stays. Returns the paths written.
+    Each file is written completely or not at all. Where one cannot be written, the others are removed again.
 
-    Raises `ConfigError` when one of the files exists already, or when the folder cannot be written to.
+    Args:
+        directory: The folder; it is made where it does not exist.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ConfigError: One of the files exists already, or the folder cannot be written to.
 
         >>> [path.name for path in write_templates(Path("my-study"))]  # doctest: +SKIP
         ['config.yaml', 'task.py', 'paretorch.schema.json']

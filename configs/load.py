@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a `Config`, or to one error with every problem."""
+"""Turn a YAML file and `key=value` overrides into a `Config`, or into one error with every problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from ..errors import ConfigError
 from .schema import Config
 
-# pydantic's error types in words for people; what is missing here keeps pydantic's own words.
+# Messages for pydantic's types of errors; other types keep pydantic's own message.
 _RULES = {
     "missing": "is required",
     "model_type": "must be a mapping (`key: value` lines)",
@@ -34,12 +34,18 @@ _RULES = {
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, after the overrides.
+    """Read the configuration in a YAML file and apply overrides.
 
-    An override `search.trials=10` or `space.weight_bits.0.choices=[4, 8]` sets one key; its value is read as YAML.
-    Paths in the result are still relative to the file: `Config.path` resolves them.
+    Args:
+        path: The YAML file.
+        overrides: Texts such as `search.trials=10` or `space.weight_bits.0.choices=[4, 8]`; each sets one key, and its
+            value is read as YAML.
 
-    Raises one `ConfigError` with all problems: of the file, of the overrides, of every key.
+    Returns:
+        The configuration. Its paths are still relative to the file: `Config.path` resolves them.
+
+    Raises:
+        ConfigError: With all problems of the file, the overrides and the keys.
 
         >>> load(Path("configs/digits.yaml"), ["search.trials=10"]).search.trials  # doctest: +SKIP
         10
@@ -67,7 +73,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(data: Mapping[str, Any], source: Path | None = None) -> Config:
-    """The configuration that a mapping describes; raises one `ConfigError` with all problems.
+    """The configuration that a mapping describes.
+
+    Args:
+        data: The content of a configuration file.
+        source: The file, for relative paths and for the name of the study.
+
+    Raises:
+        ConfigError: With all problems.
 
     >>> parse({"task": "my_task.py:task", "budget": "size_bytes <= 25%"}).budget
     ('size_bytes <= 25%',)
@@ -86,7 +99,14 @@ def parse(data: Mapping[str, Any], source: Path | None = None) -> Config:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one key in place: `a.b.0.c=value`, the value read as YAML; raises `ConfigError` when the path leads nowhere.
+    """Set one key of a mapping in place.
+
+    Args:
+        data: The mapping.
+        override: A text such as `a.b.0.c=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: The text is not `KEY=VALUE`, or there is no such place.
 
     >>> data = {"space": {"width": [1.0, 0.5]}}
     >>> apply_override(data, "space.width.1=0.75")
@@ -129,15 +149,15 @@ def json_schema() -> dict[str, Any]:
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """A plain snapshot that JSON and YAML can hold, with every default filled in; `parse` reads it back.
+    """The configuration as plain data for JSON and YAML, with all defaults; `parse` reads it back.
 
-    It holds the paths as they were written, so a study that is moved with its files is still the same study.
+    Paths are as they were written, so that a study which is moved together with its files remains the same study.
     """
     return config.model_dump(mode="json")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which YAML itself would silently keep the last."""
+    """Safe YAML that refuses a repeated key. (YAML itself would silently keep the last one.)"""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -156,12 +176,22 @@ def _parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, needs: str, start: str, example: str) -> dict[str, Any]:
-    """The mapping in a YAML file; raises `ConfigError`, with advice: for an empty file, for no mapping, for no file."""
+    """The mapping in a YAML file.
+
+    Args:
+        path: The file.
+        needs: What to say of an empty file.
+        start: What to say of a file that holds no mapping.
+        example: What to say where there is no such file.
+
+    Raises:
+        ConfigError: The file cannot be read, or does not hold a mapping.
+    """
     source = str(path)
     if path.is_dir():
-        found = sorted(entry.name for entry in path.glob("*.y*ml"))
+        names = sorted(entry.name for entry in path.glob("*.y*ml"))
         raise ConfigError(
-            f"is a folder; name one of its files ({', '.join(found) or 'it holds no .yaml file'})", source
+            f"is a folder; name one of its files ({', '.join(names) or 'it holds no .yaml file'})", source
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -199,7 +229,7 @@ def _yaml_reason(error: Exception) -> str:
 
 
 def problems_of(error: ValidationError, root: type[BaseModel] = Config) -> list[str]:
-    """Every mistake that pydantic found in a mapping that should be a `root`, for people."""
+    """A message for every mistake that pydantic finds in a mapping for the model `root`."""
     return [_problem(entry, root) for entry in error.errors(include_url=False)]
 
 
@@ -225,7 +255,7 @@ def _problem(entry: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _fields_at(loc: Sequence[int | str], root: type[BaseModel]) -> Sequence[str]:
-    """The keys of the mapping at a key path, which pydantic's error does not name."""
+    """The valid keys at a place in the configuration, which pydantic's error does not tell."""
     annotation: Any = root
     for part in loc:
         for model in _models(annotation):

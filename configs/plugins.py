@@ -1,8 +1,8 @@
-"""From what a configuration says about the task to a `Task`: a function of the user's, or a built-in task.
+"""Load the `Task` that a configuration names: from a function of the user, or a built-in task.
 
-A file is imported under a name of its own (`paretorch_task_...`), so that two files called task.py do not meet, and its
-folder comes first on `sys.path`, as when Python runs the file, so that it can import its neighbours. The module stays
-in `sys.modules`: what it defines can then be pickled for forked DataLoader workers.
+A file is imported under a unique name (`paretorch_task_...`), so that two files called task.py do not collide. Its folder
+comes first on `sys.path`, as when Python runs the file, so that it can import the modules beside it. The module stays in
+`sys.modules`, so that what it defines can be pickled for forked DataLoader workers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def load_task(config: Config) -> Task:
-    """The task that a configuration names, ready to use.
+    """The task that a configuration names.
 
-    Raises `TaskError` for a file or function that does not exist, for an exception in the user's code (with its type,
-    message and line, and the exception itself as the cause), for a result that is not a `Task`, and for every mistake
-    in a built-in task.
+    Raises:
+        TaskError: The file or function does not exist; the user's code raised an exception (the message has its type,
+            text and line, and it is the cause); the result is not a `Task`; or a built-in task is not valid.
 
         >>> from paretorch.configs.load import load
         >>> load_task(load(Path("configs/digits.yaml"))).name  # doctest: +SKIP
@@ -50,7 +50,7 @@ def load_task(config: Config) -> Task:
     try:
         task = function()
     except ParetorchError:
-        raise  # says what is wrong already
+        raise  # its message already says what is wrong
     except (Exception, SystemExit) as error:
         raise TaskError(f"{shown}: {name}() failed: {_told(error, file)}") from error
     if not isinstance(task, Task):
@@ -62,7 +62,7 @@ def load_task(config: Config) -> Task:
 
 
 def _with_criteria(task: Task, config: Config) -> Task:
-    """The task with the functions that the space names as criteria, unless it has them itself."""
+    """The task together with the functions that the space names as criteria, unless the task defines them."""
     space = config.to_space()
     chosen = [choice for rule in (space.criterion if space else ()) for choice in rule.choices]
     wanted = [text for text in chosen if text not in CRITERIA and text not in task.criteria]
@@ -75,7 +75,7 @@ def _with_criteria(task: Task, config: Config) -> Task:
 def _named(
     text: str, config: Config, arguments: tuple[str, ...], purpose: str
 ) -> tuple[Callable[..., Any], str, Path | None]:
-    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, where it is in words, and its file."""
+    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, its place for messages, and its file."""
     where, _, name = text.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
@@ -97,7 +97,7 @@ def _import_file(path: Path) -> ModuleType:
         raise TaskError(f"task file {path} does not exist; {hint}") from error
     except OSError as error:
         raise TaskError(f"task file {path} cannot be read: {error.strerror or error}") from error
-    # The content is part of the name: an edited file is imported anew, an unchanged one is not.
+    # The content is part of the name: an edited file is imported again, an unchanged one is not.
     digest = hashlib.sha256(str(path).encode() + b"\0" + code).hexdigest()
     name = f"paretorch_task_{path.stem}_{digest[:12]}"
     if name in sys.modules:
@@ -123,7 +123,7 @@ def _import_module(name: str, folder: Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Only a missing part of the name itself is a misspelt name; the rest is an import inside the user's code.
+        # If a part of the name itself is missing, the name is wrong; otherwise an import in the user's code failed.
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise TaskError(
                 f"task module {name!r} is not found (no module {error.name!r} in this environment or in {folder}); "
@@ -153,7 +153,7 @@ def _function(
         close = difflib.get_close_matches(name, own, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise TaskError(f"{shown} has no function {name!r}; {hint}functions there: {', '.join(own) or 'none'}")
-    function = getattr(module, name)
+    function: Callable[..., Any] = getattr(module, name)
     if not callable(function):
         raise TaskError(
             f"{shown}: {name} is {_kind(function)}, not a function; define `def {name}({', '.join(arguments)}):` {purpose}"
@@ -163,7 +163,7 @@ def _function(
     except TypeError as error:
         called = f"with ({', '.join(arguments)})" if arguments else "without arguments"
         raise TaskError(f"{shown}: {name} is called {called}, but {error}; give other arguments defaults") from error
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _told(error: BaseException, file: Path | None) -> str:
@@ -171,7 +171,7 @@ def _told(error: BaseException, file: Path | None) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    # The user's own line helps more than the line of the library that it called.
+    # The line in the user's file is more useful than the one in the library that it called.
     own = [frame for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
     near = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename != __file__]
     frame = (own or near or list(frames))[-1]

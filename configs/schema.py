@@ -36,6 +36,7 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError, RecipeError
 from ..objectives.objective import Budget, Limit, Objective
+from ..runners.targets.catalog import TARGETS
 from ..spaces.recipe import STUDENT, Recover, Student, pattern_of
 from ..spaces.space import Rule, Space
 
@@ -44,8 +45,6 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"".join(rf"(?:(\d+(?:\.\d*)?){unit})?" for unit in _SECONDS))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-# The names of `runners.targets.target.TARGETS` (a test compares them), which would import ONNX Runtime.
-TARGETS = ("onnxruntime", "openvino", "torch", "torch-cuda")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

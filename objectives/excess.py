@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import OverBudget
-from .objective import Budget, show
+from .display import show
+from .objective import Budget
 
 
 def check_budget(

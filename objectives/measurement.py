@@ -1,4 +1,4 @@
-"""Measured numbers, each with its spread. The unit is in the name: `latency_ms`, `size_bytes`."""
+"""Measured numbers with their intervals. The unit is in the name: `latency_ms`, `size_bytes`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95% interval; `n` is what it rests on (images, timed pairs), 0 for an exact number."""
+    """A value and its 95% interval.
+
+    Attributes:
+        value: The value.
+        low: The lower end of the interval; `value` for an exact number.
+        high: The upper end.
+        n: The number of observations (images, timed pairs); 0 for an exact number.
+    """
 
     value: float
     low: float
@@ -27,12 +34,12 @@ class Estimate:
         return cls(float(value), float(value), float(value))
 
     def times(self, factor: float) -> Estimate:
-        """The same in another unit."""
+        """The estimate multiplied by a factor, such as 1e3 from seconds to milliseconds."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
 
     @classmethod
     def rate(cls, hits: float, n: int) -> Estimate:
-        """A share of successes with Wilson's interval (Wilson 1927), which holds at 0 and 1 too.
+        """The share of `hits` among `n`, with Wilson's interval (Wilson 1927), which is also valid at 0 and 1.
 
         >>> metric = Estimate.rate(90, 100)
         >>> round(metric.low, 4), round(metric.high, 4)
@@ -41,12 +48,12 @@ class Estimate:
         p, z2 = hits / n, Z95 * Z95
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        # At 0 and 1 an end of the interval is the value itself but for a rounding error.
+        # At 0 and 1 one end of the interval is the value itself, up to rounding.
         return cls(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
 
     @classmethod
     def of(cls, scores: NDArray[np.float64]) -> Estimate:
-        """The mean of one score per sample: with Wilson's interval where all are 0 or 1, else with a normal one.
+        """The mean of one score per sample, with Wilson's interval where all are 0 or 1, else with a normal interval.
 
         >>> Estimate.of(np.array([1.0, 0.0, 1.0, 1.0])) == Estimate.rate(3, 4)
         True
@@ -66,7 +73,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run of a recipe gave: metrics by name, seconds by phase, and where it ran."""
+    """The result of one run of a recipe.
+
+    Attributes:
+        metrics: The estimates by the name of the metric.
+        seconds: The time of each phase by its name.
+        environment: Versions and devices by name.
+        fidelity: How completely the recipe was evaluated.
+    """
 
     metrics: Mapping[str, Estimate]
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -74,7 +88,13 @@ class Measurement:
     fidelity: str = "full"
 
     def value(self, name: str) -> float:
+        """The value of one metric."""
         return self.metrics[name].value
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The values by name, without their intervals."""
+        return {name: metric.value for name, metric in self.metrics.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,14 +106,14 @@ class Measurement:
 
 
 def flat(metrics: Mapping[str, Estimate]) -> dict[str, float]:
-    """Values with the ends of their intervals, where they have one, for tables.
+    """Values by name for tables, with `_low` and `_high` where there is an interval.
 
     >>> flat({"size_bytes": Estimate.exact(10), "accuracy": Estimate(0.9, 0.8, 0.95, 40)})
     {'size_bytes': 10.0, 'accuracy': 0.9, 'accuracy_low': 0.8, 'accuracy_high': 0.95}
     """
-    found: dict[str, float] = {}
+    row: dict[str, float] = {}
     for name, metric in metrics.items():
-        found[name] = metric.value
+        row[name] = metric.value
         if metric.low != metric.high:
-            found[f"{name}_low"], found[f"{name}_high"] = metric.low, metric.high
-    return found
+            row[f"{name}_low"], row[f"{name}_high"] = metric.low, metric.high
+    return row

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..objectives.display import show, spread
 from ..objectives.measurement import Z95, Estimate
-from ..objectives.objective import show, spread
 from ..objectives.paired import paired
 from .candidate import Candidate
 from .parity import parity_failure

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, StudyError
+from ..objectives.display import show, speed, spread
 from ..objectives.measurement import Estimate, Measurement, flat
-from ..objectives.objective import COSTS, Budget, Objective, show, speed, spread
+from ..objectives.objective import COSTS, Budget, Objective
 from ..objectives.pareto import hypervolume, knee, nondominated
 from ..spaces.recipe import Recipe
 from .candidate import OK, OVER_BUDGET, STOPPED, Candidate

@@ -24,7 +24,8 @@ from ..runners.evaluate import evaluate
 from ..runners.files import packing
 from ..runners.files.atomic import write_atomic
 from ..runners.settings import MeasurementSettings
-from ..runners.targets.target import DEFAULT, Network, Target, as_target
+from ..runners.targets.catalog import DEFAULT, as_target
+from ..runners.targets.target import Network, Target
 from ..runners.task import Task, batches
 from ..runners.timing.compare import verdict
 from .candidate import OK, OVER_BUDGET, Candidate

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, ExportFailed, RecipeError
-from ..objectives.objective import show, spread
+from ..objectives.display import show, spread
 from ..spaces.recipe import Recipe
 from .files import packing
 from .files.atomic import write_atomic

@@ -28,7 +28,8 @@ from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Step
 from .files import packing
 from .local import LocalRunner
 from .settings import MeasurementSettings
-from .targets.target import DEFAULT, Network, Target, as_target
+from .targets.catalog import DEFAULT, as_target
+from .targets.target import Network, Target
 from .task import Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -63,8 +63,9 @@ from .runner import (
     silent,
 )
 from .settings import PARITY_INPUTS, MeasurementSettings
+from .targets.catalog import DEFAULT, as_target
 from .targets.runtime import sums_are_exact
-from .targets.target import DEFAULT, Network, Target, as_target
+from .targets.target import Network, Target
 from .task import Split, Task, batches, dataset, scores
 from .timing.clean_process import CleanProcess, ThisProcess, process_for
 from .training.finetune import finetune

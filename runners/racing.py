@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Stopped
+from ..objectives.display import show
 from ..objectives.measurement import Z95, Estimate
-from ..objectives.objective import show
 from ..objectives.paired import difference
 from .evaluate import Watch as Watch
 

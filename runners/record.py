@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ArtifactError
+from ..objectives.display import against, show, spread
 from ..objectives.measurement import Estimate, Measurement
-from ..objectives.objective import against, show, spread
 from .settings import MeasurementSettings
+from .targets.catalog import TARGETS
 
 # By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
 _BETWEEN_RUNS = 0.05
 
 
-_ON_CPU = ("onnxruntime", "openvino", "torch")
+_ON_CPU = tuple(name for name, entry in TARGETS.items() if entry.on_cpu)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "torch-cuda": "PyTorch on CUDA"}
+from .targets.catalog import DEFAULT, TARGETS
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class MeasurementSettings:
     seconds: float = 0.5
     calibration_images: int = 512
     seed: int = 0
-    target: str | Mapping[str, Any] = "onnxruntime"
+    target: str | Mapping[str, Any] = DEFAULT
 
     @property
     def runtime(self) -> str:
         """What computes the outputs, for people."""
-        return _RUNTIMES.get(self.target, self.target) if isinstance(self.target, str) else _RUNTIMES["onnxruntime"]
+        name = self.target if isinstance(self.target, str) else DEFAULT
+        return TARGETS[name].title if name in TARGETS else name
 
 
 # The comparison of a finalist's file with the simulation of its graph.

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from .. import errors
 from ..errors import ConfigError, Diverged, TrialError
 from ..objectives import cost
+from ..objectives.display import show
 from ..objectives.measurement import Estimate, Measurement
-from ..objectives.objective import Budget, Limit, show
+from ..objectives.objective import Budget, Limit
 from ..runners.runner import BuildFile, MeasureOverhead, Runner, RunTrial, TaskFacts
 from ..spaces.recipe import Recipe, Recover, Student
 from ..spaces.space import Axis, Space

@@ -22,7 +22,7 @@ from ..runners.files.atomic import write_atomic
 from ..runners.files.candidates import OWNED_FILES
 from ..runners.runner import TaskFacts
 from ..runners.settings import MeasurementSettings
-from ..runners.targets.target import DEFAULT
+from ..runners.targets.catalog import DEFAULT
 from ..spaces.recipe import plain
 from ..spaces.space import Space
 from .schedule import Guess

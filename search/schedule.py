@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..objectives.objective import duration
+from ..objectives.display import duration
 from ..spaces.space import Space
 from . import ensembles
 from .finalists import START

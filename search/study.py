@@ -52,7 +52,8 @@ from ..runners.runner import (
 )
 from ..runners.runner import RestoreBaseline as Restore
 from ..runners.settings import MeasurementSettings
-from ..runners.targets.target import DEFAULT, Target, as_target
+from ..runners.targets.catalog import DEFAULT, as_target
+from ..runners.targets.target import Target
 from ..runners.task import Task
 from ..spaces.recipe import Recipe
 from ..spaces.space import Axis, Space, reference_recipes

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...objectives.display import against, show, spread
 from ...objectives.measurement import Estimate
-from ...objectives.objective import COSTS, against, show, spread
+from ...objectives.objective import COSTS
 from ...spaces.recipe import Recipe
 from ..candidate import Candidate
 from ..front import Front

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ...objectives.objective import show
+from ...objectives.display import show
 from ...spaces.recipe import Recipe
 from ..candidate import OVER_BUDGET
 from .cells import Cell

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ...objectives.objective import COSTS, Limit, show
+from ...objectives.display import show
+from ...objectives.objective import COSTS, Limit
 from ..candidate import OVER_BUDGET, Candidate
 from ..front import Front
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ...objectives.display import against
 from ...objectives.measurement import Estimate
-from ...objectives.objective import against
 from ...objectives.pareto import hypervolume, nondominated
 from ...spaces.recipe import Recipe
 from ..candidate import OK, OVER_BUDGET, Candidate

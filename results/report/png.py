@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ...objectives.objective import show
+from ...objectives.display import show
 from ..candidate import OVER_BUDGET
 from .plots import FAINT, ORIGINAL, ROLES, Panel, Plots, Point, bars, log_ticks
 from .view import View

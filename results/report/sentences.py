@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...objectives.display import against, show
 from ...objectives.measurement import Estimate
-from ...objectives.objective import COSTS, against, show
+from ...objectives.objective import COSTS
 from ..candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from ..front import Front
 from ..parity import parity_failure

@@ -1,1 +1,1 @@
-"""What a file runs on: the targets, their runtimes, and latency on them. Nothing here knows a recipe's weights or a study."""
+"""The targets that files run on, their runtimes, and latency on them. Nothing here knows of weights or studies."""

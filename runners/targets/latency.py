@@ -1,4 +1,4 @@
-"""How long a file that ships takes, in the runtime that runs it."""
+"""The latency of a network relative to a baseline, with an interval."""
 
 from __future__ import annotations
 
@@ -24,13 +24,24 @@ def latency(
     seconds: float = 0.5,
     clock: Callable[[], int] = time.thread_time_ns,
 ) -> tuple[Estimate, Estimate]:
-    """`(milliseconds, ratio to the baseline)` of one run of `candidate` on `batch`, each with a 95% interval.
+    """The milliseconds of one run of `candidate` on `batch`, and the ratio to `baseline`, each with a 95% interval.
 
-    Both are warmed up, then run in turns, so that a change of the machine's speed meets both alike. The estimate is the
-    median of the ratios within pairs, its interval that of a median by order statistics. Milliseconds are the ratio
-    times `baseline_ms` (this run's own median when None): one yardstick per study, because absolute times of a busy or
-    virtual machine drift by a fifth while ratios hold to a few per cent. `clock` gives nanoseconds: the thread's own CPU
-    time, which preemption by other programs does not reach, where this thread computes alone; else the wall clock.
+    Both are warmed up, then run in turns, so that a change of the machine's speed affects both. The estimate is the
+    median of the ratios within pairs, with the interval of a median by order statistics. Milliseconds are the ratio
+    times the baseline's: absolute times on a busy or virtual machine drift by 20%, while ratios stay within a few per
+    cent.
+
+    Args:
+        candidate: The network that is timed.
+        baseline: The network that it is compared with.
+        batch: The inputs of each run.
+        baseline_ms: The baseline's milliseconds, one number for a whole study; None: the median of this measurement.
+        seconds: How long to measure; at least 10 and at most 2000 pairs are timed.
+        clock: Gives nanoseconds: the CPU time of the thread, which preemption by other programs does not change, for
+            networks that compute in the calling thread alone; else the wall clock.
+
+    Returns:
+        `(milliseconds, ratio to the baseline)`
     """
     one, other = partial(candidate, batch), partial(baseline, batch)
     for _ in range(5):
@@ -38,7 +49,7 @@ def latency(
         other()
     start = time.perf_counter()
     other()
-    # A run of microseconds is timed in a row of runs, so that the clock and the call of it do not count.
+    # Short runs are timed several at once, so that reading the clock does not count.
     runs = max(1, math.ceil(_SHORTEST / max(time.perf_counter() - start, 1e-7)))
     times: list[tuple[int, int]] = []
     end = time.perf_counter() + seconds
@@ -51,10 +62,10 @@ def latency(
 
 
 def block(run: Callable[[], object], runs: int, clock: Callable[[], int]) -> int:
-    """What the clock says of a row of runs, after one that does not count.
+    """The nanoseconds of several runs in a row, after one that is not timed.
 
-    That one finds another network's weights in the caches, which no user of the file would. (With it an int8 ResNet-18
-    at 64 pixels came out at 0.31 of the float one's time, without it at 0.28.)
+    The first run finds the other network's weights in the caches, unlike in use. (With it an int8 ResNet-18 at 64
+    pixels was measured at 0.31 of the float one's time, without it at 0.28.)
     """
     run()
     begin = clock()

@@ -1,13 +1,13 @@
-"""An accelerator that is not here: the milliseconds of a file as a roofline per layer, from a profile of the hardware.
+"""An accelerator that is not at hand: the milliseconds of a file by the roofline model, from a profile of the hardware.
 
-A layer takes as long as the slowest of three that go on at once (Williams et al. 2009, "Roofline"): its multiply-adds on
-the unit for its pair of widths, its weights through the memory that they come from, its inputs and outputs through theirs.
-Where both share one memory their bytes add up. Convolutions and matrix products count; what stands between them is taken
-to be fused into them. Zeros are computed like other numbers. Weights and activations have the widths that the file gives
-them, rounded up to what the profile lists. Bytes of scales and biases, 1% of a layer's, are left out.
+A layer takes as long as the slowest of three processes that overlap (Williams et al. 2009, "Roofline"): its
+multiply-adds on the unit for its bit widths, the transfer of its weights, and the transfer of its inputs and outputs.
+Where weights and activations share one memory, their bytes add up. Only convolutions and matrix products count; other
+operators are taken to be fused into them. Zero weights are computed like others. Weights and activations have the bit
+widths of the file, rounded up to those of the profile. The bytes of scales and biases, 1% of a layer's, are left out.
 
-All of it is read off the ONNX file, so it holds for any file and is the same each time: the metric is exact. It says what
-is possible, not what a compiler will reach. Accuracy is that of the file in ONNX Runtime.
+Everything is read from the ONNX file, so the metric is exact. It is a bound on what the hardware can do, not what a
+compiler will reach. Accuracy is that of the file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from onnx import TensorProto, helper, numpy_helper
 from ...errors import ExportFailed, TargetError
 from ...spaces.recipe import Quantize, Step
 from ..files.packing import signs, width
+from .onnxruntime import load
 from .runtime import session
-from .target import DEFAULT, Target, as_target
+from .target import Target
 
 _BITS = {TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16}
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits")
@@ -36,10 +37,16 @@ _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSwish")
 
 @dataclass(frozen=True)
 class Profile:
-    """What an accelerator can do, per second; `configs/accelerators/edge_npu.yaml` explains each with an example.
+    """What an accelerator can do; `configs/accelerators/edge_npu.yaml` explains each number with an example.
 
-    operations: by pair of widths, weights x activations (`8x8`), a multiply-add being two; `32x32` is always there.
-    weight_bytes, activation_bytes: of the memories; `shared` when both are one. layer_seconds: to start a layer.
+    Attributes:
+        name: The name of the target.
+        operations: Per second, by the bits of weights and activations (`8x8`). A multiply-add is two. `32x32` is
+            required.
+        weight_bytes: Per second, from the memory of the weights.
+        activation_bytes: Per second, from and to the memory of the activations.
+        shared: Whether both are one memory.
+        layer_seconds: To start a layer.
     """
 
     name: str
@@ -60,13 +67,13 @@ class Profile:
     @property
     def pairs(self) -> dict[tuple[int, int], float]:
         """Operations per second by bits of weights and activations, the narrowest first."""
-        found = {tuple(int(bits) for bits in pair.split("x")): rate for pair, rate in self.operations.items()}
-        return dict(sorted(found.items()))  # type: ignore[arg-type]
+        split = ((pair.split("x"), rate) for pair, rate in self.operations.items())
+        return dict(sorted(((int(weights), int(activations)), rate) for (weights, activations), rate in split))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer of a file computes and moves: multiply-adds, and numbers of so many bits."""
+    """What a layer of a file computes and moves: multiply-adds, and numbers with their bits."""
 
     name: str
     macs: int
@@ -85,17 +92,19 @@ def analytic(profile: Profile) -> Target:
 
     def supports(step: Step) -> str | None:
         if isinstance(step, Quantize) and (step.weight_bits, step.activation_bits) not in profile.pairs:
-            return f"{profile.name} has no unit for {step.weight_bits}-bit weights with {step.activation_bits}-bit activations; it has {pairs}"  # fmt: skip
+            return (
+                f"{profile.name} has no unit for {step.weight_bits}-bit weights with {step.activation_bits}-bit "
+                f"activations; it has {pairs}"
+            )
         if isinstance(step, Quantize) and step.activations == "dynamic":
             return f"{profile.name} finds no ranges at run time; choose static activations"
         return None
 
     plain = json.loads(json.dumps(asdict(profile)))
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-    reference = as_target(DEFAULT)
     return Target(
         profile.name,
-        reference.load,
+        load,
         supports,
         lambda model, batch: 1e3 * math.fsum(seconds(cost, profile) for cost in costs(model, batch)),
         environment={"profile": f"{profile.name}, sha256 {digest}"},
@@ -104,7 +113,7 @@ def analytic(profile: Profile) -> Target:
 
 
 def seconds(cost: Cost, profile: Profile) -> float:
-    """How long a layer takes; raises `ExportFailed` when the profile has no unit that is wide enough.
+    """The seconds of a layer; raises `ExportFailed` where the profile has no unit that is wide enough.
 
     >>> profile = Profile("npu", {"8x8": 2e12, "32x32": 1e11}, 1e10, 1e10)
     >>> seconds(Cost("fc", 10**6, 10**6, 8, 8, 1000, 8, 1000, 8), profile)  # a million bytes of weights
@@ -112,8 +121,10 @@ def seconds(cost: Cost, profile: Profile) -> float:
     """
     fits = [(w, rate) for (w, a), rate in profile.pairs.items() if w >= cost.weight_bits and a >= cost.activation_bits]
     if not fits:
-        raise ExportFailed(f"layer {cost.name} has {cost.weight_bits}-bit weights and {cost.activation_bits}-bit activations; {profile.name} "
-                           f"has {', '.join(profile.operations)}")  # fmt: skip
+        raise ExportFailed(
+            f"layer {cost.name} has {cost.weight_bits}-bit weights and {cost.activation_bits}-bit activations; "
+            f"{profile.name} has {', '.join(profile.operations)}"
+        )
     bits, rate = fits[0]
     loaded = cost.weights * bits / 8 / profile.weight_bytes
     moved = (cost.inputs * cost.input_bits + cost.outputs * cost.output_bits) / 8 / profile.activation_bytes
@@ -124,7 +135,7 @@ def seconds(cost: Cost, profile: Profile) -> float:
 def costs(model: bytes, batch: int = 1) -> list[Cost]:
     """What each layer of an ONNX file computes and moves for a batch of inputs; raises `ExportFailed`.
 
-    The shapes are those of a run: ONNX Runtime knows them of every operator, the shape inference of ONNX does not.
+    The shapes are those of a run, because ONNX's shape inference does not know those of every operator.
     """
     graph = _CostGraph(model)
     shapes = graph.shapes(batch)
@@ -132,7 +143,7 @@ def costs(model: bytes, batch: int = 1) -> list[Cost]:
 
 
 class _CostGraph:
-    """An ONNX graph, to look things up in."""
+    """An ONNX graph, indexed by the names of its tensors."""
 
     def __init__(self, model: bytes) -> None:
         try:
@@ -151,7 +162,7 @@ class _CostGraph:
         self.layers = [n for n in self.model.graph.node if n.op_type in _LAYERS and n.output[0] not in self.constant]
 
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Of all that the layers read and write, from a run on zeros that gives nothing but shapes."""
+        """The shapes of what the layers read and write, from a run on zeros that returns only shapes."""
         wanted = sorted({name for node in self.layers for name in (*node.input[:2], node.output[0])})
         probe = onnx.ModelProto()
         probe.CopyFrom(self.model)
@@ -165,10 +176,10 @@ class _CostGraph:
             raise ExportFailed(f"input {entry.name!r} is {entry.shape}: the shapes beyond the batch are open")
         try:
             outputs = [f"shape of {number}" for number in range(len(wanted))]
-            found = runtime.run(outputs, {entry.name: np.zeros(sizes, np.float32)}) if wanted else []
+            shapes = runtime.run(outputs, {entry.name: np.zeros(sizes, np.float32)}) if wanted else []
         except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
             raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
-        return {name: tuple(int(size) for size in shape) for name, shape in zip(wanted, found, strict=True)}
+        return {name: tuple(int(size) for size in shape) for name, shape in zip(wanted, shapes, strict=True)}
 
     def cost(self, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -199,20 +210,20 @@ class _CostGraph:
         return Cost(name, macs, weights, *bits, inputs, read, outputs, self._written_bits(node.output[0]))
 
     def _type_bits(self, node: onnx.NodeProto) -> int:
-        """The width of the integers that a Q or DQ node writes or reads: that of its zero point, 8 without one."""
+        """The bits of the integers that a Q or DQ node writes or reads: those of its zero point, 8 without one."""
         zero = self.tensors.get(node.input[2]) if len(node.input) > 2 else None
         name = "INT8" if zero is None else TensorProto.DataType.Name(zero.data_type)
         return int(name.lstrip("UINT"))
 
     def _made_bits(self, name: str) -> int:
-        """The width of an activation as a layer reads it."""
+        """The bits of an activation as a layer reads it."""
         node = self.maker.get(name)
         while node is not None and node.op_type in ("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"):
             node = self.maker.get(node.input[0])
         return self._type_bits(node) if node is not None and node.op_type == "DequantizeLinear" else 32
 
     def _written_bits(self, name: str) -> int:
-        """The width of an output as a layer writes it: where all read it through Q, that of the integers."""
+        """The bits of an output as a layer writes it: those of the integers where only Q nodes read it."""
         readers = self.readers.get(name, [])
         if len(readers) == 1 and readers[0].op_type in _FUSED:
             return self._written_bits(readers[0].output[0])
@@ -221,16 +232,16 @@ class _CostGraph:
         return 32
 
     def _stored_bits(self, weight: str, count: int) -> int:
-        """The bits of a weight in the file: of its codes where they are stored one by one, else of its bytes."""
-        found: dict[str, onnx.TensorProto] = {}
+        """The bits of a weight: those of its code where the file stores codes one by one, else of its bytes."""
+        sources: dict[str, onnx.TensorProto] = {}
         waiting = [weight]
         while waiting:
             name = waiting.pop()
             if name in self.tensors:
-                found[name] = self.tensors[name]
+                sources[name] = self.tensors[name]
             else:
                 waiting += [source for source in self.maker[name].input if source]
-        whole = [t for t in found.values() if math.prod(t.dims) == count]
+        whole = [t for t in sources.values() if math.prod(t.dims) == count]
         if len(whole) == 1 and whole[0].data_type in _BITS:
             return _BITS[whole[0].data_type]
         if len(whole) == 1:
@@ -239,5 +250,5 @@ class _CostGraph:
                 values = codes.astype(np.int8).reshape(-1)
                 return 1 if signs(values) else width(values)
             return max(1, int(codes.astype(np.int64).max()).bit_length())
-        stored = sum(len(t.raw_data) for t in found.values() if t.data_type not in _BITS)
+        stored = sum(len(t.raw_data) for t in sources.values() if t.data_type not in _BITS)
         return math.ceil(8 * stored / count)

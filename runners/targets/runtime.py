@@ -1,4 +1,4 @@
-"""How ONNX Runtime is started, by all that measures or ships: same options, same numbers. Needs no torch."""
+"""ONNX Runtime's sessions, with the same options wherever a file is measured or shipped. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,34 @@ from ...errors import ExportFailed
 if TYPE_CHECKING:
     import onnx
 
-# It would quietly turn a float layer between two int8 layers into an int8 one.
+# This optimizer silently turns a float layer between two int8 layers into an int8 one.
 DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """How every session here runs: fixed threads, no spinning, exact 8-bit products, and errors only in the log."""
+    """The options of every session: fixed threads, no spinning, exact 8-bit products, and only errors in the log."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI, x86 adds up products of uint8 and int8 in 16 bits, which saturate: a whole network can be lost to that.
-    # With this ONNX Runtime turns the weights to uint8 there, whose kernels are exact; elsewhere it changes nothing.
+    # Without VNNI, x86 sums products of uint8 and int8 in 16 bits, which saturate; that can ruin a whole network.
+    # With this option ONNX Runtime turns the weights to uint8 there, whose kernels are exact. Elsewhere it has no
+    # effect.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
 def session(model: onnx.ModelProto | bytes | Path, threads: int = 1) -> ort.InferenceSession:
-    """A CPU session of a model, its bytes or its file; raises `ExportFailed` when ONNX Runtime refuses it."""
+    """A session on the CPU.
+
+    Args:
+        model: The model, its bytes, or the path of its file.
+        threads: Threads within an operator.
+
+    Raises:
+        ExportFailed: ONNX Runtime refuses the model.
+    """
     source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
     try:
         try:
@@ -52,9 +61,10 @@ def _created(source: str | bytes, threads: int) -> ort.InferenceSession:
 
 
 def _with_tensors_of_their_own(source: str | bytes) -> bytes:
-    """The same model without an integer tensor that several nodes share.
+    """The same model, in which each node has int8 weights of its own.
 
-    ONNX Runtime 1.32 turns the weights of each node to uint8 under a name made from the tensor's, and stumbles over the second.
+    ONNX Runtime 1.32 turns the weights of each node to uint8 under a name made from the tensor's, and fails where two
+    nodes share the tensor.
     """
     import onnx
 
@@ -68,7 +78,8 @@ def _with_tensors_of_their_own(source: str | bytes) -> bytes:
                 own.CopyFrom(stored[name])
                 own.name = node.input[place] = f"{name}/{number}"
             seen.add(name)
-    return model.SerializeToString()  # type: ignore[no-any-return]
+    data: bytes = model.SerializeToString()
+    return data
 
 
 @cache

@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from ...errors import ArtifactError, ExportFailed, ParetorchError
 from ...objectives.measurement import Estimate
 from ..files import packing
-from ..targets.target import DEFAULT, TARGETS, Network, Target, as_target
+from ..targets.catalog import DEFAULT, TARGETS, as_target
+from ..targets.target import Network, Target
 from .compare import estimate, pin, sample, timer_of, warm_up
 
 if TYPE_CHECKING:

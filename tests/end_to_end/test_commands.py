@@ -37,7 +37,7 @@ def test_what_a_search_prints(searched, study, look, store):
     assert lines[3].startswith("budget    size_bytes <= 60%  (= 1.8")
     assert lines[5].startswith("evaluates ")
     assert lines[6].startswith("plan      about 12 candidates (")
-    assert [line.split("/")[0].strip() for line in lines[7:19]] == [str(n) for n in range(1, 13)]
+    assert [line.split()[:2] for line in lines[7:19]] == [[f"#{n}", f"{n + 1}/12"] for n in range(12)]
     assert "paretorch export studies/blobs --pick recommended --to deploy" in searched.done.text
     assert not searched.done.stderr
     assert look.runs(store, study)[0] == ["FINISHED"]

@@ -65,4 +65,5 @@ def test_a_measurement_survives_json():
     )
     assert Measurement.from_dict(json.loads(json.dumps(measurement.to_dict()))) == measurement
     assert measurement.value("accuracy") == 0.9
+    assert measurement.values == {"accuracy": 0.9, "size_bytes": 1234.0}
     assert Measurement.from_dict({"metrics": {}}) == Measurement({})

@@ -14,8 +14,8 @@ from paretorch.objectives.measurement import Estimate
 from paretorch.results.front import open_front
 from paretorch.results.retarget import retarget, table_rows
 from paretorch.results.tracking.tracker import add_targets
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
-from paretorch.runners.targets.target import as_target
 from paretorch.runners.task import Task
 from paretorch.search.listener import Quiet
 from paretorch.search.study import Study

@@ -11,7 +11,7 @@ from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obviou
 from paretorch.runners.graphs.onnx_export import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.runners.targets.target import as_target
+from paretorch.runners.targets.catalog import as_target
 from paretorch.spaces.recipe import Quantize, Recipe
 
 

@@ -20,7 +20,7 @@ from paretorch.runners.graphs.onnx_export import export_float, session
 from paretorch.runners.graphs.simulate import agreement
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.attention import open_attention
-from paretorch.runners.targets.target import as_target
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Prune, Quantize, Recipe
 from paretorch.spaces.structure import shapes

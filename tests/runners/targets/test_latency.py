@@ -12,8 +12,8 @@ from torch import nn
 from paretorch.errors import Diverged, ExportFailed
 from paretorch.runners.evaluate import evaluate, predictions
 from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.latency import latency, median
-from paretorch.runners.targets.target import as_target
 
 
 def loaded(graph):

@@ -13,8 +13,8 @@ from paretorch.objectives import cost
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Cost, Profile, analytic, costs, seconds
-from paretorch.runners.targets.target import as_target
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Student
 
 PROFILE = Profile("npu", {"4x8": 4e12, "8x8": 2e12, "8x32": 1e11, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11)

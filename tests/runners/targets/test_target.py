@@ -1,6 +1,5 @@
 """Targets: what is promised of them, and that `check_target` finds each promise that is broken."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +12,9 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner, environment
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
-from paretorch.runners.targets.target import Target, as_target
+from paretorch.runners.targets.target import Target
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify
 
 NPU = analytic(Profile("npu", {"8x8": 2e12, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11))
@@ -76,19 +76,6 @@ def test_openvino_refuses_a_file_as_a_candidate_fails(files):
         target.load(b"no ONNX file", 1)
     with pytest.raises(ExportFailed, match="does not run in OpenVINO"):
         target.load(files[0]["untouched"], 1)(files[1][:, :1])
-
-
-def test_a_missing_runtime_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(TargetError, match=r"pip install 'paretorch\[openvino\]'"):
-        as_target("openvino")
-
-
-def test_an_unknown_target_names_the_known_ones():
-    with pytest.raises(TargetError, match=r"no target 'openvin'; choose from onnxruntime, openvino, torch, torch-cuda, .*did you mean 'openvino'"):  # fmt: skip
-        as_target("openvin")
-    with pytest.raises(TargetError, match="not the profile of an accelerator"):
-        as_target({"name": "npu", "speed": 3})
 
 
 def test_torch_says_beforehand_what_it_cannot_run():

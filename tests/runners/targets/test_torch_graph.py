@@ -11,7 +11,7 @@ from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets import torch_graph
-from paretorch.runners.targets.target import as_target
+from paretorch.runners.targets.catalog import as_target
 from paretorch.spaces.recipe import Quantize, Recipe
 
 RNG = np.random.default_rng(0)

@@ -19,8 +19,9 @@ from paretorch.runners.evaluate import EvaluationPlan
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
-from paretorch.runners.targets.target import Target, as_target
+from paretorch.runners.targets.target import Target
 from paretorch.runners.task import Task, batches
 from paretorch.runners.timing.clean_process import CleanProcess, process_for
 from paretorch.spaces.recipe import Quantize, Recipe

@@ -1,9 +1,12 @@
-"""What a person sees while a study runs: a live display in a terminal, a line per trial anywhere else."""
+"""The progress of a study: a live display in a terminal, a line per trial anywhere else.
+
+A candidate has one number, `#7`, here as on the front and in the commands; how many are done is beside it, `8/40`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +16,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .objectives.objective import duration
+from ..objectives.display import duration, show, spread
 
 if TYPE_CHECKING:
-    from .objectives.measurement import Estimate, Measurement
-    from .results.candidate import Candidate
-    from .results.front import Front
-    from .search.preflight import Preflight
+    from ..objectives.measurement import Measurement
+    from ..results.candidate import Candidate
+    from ..results.front import Front
+    from ..search.preflight import Preflight
 
 _STYLES = {"ok": "green", "over_budget": "yellow", "stopped": "dim", "failed": "red"}
+_STATES = {"ok": "ok", "over_budget": "over", "stopped": "stop", "failed": "failed"}
 _RECENT = 8  # trials in the live table
 
 
 class Watcher:
-    """A `Listener` for people."""
+    """A `Listener` that prints."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -40,7 +44,7 @@ class Watcher:
 
     @contextmanager
     def watching(self) -> Iterator[Watcher]:
-        """Show the display until the end of the block; what was said stays on the screen."""
+        """Show the display until the end of the block; what was said remains on the screen."""
         if not self.console.is_terminal:
             yield self
             return
@@ -51,18 +55,16 @@ class Watcher:
         self.live = None
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(Text(text))
 
     def phase(self, text: str) -> None:
+        """What is being done, shown under the live display."""
         self.current = text
 
-    def report(self, phase: str, metrics: Mapping[str, Estimate]) -> None:
-        """What a runner is doing; its numbers are shown when it is done."""
-        self.phase(phase)
-
     def checked(self, preflight: Preflight) -> None:
-        from .objectives.objective import show
-        from .runners.targets.target import DEFAULT
+        """The preflight is done: print the network, the baseline, the smallest candidate and the budget."""
+        from ..runners.targets.catalog import DEFAULT
 
         structure, small = preflight.structure, preflight.smallest_measured
         layers, groups, blocks = (len(x) for x in (structure.layers, structure.groups, structure.blocks))
@@ -82,6 +84,7 @@ class Watcher:
             self.console.print(Text(f"warning   {warning}", style="yellow"))
 
     def finished(self, candidate: Candidate, front: Front, done: int, total: int, eta: float) -> None:
+        """A trial has ended; `eta` is in seconds."""
         self.done, self.total, self.eta, self.front = done, total, eta, front
         self.front_size = len(front.members)
         member = candidate in front.members
@@ -100,7 +103,9 @@ class Watcher:
                     name, justify="right" if name == "#" else "left", no_wrap=True, ratio=1 if name == "what" else None
                 )
             for candidate, member in self.recent:
-                table.add_row(*_cells(candidate, self.front, member))
+                state, *cells = _cells(candidate, self.front, member)
+                style = _style(candidate, member)
+                table.add_row(str(candidate.number), Text(state, style=style), *(Text(cell) for cell in cells))
             parts.append(table)
         if self.total:
             bar = ProgressBar(total=self.total, completed=self.done, width=24)
@@ -116,14 +121,14 @@ class Watcher:
 
 
 class Steps:
-    """Progress of equal steps: the current one in a terminal, now and then a line anywhere else."""
+    """Progress of equal steps: the current one in a terminal, a line every few seconds anywhere else."""
 
     def __init__(self, watcher: Watcher, every: float = 10.0) -> None:
         self.watcher, self.every = watcher, every
         self.started = self.said = time.monotonic()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` steps of `total` are behind, `what` comes next."""
+        """`done` of `total` steps are done, and `what` is next."""
         now = time.monotonic()
         if done == 0:
             self.started = now
@@ -135,9 +140,7 @@ class Steps:
 
 
 def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> str:
-    """A measurement in one line, with spreads, and against the baseline where there is one."""
-    from .objectives.objective import show, spread
-
+    """A measurement in one line, with intervals, and relative to the baseline where there is one."""
     quality, size, latency = (measurement.metrics[name] for name in (metric, "size_bytes", "latency_ms"))
     text = f"{metric} {show(metric, quality.value)} {spread(metric, quality)}, {show('size_bytes', size.value)}"
     if base:
@@ -145,41 +148,37 @@ def numbers(measurement: Measurement, base: Measurement | None, metric: str) -> 
     return text + f", {show('latency_ms', latency.value)} {spread('latency_ms', latency)}".rstrip()
 
 
-def _cells(candidate: Candidate, front: Front, member: bool) -> list[Any]:
-    from .objectives.objective import show
-
-    state = Text(
-        {"ok": "front" if member else "ok", "over_budget": "over", "stopped": "stop", "failed": "failed"}[
-            candidate.state
-        ]
-    )
-    state.stylize("bold green" if member else _STYLES[candidate.state])
-    what = (f"{candidate.label}: " if candidate.label else "") + candidate.recipe.describe()
+def _cells(candidate: Candidate, front: Front, member: bool) -> list[str]:
+    """The state, the metric, bytes, latency and description of a candidate."""
+    state = "front" if member else _STATES[candidate.state]
     if candidate.measurement is None:
-        return [str(candidate.number), state, "-", "-", "-", Text(candidate.reason.replace("\n", " "))]
-    metric = next(
-        n for n in candidate.measurement.metrics if not n.endswith("_bytes") and n not in ("macs", "latency_ms")
-    )
-    size, latency = candidate.measurement.value("size_bytes"), candidate.measurement.value("latency_ms")
-    faster = front.baseline.value("latency_ms") / latency
+        return [state, "-", "-", "-", candidate.reason.replace("\n", " ")]
+    measurement, base = candidate.measurement, front.baseline
+    metric = next(n for n in measurement.metrics if not n.endswith("_bytes") and n not in ("macs", "latency_ms"))
+    size, latency = measurement.value("size_bytes"), measurement.value("latency_ms")
     return [
-        str(candidate.number),
         state,
-        show(metric, candidate.measurement.value(metric)),
-        f"{show('size_bytes', size)} {100 * size / front.baseline.value('size_bytes'):.0f}%",
-        f"{show('latency_ms', latency)} {faster:.1f}x",
-        Text(what),
+        show(metric, measurement.value(metric)),
+        f"{show('size_bytes', size)} {100 * size / base.value('size_bytes'):.0f}%",
+        f"{show('latency_ms', latency)} {base.value('latency_ms') / latency:.1f}x",
+        (f"{candidate.label}: " if candidate.label else "") + candidate.recipe.describe(),
     ]
 
 
+def _style(candidate: Candidate, member: bool) -> str:
+    return "bold green" if member else _STYLES[candidate.state]
+
+
 def _line(candidate: Candidate, front: Front, member: bool, done: int, total: int, eta: float) -> Text:
-    _number, state, quality, size, latency, what = _cells(candidate, front, member)
-    head = f"{done:>{len(str(total))}}/{total} {state!s:<6} "
+    """A line such as `#7  8/40 front  97.50% 12.3 kB 25%   0.0123 ms 1.4x weights 4 bit`."""
+    state, quality, size, latency, what = _cells(candidate, front, member)
+    digits = len(str(total))
+    head = f"{f'#{candidate.number}':>{digits + 1}} {done:>{digits}}/{total} {state:<6} "
     body = f"{quality:>7} {size:<13} {latency:<14} " if candidate.measurement else ""
     tail = f" (about {duration(eta)} left)" if eta >= 1 else ""
-    text = Text(head, style="bold green" if member else _STYLES[candidate.state])
+    text = Text(head, style=_style(candidate, member))
     room = max(20, 80 - len(head) - len(body) - len(tail))
-    shown = str(what)
-    text.append(f"{body}{shown if len(shown) <= room else shown[: room - 3] + '...'}{tail}", style="default")
+    shown = what if len(what) <= room else what[: room - 3] + "..."
+    text.append(f"{body}{shown}{tail}", style="default")
     text.no_wrap = True
     return text
