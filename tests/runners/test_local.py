@@ -6,12 +6,13 @@ from onnx import numpy_helper
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paretorch.errors import Diverged, OverBudget, TaskError
+from paretorch.errors import Diverged, TaskError
 from paretorch.objectives import cost
-from paretorch.runners import local as local_module
+from paretorch.objectives.objective import Budget
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import operators, session
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.runner import RunTrial
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
@@ -52,8 +53,8 @@ def test_a_measurement_is_that_of_the_file(runner):
     baseline, packed = runner.baseline()
     assert baseline.value("accuracy") == 1  # the task is to repeat this network
     assert baseline.value("size_bytes") == len(packed)
-    heard = []
-    found = runner.run(MIXED, lambda phase, metrics: heard.append((phase, set(metrics))))
+    heard, known = [], {}
+    found = runner.run(MIXED, heard.append, known=known)
     data = runner.path(MIXED).read_bytes()
     assert found.value("size_bytes") == len(data)
     assert found.value("onnx_bytes") == packing.unpack(data).ByteSize()
@@ -65,22 +66,23 @@ def test_a_measurement_is_that_of_the_file(runner):
     assert found.metrics["accuracy"].value == hits / total
     assert found.metrics["accuracy"].n == total
     assert found.metrics["latency_ms"].low <= found.value("latency_ms") <= found.metrics["latency_ms"].high
-    assert [phase for phase, _ in heard] == ["compressing", "exporting", "timing", "evaluating"]
-    assert heard[-1][1] == {"size_bytes", "onnx_bytes", "zstd_bytes", "macs", "latency_ms"}
+    assert heard == ["compressing", "exporting", "timing", "evaluating"]
+    assert set(known) == {"size_bytes", "onnx_bytes", "zstd_bytes", "macs", "latency_ms"}
     again = runner.measure_again(data)
     assert again["accuracy"].value == found.value("accuracy")
 
 
-def test_a_report_may_stop_a_run_and_then_nothing_is_written(runner):
-    runner.use_baseline(runner.build(Recipe()))
-
-    def report(phase, metrics):
-        if "size_bytes" in metrics:
-            raise OverBudget("too large", {"size_bytes": 0.5})
-
-    for recipe, gate in ((MIXED, False), (TRAINED, True)):
-        with pytest.raises(OverBudget):
-            runner.run(recipe, report, gate_latency=gate)
+def test_a_trial_over_the_budget_ends_before_training_and_nothing_is_written(runner):
+    _, packed = runner.baseline()
+    runner.files.scores(Recipe()).unlink()
+    phases = []
+    budget = Budget.parse(["size_bytes <= 1%"])
+    request = RunTrial(TRAINED, budget=budget, baseline={"size_bytes": float(len(packed))}, time_first=True)
+    outcome = runner.submit(request, phases.append).result()
+    assert (outcome.measurement, outcome.failure.state) == (None, "over_budget")
+    assert outcome.failure.excess["size_bytes <= 1%"] > 1
+    assert phases[-1] == "measured before training"
+    assert not [phase for phase in phases if "fine-tuning" in phase]
     assert list(runner.files.directory.iterdir()) == []
 
 
@@ -166,35 +168,39 @@ def test_a_run_without_a_baseline_is_a_mistake(runner):
         runner.run(Recipe())
 
 
-def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner, monkeypatch):
-    first, second = Recover("finetune", 0.5, 0.02), Recover("finetune", 0.5, 0.01)
+def test_training_goes_on_from_kept_weights_and_gives_the_same_bytes(runner):
+    first, second = Recover("finetune", 7, 0.02), Recover("finetune", 7, 0.01)
     short, long = Recipe((*MIXED.steps, first)), Recipe((*MIXED.steps, first, second))
-    whole = runner.build(long)
+    phases = []
+
+    def trainings():
+        """How many trainings were begun since the last question."""
+        steps = [phase for phase in phases if phase.startswith("fine-tuning 10/")]
+        phases.clear()
+        return len(steps)
+
+    whole = runner.build(long, phases.append)
     assert list(runner.files.directory.iterdir()) == []
+    assert trainings() == 2
     runner.builder.build(short, keep_trained=True)
     assert runner.files.trained(short).exists()
-    trained = []
-    real = local_module.finetune
-    monkeypatch.setattr(local_module, "finetune", lambda *a, **more: (trained.append(a[2]), real(*a, **more)))
-    assert runner.build(long) == whole
-    assert trained == [second]
+    assert runner.build(long, phases.append) == whole
+    assert trainings() == 1
     runner.files.trained(short).write_bytes(b"damaged")
-    assert runner.build(long) == whole
-    assert trained == [second, first, second]
+    assert runner.build(long, phases.append) == whole
+    assert trainings() == 2
     assert runner.build(short) != whole
 
 
-def test_the_teacher_answers_once_for_all_candidates(runner, monkeypatch, tmp_path):
+def test_the_teacher_answers_once_for_all_candidates(runner, tmp_path):
     """Reused or computed anew, the file is the same; a short training does not ask for all of them."""
-    asked = []
-    real = local_module.teacher_logits
-    monkeypatch.setattr(local_module, "answers", lambda *a: (asked.append(a), real(*a))[1])
     recipes = [Recipe((Quantize("stem", bits), Recover("finetune", 0.5, 0.02))) for bits in (2, 3)]
     runner.build(Recipe((Quantize("stem", 2), Recover("finetune", 0.2, 0.02))))
     runner.build(Recipe((Quantize("stem", 2), Recover("finetune", 0.5, 0.02, distill=0))))
-    assert not asked
-    files = [runner.build(recipe) for recipe in recipes]
-    assert len(asked) == 1
+    assert "teacher_logits" not in vars(runner.builder), "nobody has asked for them yet"
+    first = runner.build(recipes[0])
+    logits = vars(runner.builder)["teacher_logits"]
+    files = [first, runner.build(recipes[1])]
+    assert runner.builder.teacher_logits is logits
     other = LocalRunner(runner.task, tmp_path / "other", MeasurementSettings(seconds=0.02, calibration_images=128))
     assert [other.build(recipe) for recipe in reversed(recipes)] == files[::-1]
-    assert len(asked) == 2
