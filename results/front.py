@@ -181,10 +181,8 @@ class Front:
 
     def _keeps(self, limits: Budget, candidate: Candidate) -> bool:
         assert candidate.measurement is not None
-        values, baseline = (
-            {name: metric.value for name, metric in m.metrics.items()} for m in (candidate.measurement, self.baseline)
-        )
-        return all(excess <= 0 for excess in limits.excess(values, baseline).values())
+        excess = limits.excess(candidate.measurement.values, self.baseline.values)
+        return all(share <= 0 for share in excess.values())
 
     def _chosen(self, members: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         if not members:

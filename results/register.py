@@ -106,7 +106,7 @@ def _tags(front: Front, candidate: Candidate) -> dict[str, str]:
     """What the registry's pages show of a candidate."""
     assert front.directory is not None
     assert candidate.measurement is not None
-    numbers = {name: metric.value for name, metric in candidate.measurement.metrics.items()}
+    numbers = dict(candidate.measurement.values)
     numbers |= {f"test_{name}": metric.value for name, metric in candidate.test.items()}
     return {
         "paretorch.study": front.directory.name[:_TEXT],

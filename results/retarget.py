@@ -224,8 +224,8 @@ def _there(member: Candidate, found: MemberOnTarget, front: Front, baseline: Est
     assert found.latency_ms is not None
     new = {"latency_ms": found.latency_ms} | ({task.metric_name: found.metric} if task and found.metric else {})
     measured = _with(member.measurement, **new)
-    base = {name: metric.value for name, metric in front.baseline.metrics.items()} | {"latency_ms": baseline.value}
-    excess = front.budget.excess({name: metric.value for name, metric in measured.metrics.items()}, base)
+    base = front.baseline.values | {"latency_ms": baseline.value}
+    excess = front.budget.excess(measured.values, base)
     over = [text for text, value in excess.items() if value > 0]
     reason = f"over {', '.join(over)}" if over else ""
     return replace(member, measurement=measured, excess=excess, state=OVER_BUDGET if over else OK, reason=reason)

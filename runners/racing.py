@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Stopped
-from ..objectives.display import show
+from ..objectives.display import is_rate, show
 from ..objectives.measurement import Z95, Estimate
 from ..objectives.paired import difference
 from .evaluate import Watch as Watch
@@ -55,7 +55,8 @@ def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:
                 continue
             value, half = float(np.mean(rival.scores)) - found.value, Z95 * found.error
             here = float(np.mean(rival.scores[: found.n]))
-            by = f" by more than {100 * rival.margin:.3g} points" if rival.margin else ""
+            amount = f"{100 * rival.margin:.3g} points" if is_rate(metric) else f"{rival.margin:.3g}"
+            by = f" by more than {amount}" if rival.margin else ""
             raise Stopped(
                 f"{metric} {show(metric, float(scores.mean()))} after {len(scores)} images, where {rival.name} has "
                 f"{show(metric, here)}: worse{by} beyond doubt",

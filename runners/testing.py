@@ -253,7 +253,7 @@ def _broken(runner: Runner) -> Iterator[str]:
         yield f"RunTrial: equal recipes gave different numbers: {values} and {others}"
     if runner.submit(BuildFile(recipe)).result() != runner.submit(BuildFile(recipe)).result():
         yield "BuildFile: equal recipes gave different files"
-    yield from _broken_gates(runner, recipe, {name: e.value for name, e in baseline.metrics.items()})
+    yield from _broken_gates(runner, recipe, baseline.values)
 
 
 def _broken_gates(runner: Runner, recipe: Recipe, baseline: Mapping[str, float]) -> Iterator[str]:

@@ -112,7 +112,7 @@ def best(front: Front, candidates: Sequence[Combination], known: Collection[str]
     points = [tuple(front.losses(member)) for member in front.members]
     reference = [1.0] * len(front.objectives)
     now = hypervolume(points, reference) if points else 0.0
-    base = {name: metric.value for name, metric in front.baseline.metrics.items()}
+    base = front.baseline.values
     gains = []
     for combination in candidates:
         if not _keeps(front, combination.values):
@@ -151,7 +151,7 @@ def _metrics(front: Front) -> list[str]:
 
 
 def _keeps(front: Front, values: dict[str, float]) -> bool:
-    base = {name: metric.value for name, metric in front.baseline.metrics.items()}
+    base = front.baseline.values
     return all(excess <= 0 for excess in front.budget.excess(values, base).values())
 
 

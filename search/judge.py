@@ -58,7 +58,7 @@ class Judge:
 
     @cached_property
     def baseline_values(self) -> dict[str, float]:
-        return {name: estimate.value for name, estimate in self.baseline.metrics.items()}
+        return self.baseline.values
 
     @property
     def times(self) -> bool:
@@ -117,14 +117,12 @@ class Judge:
         measurement = replace(measurement, seconds={**measurement.seconds, "total": outcome.seconds})
         excess = self.excess(measurement)
         over = {limit: value for limit, value in excess.items() if value > 0}
-        values = {name: estimate.value for name, estimate in measurement.metrics.items()}
-        reason = describe_excess(self.budget, values, over, self.baseline_values) if over else ""
+        reason = describe_excess(self.budget, measurement.values, over, self.baseline_values) if over else ""
         return Candidate(number, recipe, OVER_BUDGET if over else OK, reason, measurement, excess, picks, label)
 
     def excess(self, measurement: Measurement) -> dict[str, float]:
         """By what share each limit is exceeded."""
-        values = {name: estimate.value for name, estimate in measurement.metrics.items()}
-        return self.budget.excess(values, self.baseline_values)
+        return self.budget.excess(measurement.values, self.baseline_values)
 
     def keeps_costs(self, candidate: Candidate) -> bool:
         """Whether all is known of a candidate, and it keeps the limits that training does not change."""
@@ -147,7 +145,7 @@ class Judge:
         """
         known = self.predicted(candidate.recipe)
         if candidate.measurement:
-            known = {name: estimate.value for name, estimate in candidate.measurement.metrics.items()}
+            known = candidate.measurement.values
         values = [known.get(o.metric, self.worst(o)) for o in self.objectives]
         excess = {limit.text: candidate.excess.get(limit.text, 0.0) for limit in self.budget.limits}
         unknown: list[int | str] = [place for place, o in enumerate(self.objectives) if o.metric not in known]

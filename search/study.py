@@ -201,13 +201,12 @@ class Study:
     def _preflight(self, baseline: Measurement) -> Preflight:
         budget = self.asked.budget
         result = preflight(self.runner, self.facts, self.space, budget, baseline, self.listener.phase)
-        values = {name: estimate.value for name, estimate in baseline.metrics.items()}
         result = replace(
             result,
             metric=self.task.metric_name,
             target=self.target.name,
             computed=self.target.milliseconds is not None,
-            limits=tuple(budget.describe(values)),
+            limits=tuple(budget.describe(baseline.values)),
         )
         self.listener.checked(result)
         return result

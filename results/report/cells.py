@@ -65,11 +65,6 @@ def costs_of(front: Front) -> list[str]:
     return known
 
 
-def is_rate(metric: str) -> bool:
-    """Whether a metric is a share: shown in per cent, and its differences in points."""
-    return metric == "accuracy"
-
-
 def is_trivial(candidate: Candidate) -> bool:
     """Whether a candidate is a trivial baseline, such as all weights at 8 bits; the original model is none."""
     return bool(candidate.label) and candidate.recipe != Recipe()

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...objectives.display import against
+from ...objectives.display import against, is_rate
 from ...objectives.measurement import Estimate
 from ...objectives.pareto import hypervolume, nondominated
 from ...spaces.recipe import Recipe
 from ..candidate import OK, OVER_BUDGET, Candidate
 from ..front import Front
-from .cells import Cell, costs_of, heading, is_rate, is_trivial, measured
+from .cells import Cell, costs_of, heading, is_trivial, measured
 
 ORIGINAL = "original model"
 # What a point on a plot is: legend, colour, plotly's and matplotlib's marker.

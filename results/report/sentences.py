@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...objectives.display import against, show
+from ...objectives.display import against, is_rate, show
 from ...objectives.measurement import Estimate
 from ...objectives.objective import COSTS
 from ..candidate import FAILED, OK, OVER_BUDGET, STOPPED, Candidate
 from ..front import Front
 from ..parity import parity_failure
-from .cells import beside, final, heading, is_rate, measured
+from .cells import beside, final, heading, measured
 
 SENSITIVITY = "How far the outputs move when one layer alone is compressed, without training."
 
