@@ -275,7 +275,9 @@ session = onnxruntime.InferenceSession("model.onnx", disabled_optimizers={DISABL
 outputs = session.run(None, {{"input": images}})[0]          # images: float32 [batch, ...]
 ```
 
-With the optimizer left on, ONNX Runtime may turn layers that were kept in float into int8 ones. Or, with paretorch:
+With the optimizer left on, ONNX Runtime may turn layers that were kept in float into int8 ones. On x86 processors without
+VNNI also set the session option `session.x64quantprecision` to `1`: else sums of 8-bit products overflow there. Or, with
+paretorch:
 
 ```python
 import paretorch
