@@ -36,6 +36,7 @@ from ..spaces.structure import Layer, Structure
 from .compression.compress import compress, freeze, one_factor
 from .local import LocalRunner
 from .operators.fold import batchnorms, reestimate_batchnorms
+from .operators.layers import set_weight, weight_of
 
 if TYPE_CHECKING:
     import pandas
@@ -263,7 +264,7 @@ class _Bench:
         for name, norm in self.norms.items():
             norm.load_state_dict(self.statistics[name])
         if layer:
-            self.model.get_submodule(layer).weight.copy_(self.runner.model.get_submodule(layer).weight)  # type: ignore[operator,union-attr,arg-type]
+            set_weight(self.model.get_submodule(layer), weight_of(self.runner.model.get_submodule(layer)))
 
     @torch.no_grad()
     def advance(self, layer: str) -> None:

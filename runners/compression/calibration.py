@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from ...errors import Diverged
 from ..operators.fold import reestimate_batchnorms
-from ..operators.hessian import gram, groups_of
+from ..operators.hessian import gram
 from ..operators.hooks import attached
+from ..operators.layers import groups_of, layers_of, output_first, parameter_of, rows, weight_of
 from ..task import Criterion
 from .library import LayerLibrary, LayerStatistics, digest
 
@@ -103,8 +104,7 @@ class Statistics:
 
     @cached_property
     def _layers(self) -> dict[str, nn.Module]:
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, kinds)}
+        return layers_of(self.model)
 
     def _get(self, kind: str, layer: str) -> Tensor:
         """From the library, or else computed, together with those of other layers as far as they fit into memory."""
@@ -130,9 +130,10 @@ class Statistics:
         return hashlib.sha256(f"{self.key}/{layer}/{kind}".encode()).hexdigest()
 
     def _shape(self, kind: str, layer: str) -> tuple[int, ...]:
-        weight = self._layers[layer].get_parameter("weight")
-        inputs = weight[0].numel()
-        return (groups_of(self._layers[layer]), inputs, inputs) if kind == HESSIAN else tuple(weight.shape)
+        module = self._layers[layer]
+        weight = weight_of(module)
+        inputs = rows(weight).shape[1]
+        return (groups_of(module), inputs, inputs) if kind == HESSIAN else tuple(weight.shape)
 
     def _compute(self, kind: str, layer: str) -> Tensor:
         names, size = [layer], 0
@@ -170,7 +171,7 @@ class Statistics:
         loss at answers that are drawn from the network's own (Fisher information). So no labels are needed. Outputs that are
         no class scores get answers with normal noise.
         """
-        weights = {name: self._layers[name].get_parameter("weight") for name in names}
+        weights = {name: parameter_of(self._layers[name]) for name in names}
         flags = {name: weight.requires_grad for name, weight in weights.items()}
         totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         generator = torch.Generator().manual_seed(self.calibration.seed)
@@ -189,7 +190,7 @@ class Statistics:
             for name, weight in weights.items():
                 weight.requires_grad_(flags[name])
         count = sum(map(len, self.calibration.parts))
-        return {name: (total / count).contiguous() for name, total in totals.items()}
+        return {name: output_first(self._layers[name], total / count).contiguous() for name, total in totals.items()}
 
 
 def _own_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:

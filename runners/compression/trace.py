@@ -23,13 +23,20 @@ from ...spaces.structure import Group, Layer, Structure, inside, kept_channels, 
 from ..operators.equalize import find_pairs
 from ..operators.fold import fold_batchnorms
 from ..operators.hooks import attached
+from ..operators.layers import (
+    BATCHNORMS,
+    NORMALIZATIONS,
+    TYPES,
+    bias_of,
+    is_layer,
+    kind_of,
+    parameter_of,
+    weight_of,
+)
 from ..operators.prune import channel_groups
 from .compress import Skip, compress
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _Part = TypeVar("_Part")
-_NORMS = (*BATCHNORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -56,15 +63,15 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     layers: list[Layer] = []
     refused: list[tuple[str, str]] = []
     for module, (x, y) in calls.items():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            layers.append(_layer(names[module], module, y, len(x)))
+        if is_layer(module):
+            layers.append(_layer(names[module], module, x, y))
     counts = _counts(model, example)
     kept = []
     for layer in layers:
         module = model.get_submodule(layer.name)
         if counts[module] > 1:
             refused.append((layer.name, f"is used {counts[module]} times in one forward pass"))
-        elif tied[id(module.weight)] > 1:
+        elif tied[id(parameter_of(module))] > 1:
             refused.append((layer.name, "shares its weights with another module"))
         else:
             kept.append(layer)
@@ -119,16 +126,10 @@ def _counts(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     return counts
 
 
-def _layer(name: str, module: nn.Module, output: Tensor, batch: int) -> Layer:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, nn.Linear):
-        kind, positions = "linear", output.numel() // batch // module.out_features
-    else:
-        assert isinstance(module, CONVOLUTIONS)
-        positions = output.numel() // batch // module.out_channels
-        kind = "conv" if module.groups == 1 else "depthwise" if module.groups == module.in_channels else "grouped"
-    return Layer(name, kind, tuple(weight.shape), weight.numel() * positions, bias=module.bias is not None)
+def _layer(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> Layer:
+    kind, shape = kind_of(layer), tuple(weight_of(layer).shape)
+    macs = kind.macs(layer, x.shape, y.shape)
+    return Layer(name, kind.name(layer), shape, macs, bias=bias_of(layer) is not None)
 
 
 def _refused(
@@ -136,15 +137,16 @@ def _refused(
 ) -> list[tuple[str, str]]:
     """What carries parameters and is left as it is, each with the reason."""
     found = []
+    supported = ", ".join(one.__name__ for one in TYPES)
     for module, name in names.items():
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        if not own or isinstance(module, _NORMS):
+        if not own or isinstance(module, NORMALIZATIONS):
             continue
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if is_layer(module):
             if module not in calls:
                 found.append((name, "is not called as a module in the forward pass"))
         elif type(module).__module__.partition(".")[0] == "torch":
-            found.append((name, f"{type(module).__name__} is not supported; supported: Conv1d, Conv2d, Linear"))
+            found.append((name, f"{type(module).__name__} is not supported; supported: {supported}"))
         else:
             found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
     return found
@@ -168,7 +170,7 @@ def _folds(
 
     hooks = []
     for module in model.modules():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if is_layer(module):
             hooks.append(module.register_forward_hook(after))
         elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # or it has nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
@@ -302,7 +304,7 @@ def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Stru
         # What a network raises after surgery that it does not survive; the answer is the finding.
         return False
     return all(
-        tuple(other.get_submodule(name).weight.shape[:2]) == shape  # type: ignore[union-attr,index]
+        tuple(weight_of(other.get_submodule(name)).shape[:2]) == shape
         for name, shape in shapes(structure, recipe).items()
     )
 

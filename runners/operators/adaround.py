@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hessian import better, damped, output_error, rows
-from .quantize import codes, limits, spread
+from .hessian import better, damped, output_error
+from .layers import as_matrix, from_matrix, per_output
+from .quantize import codes, limits
 
 # Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
 STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
@@ -30,11 +31,11 @@ def adaround(
     """
     groups, gap = len(hessian), 2 if bits == 1 else 1  # from -1 the next sign is 1
     low, high = limits(bits, zero)
-    target = rows(weight, groups).float()
-    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
-    steps = rows(wide, groups).float()
-    keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
-    near = rows(codes(weight, scale, bits, zero) * wide, groups).float() * keep
+    target = as_matrix(weight, groups).float()
+    wide = (per_output(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = as_matrix(wide, groups).float()
+    keep = torch.ones_like(target) if mask is None else as_matrix(mask, groups).float()
+    near = as_matrix(codes(weight, scale, bits, zero) * wide, groups).float() * keep
     curvature = damped(hessian).float()
     quotient = (target / steps).clamp(low, high)
     floor = quotient.floor().clamp(low, high - gap)
@@ -62,4 +63,4 @@ def adaround(
         variable -= RATE * direction
     up = (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
     solved = (floor + gap * (up >= 0.5)) * steps * keep
-    return better(near, solved, target, hessian).reshape(weight.shape).to(weight.dtype)
+    return from_matrix(better(near, solved, target, hessian), weight.shape).to(weight.dtype)

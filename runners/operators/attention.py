@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return x.reshape(-1, int(x.shape[1]), self.num_heads, self.head_dim)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -32,10 +32,23 @@ from torch.utils._pytree import tree_leaves
 
 from .fold import fold_factors
 from .hooks import attached
+from .layers import (
+    FUNCTIONS,
+    bias_of,
+    channels_last,
+    channels_of,
+    groups_of,
+    layers_of,
+    parameter_of,
+    per_output,
+    row_shape,
+    rows,
+    set_weight,
+    weight_of,
+)
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_THEIRS = ("conv1d", "conv2d", "linear", "batch_norm")  # the functions that these run as
+_THEIRS = FUNCTIONS | {"batch_norm"}  # the functions that layers and these run as
 # Functions of torch, by name, with f(s x) = s f(x) for a positive s of each channel.
 _HOMOGENEOUS = {
     "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "dropout1d", "dropout2d", "relu",
@@ -96,13 +109,14 @@ def find_pairs(model: nn.Module, example: Tensor) -> tuple[list[Pair], dict[str,
 
     example: a few inputs. Only layers that run once count.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    layers = layers_of(model)
     norms = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _NORMS) and module.affine and module.running_mean is not None
     }
-    owners = {id(module.weight): name for name, module in (layers | norms).items()}
+    owners = {id(parameter_of(layer)): name for name, layer in layers.items()}
+    owners |= {id(norm.weight): name for name, norm in norms.items()}
     recorder = _Recorder(owners)
     with recorder:
         expected = model.eval()(example)
@@ -136,7 +150,7 @@ def _followed(
     once: Iterable[str],
 ) -> Pair | str:
     """The pair of the layer that made a tensor, or why there is none."""
-    channels, norm, waiting = len(layers[start.owner].weight), "", list(start.makes)  # type: ignore[arg-type]
+    channels, norm, waiting = channels_of(layers[start.owner])[1], "", list(start.makes)
     found: list[str] = []
     while waiting:
         number = waiting.pop()
@@ -147,7 +161,7 @@ def _followed(
             if call.owner in layers:
                 if call.owner not in once:
                     return f"{call.owner} reads them, whose weight has other uses"
-                if _inputs(layers[call.owner]) % channels:
+                if channels_of(layers[call.owner])[0] % channels:
                     return f"{call.owner} reads them with others"
                 found.append(call.owner)
             elif call.owner in norms and number in start.makes and len(behind) == 1:
@@ -160,16 +174,12 @@ def _followed(
     return Pair(start.owner, tuple(dict.fromkeys(found)), norm)
 
 
-def _inputs(layer: nn.Module) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[return-value]
-
-
 def _same(model: nn.Module, pairs: Sequence[Pair], example: Tensor, expected: Tensor) -> bool:
     """Whether random factors leave the outputs as they are."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for pair in pairs:
-        count = len(other.get_submodule(pair.maker).weight)  # type: ignore[arg-type]
+        count = channels_of(other.get_submodule(pair.maker))[1]
         scale_channels(other, pair, torch.exp2(2 * torch.rand(count, generator=generator) - 1))
     return torch.allclose(other(example), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -181,23 +191,29 @@ def _by_input(weight: Tensor, groups: int) -> Tensor:
 
 def _spread(scales: Tensor, layer: nn.Module) -> Tensor:
     """A number per channel as one per input of a layer that reads it, `[groups, 1, inputs / groups]`."""
-    count = _inputs(layer)
-    groups = 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # type: ignore[arg-type]
+    count, groups = channels_of(layer)[0], groups_of(layer)
     return scales.repeat_interleave(count // len(scales)).view(groups, 1, count // groups)
 
 
 @torch.no_grad()
 def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
     """Divide the channels of a pair by `scales [channels]` where they are made and multiply them where they are read, in place."""
-    source = model.get_submodule(pair.norm or pair.maker)
-    for parameter in (source.weight, source.bias):
-        if isinstance(parameter, Tensor):
-            parameter.div_(scales.view(-1, *[1] * (parameter.ndim - 1)))
+    maker = model.get_submodule(pair.maker)
+    if pair.norm:
+        norm = model.get_submodule(pair.norm)
+        vectors: list[object] = [norm.weight, norm.bias]
+    else:
+        weight = weight_of(maker)
+        set_weight(maker, weight / per_output(scales, weight))
+        vectors = [bias_of(maker)]
+    for vector in vectors:
+        if isinstance(vector, Tensor):
+            vector.div_(scales)
     for name in pair.readers:
         layer = model.get_submodule(name)
-        wide = _spread(scales, layer)
-        assert isinstance(layer.weight, Tensor)
-        _by_input(layer.weight, len(wide)).mul_(wide.view(*wide.shape, *[1] * (layer.weight.ndim - 2)))
+        weight, wide = weight_of(layer), _spread(scales, layer)
+        scaled = _by_input(weight, len(wide)) * wide.view(*wide.shape, *[1] * (weight.ndim - 2))
+        set_weight(layer, scaled.reshape(weight.shape))
 
 
 @torch.no_grad()
@@ -207,8 +223,7 @@ def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Ten
     found: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
 
     def keep(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs = arguments[0] if isinstance(layer, nn.Linear) else arguments[0].movedim(1, -1)
-        found[name].append(inputs.abs().flatten(0, -2).amax(0))
+        found[name].append(channels_last(layer, arguments[0]).abs().flatten(0, -2).amax(0))
 
     with attached([modules[name].register_forward_pre_hook(partial(keep, name)) for name in found]):
         for batch in batches:
@@ -216,7 +231,7 @@ def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Ten
     mean = {name: torch.stack(values).mean(0) for name, values in found.items()}
 
     def of(pair: Pair) -> Tensor:
-        channels = len(modules[pair.maker].weight)  # type: ignore[arg-type]
+        channels = channels_of(modules[pair.maker])[1]
         return torch.stack([mean[name].view(channels, -1).amax(1) for name in pair.readers]).amax(0)
 
     return [of(pair) for pair in pairs]
@@ -237,7 +252,7 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
     names = {name for pair in pairs for name in (pair.maker, *pair.readers)}
     modules = {name: model.get_submodule(name) for name in names}
     # The largest magnitude of each kernel is all that ranges hang on.
-    largest = {name: module.weight.abs().flatten(2).amax(2) if module.weight.ndim > 2 else module.weight.abs() for name, module in modules.items()}  # type: ignore[operator,union-attr]  # fmt: skip
+    largest = {name: _kernel_peaks(weight_of(layer)) for name, layer in modules.items()}
     for pair in pairs:
         if pair.norm:
             largest[pair.maker] = largest[pair.maker] * fold_factors(model.get_submodule(pair.norm))[0].abs()[:, None]
@@ -265,6 +280,12 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
         if moved < _CONVERGED:
             break
     return total
+
+
+def _kernel_peaks(weight: Tensor) -> Tensor:
+    """The largest magnitude of each kernel, `[outputs, inputs of a group]`."""
+    channels, positions = row_shape(weight)
+    return rows(weight).abs().reshape(-1, channels, positions).amax(2)
 
 
 def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:

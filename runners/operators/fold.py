@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .layers import bias_of, per_output, replace_bias, set_weight, weight_of
 from .lowrank import parts
 
 
@@ -46,10 +47,9 @@ def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[
         layer_name = parts(model, layer_name)[-1]
         layer = model.get_submodule(layer_name)
         factor, shift = fold_factors(norm)
-        assert isinstance(layer.weight, Tensor)
-        layer.weight.copy_(layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1)))
-        bias = shift if layer.bias is None else layer.bias * factor + shift  # type: ignore[operator]
-        layer.bias = nn.Parameter(bias.clone())
+        weight, bias = weight_of(layer), bias_of(layer)
+        set_weight(layer, weight * per_output(factor, weight))
+        replace_bias(layer, shift if bias is None else bias * factor + shift)
         model.set_submodule(norm_name, nn.Identity())
         factors[layer_name] = factor
     return factors

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hessian import better, inverse_factor, rows
-from .quantize import codes, rounded, spread
+from .hessian import better, inverse_factor
+from .layers import as_matrix, from_matrix, per_output
+from .quantize import codes, rounded
 
 _COLUMNS = 128  # rounded before what follows is brought up to date: the same numbers, fewer passes over memory
 
@@ -45,11 +46,11 @@ def gptq(
     permuted = hessian.gather(1, down.expand_as(hessian)).gather(2, across.expand_as(hessian))
     factor = inverse_factor(permuted)
 
-    target = rows(weight, groups)
+    target = as_matrix(weight, groups)
     left = target.double().gather(2, across.expand_as(target))
-    keep = None if mask is None else rows(mask, groups).gather(2, across.expand_as(target))
-    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
-    steps = rows(wide, groups).double().gather(2, across.expand_as(target))
+    keep = None if mask is None else as_matrix(mask, groups).gather(2, across.expand_as(target))
+    wide = (per_output(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = as_matrix(wide, groups).double().gather(2, across.expand_as(target))
     found = torch.zeros_like(left)
     for start in range(0, inputs, _COLUMNS):
         end = min(start + _COLUMNS, inputs)
@@ -62,5 +63,5 @@ def gptq(
         left[..., end:] -= torch.bmm(errors, factor[:, start:end, end:])
     solved = torch.zeros_like(target).scatter(2, across.expand_as(target), found.to(weight.dtype))
     near = codes(weight, scale, bits, zero) * wide
-    near = rows(near if mask is None else near * mask, groups)
-    return better(near, solved, target, hessian).reshape(weight.shape)
+    near = as_matrix(near if mask is None else near * mask, groups)
+    return from_matrix(better(near, solved, target, hessian), weight.shape)

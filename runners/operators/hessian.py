@@ -12,56 +12,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .layers import channels_of, groups_of, patches, rows, samples, weight_of
 
 DAMPING = 0.01  # of the mean of the diagonal (Frantar et al. 2023)
 _BLOCK = 1 << 23  # unfolded inputs at a time: 32 MiB
 
 
-def rows(weight: Tensor, groups: int) -> Tensor:
-    """A weight as `[groups, rows, inputs]`, a view where it can be."""
-    return weight.detach().reshape(groups, len(weight) // groups, -1)
-
-
-def groups_of(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))
-
-
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """What each row of the layer's weight is multiplied with: `[groups, inputs, positions]`.
-
-    >>> layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 7, 7)
-    >>> outputs = rows(layer.weight, 2) @ patches(layer, x) + layer.bias.view(2, 3, 1)
-    >>> torch.allclose(outputs.view(6, 5, 25).transpose(0, 1).reshape(5, 6, 5, 5), layer(x), atol=1e-5)
-    True
-    """
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    unfolded = F.unfold(x, kernel, dilation, 0, stride)  # [images, channels * kernel, positions]
-    images, inputs, positions = unfolded.shape
-    grouped = unfolded.view(images, layer.groups, inputs // layer.groups, positions)
-    return grouped.permute(1, 2, 0, 3).reshape(layer.groups, inputs // layer.groups, images * positions)
-
-
 @torch.no_grad()
 def gram(layer: nn.Module, x: Tensor) -> Tensor:
     """`X X^T` of a batch of inputs, `[groups, inputs, inputs]` in double precision, with bounded memory."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    inputs = weight[0].numel()
-    groups = groups_of(layer)
+    inputs, groups = rows(weight_of(layer)).shape[1], groups_of(layer)
     total = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-    if isinstance(layer, nn.Linear):
-        x = x.reshape(-1, x.shape[-1])
-        each = inputs
-    else:  # about as many positions as the input has, and many fewer where the stride is large
-        each = groups * inputs * x[0, 0].numel()
+    x = samples(layer, x)
+    # About as many positions as the input has, and many fewer where the stride is large.
+    each = groups * inputs * (x[0].numel() // channels_of(layer)[0])
     for part in x.split(max(1, _BLOCK // max(1, each))):  # type: ignore[no-untyped-call]
         found = patches(layer, part.float())
         total += torch.bmm(found, found.transpose(1, 2))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .layers import bias_of, kind_of, replace_bias, replace_weight, rows, weight_of
+
 
 class Factored(nn.Sequential):
     """The two layers in the place of one; steps of a recipe that name the one mean both."""
@@ -25,7 +27,7 @@ def basis(weight: Tensor) -> Tensor:
     They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in float32 for
     512 x 4608. All ranks come out of one basis.
     """
-    matrix = weight.detach().flatten(1).double()
+    matrix = rows(weight).double()
     matrix = matrix if _wide(matrix) else matrix.T
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
     # A vector may come with either sign; the sign of its largest component makes it one of the two.
@@ -46,7 +48,7 @@ def factors(weight: Tensor, rank: int, vectors: Tensor | None = None) -> tuple[T
         >>> (second @ first).round(decimals=5).abs().tolist()
         [[3.0, 0.0], [0.0, 0.0]]
     """
-    matrix = weight.detach().flatten(1).double()
+    matrix = rows(weight).double()
     wide = _wide(matrix)
     kept = (basis(weight) if vectors is None else vectors)[:, :rank]
     rest = kept.T @ (matrix if wide else matrix.T)
@@ -64,30 +66,14 @@ def factored(layer: nn.Module, rank: int, vectors: Tensor | None = None) -> Fact
 
     vectors: the weight's `basis`, where that is known.
     """
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
-    first, second = factors(layer.weight, rank, vectors)
-    pair: tuple[nn.Module, nn.Module]
-    if isinstance(layer, nn.Linear):
-        pair = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
-    else:
-        kind = type(layer)
-        pair = (
-            kind(
-                layer.in_channels,
-                rank,
-                layer.kernel_size,  # type: ignore[arg-type]
-                layer.stride,  # type: ignore[arg-type]
-                layer.padding,  # type: ignore[arg-type]
-                layer.dilation,  # type: ignore[arg-type]
-                bias=False,
-                padding_mode=layer.padding_mode,
-            ),
-            kind(rank, layer.out_channels, 1),
-        )
-    one, other = pair
-    one.weight = nn.Parameter(first.view(rank, *layer.weight.shape[1:]))
-    other.weight = nn.Parameter(second.view(len(second), rank, *[1] * (layer.weight.ndim - 2)))
-    other.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    new = kind_of(layer).factors
+    assert new is not None, f"a {type(layer).__name__} has no factors"
+    first, second = factors(weight_of(layer), rank, vectors)
+    pair = new(layer, rank)
+    for part, factor in zip(pair, (first, second), strict=True):
+        replace_weight(part, factor.view(weight_of(part).shape))
+    bias = bias_of(layer)
+    replace_bias(pair[1], None if bias is None else bias.detach())
     return Factored(*pair).train(layer.training)
 
 

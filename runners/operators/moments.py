@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import attached
+from .layers import (
+    bias_of,
+    channels_last,
+    layers_of,
+    per_channel,
+    per_output,
+    set_weight,
+    weight_of,
+)
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # A channel that hardly varies any more has lost its input; blown up it would be noise.
 _MOST = 2.0
 DIVIDED = "divided_by"  # the buffer of a layer whose output channels were divided, by what (`equalize`)
@@ -26,7 +34,7 @@ Moments = dict[str, tuple[Tensor, Tensor]]  # by layer: mean and variance of eac
 
 def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
     """Of each output channel: `[n, channels, ...]` of a convolution, `[..., channels]` of a linear layer."""
-    channels = (output if isinstance(layer, nn.Linear) else output.movedim(1, -1)).flatten(0, -2)
+    channels = channels_last(layer, output).flatten(0, -2)
     variance, mean = torch.var_mean(channels, 0, correction=0)
     return mean, variance
 
@@ -35,9 +43,7 @@ def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
 def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collection[str] = ()) -> list[Moments]:
     """For each batch the moments of all layers that have a bias and run once, but those in `without`."""
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and module.bias is not None and name not in without
+        name: layer for name, layer in layers_of(model).items() if bias_of(layer) is not None and name not in without
     }
     found: list[Moments] = []
     again: set[str] = set()
@@ -66,14 +72,11 @@ def match_moments(
     its weights, were multiplied by. Layers that are missing or lost channels are left as they are. one_factor: layers whose
     weights have one scale for all channels, which are then multiplied by the same (the geometric mean).
     """
-    modules = dict(model.named_modules())
+    there = layers_of(model)
     layers = {
-        name: modules[name]
+        name: there[name]
         for name, (mean, _) in (expected[0] if expected else {}).items()
-        if name in modules
-        and isinstance(modules[name], _LAYERS)
-        and getattr(modules[name], "bias", None) is not None
-        and modules[name].bias.shape == mean.shape  # type: ignore[union-attr]
+        if name in there and (bias := bias_of(there[name])) is not None and bias.shape == mean.shape
     }
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted: Moments = {}
@@ -81,8 +84,7 @@ def match_moments(
     def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
         found[name].append(_moments(layer, output))
         factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
-        shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else output.ndim - 2))
-        return output * factor.view(shape) + shift.view(shape)
+        return output * per_channel(layer, factor, output) + per_channel(layer, shift, output)
 
     handles = [layer.register_forward_hook(partial(put_right, name)) for name, layer in layers.items()]
     with attached(handles):
@@ -93,10 +95,9 @@ def match_moments(
     for name, layer in layers.items():
         own = [_divided(layer, moments[name]) for moments in expected]
         factor, shift = _affine(found[name], own, name in one_factor)
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
-        assert isinstance(bias, Tensor)
-        weight.mul_(factor.view(-1, *[1] * (weight.ndim - 1)))
+        weight, bias = weight_of(layer), bias_of(layer)
+        assert bias is not None
+        set_weight(layer, weight * per_output(factor, weight))
         bias.copy_(bias * factor + shift)
         factors[name] = factor
     return factors

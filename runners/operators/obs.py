@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...spaces.recipe import pattern_of
-from .hessian import better, damped, inverse_factor, output_error, rows
+from .hessian import better, damped, inverse_factor, output_error
+from .layers import as_matrix, from_matrix, row_shape, rows
 from .sparsify import mask_of
 
 _SWEEP = 1e11  # multiply-adds of a sweep: seconds
@@ -31,7 +32,8 @@ _EFFORT = 2e11  # multiply-adds of conjugate gradients: 100 steps for a layer of
 
 def sweepable(weight: Tensor) -> bool:
     """Whether `order` takes seconds for such a weight."""
-    return len(weight) * weight[0].numel() ** 3 / 3 <= _SWEEP
+    outputs, inputs = rows(weight).shape
+    return outputs * inputs**3 / 3 <= _SWEEP
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
                 [0., 4., 5.]])
     """
     groups, inputs = hessian.shape[:2]
-    target = rows(weight, groups).flatten(0, 1).double()
+    target = rows(weight).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     blocks, room = _blocks(weight, pattern)
     each = len(target) // groups
@@ -61,12 +63,11 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
 
 def _blocks(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
     """By input the number of its block, and how many zeros each block has room for; without a pattern one block has room for all."""
-    shape = weight.shape[1:]
+    channels, positions = row_shape(weight)
     if not pattern:
-        return torch.zeros(shape.numel(), dtype=torch.long), torch.tensor([shape.numel()])
+        return torch.zeros(channels * positions, dtype=torch.long), torch.tensor([channels * positions])
     keep, of = pattern_of(pattern)
-    positions = shape[1:].numel()
-    block = torch.arange(shape[0])[:, None] // of * positions + torch.arange(positions)
+    block = torch.arange(channels)[:, None] // of * positions + torch.arange(positions)
     blocks = block.flatten()
     sizes = torch.bincount(blocks)
     return blocks, sizes - (sizes * keep + of - 1) // of
@@ -117,27 +118,27 @@ def obs(
     weight: as the layer's. hessian: `[groups, inputs, inputs]`. order: what the function `order` gives; without it zeros are
     chosen as for a layer too large for that. Each row has at most the error that the mask without any adjustment gives it.
     """
-    target = rows(weight, len(hessian))
+    target = as_matrix(weight, len(hessian))
     if order is None:
         mask, found = _exchanged(weight, hessian, ratio, pattern)
     else:
-        mask = rows(mask_of(order, ratio, pattern), len(hessian)).to(weight)
+        mask = as_matrix(mask_of(order, ratio, pattern), len(hessian)).to(weight)
         found = refit(target, mask, hessian)
     found = better(target * mask, found, target, hessian)
-    return mask.reshape(weight.shape).clone(), found.reshape(weight.shape)
+    return from_matrix(mask, weight.shape).clone(), from_matrix(found, weight.shape)
 
 
 def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> tuple[Tensor, Tensor]:
     """SparseGPT's mask with some zeros in other places, and the weights, both `[groups, rows, inputs]`."""
     groups, shape = len(hessian), weight.shape
-    target, curvature = rows(weight, groups), damped(hessian)
-    mask = rows(_first(weight, hessian, ratio, pattern), groups)
+    target, curvature = as_matrix(weight, groups), damped(hessian)
+    mask = as_matrix(_first(weight, hessian, ratio, pattern), groups)
     found = refit(target, mask, hessian)
     least = output_error(found - target, curvature).sum()
     for _ in range(_ROUNDS):
         downhill = torch.bmm((target - found).double(), curvature) / curvature.diagonal(dim1=-2, dim2=-1)[:, None]
         step = (found + 0.5 * downhill).square() * curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-        other = rows(mask_of(step.float().reshape(shape), ratio, pattern), groups).to(mask)
+        other = as_matrix(mask_of(from_matrix(step.float(), shape), ratio, pattern), groups).to(mask)
         if torch.equal(other, mask):
             break
         solved = refit(target, other, hessian)
@@ -151,10 +152,11 @@ def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> t
 def _first(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> Tensor:
     """SparseGPT's mask."""
     # Input channels side by side, so that a pattern's neighbours are neighbours here.
-    order = torch.arange(weight[0].numel()).view(weight.shape[1:]).movedim(0, -1).flatten()
-    target, permuted = rows(weight, len(hessian))[..., order], hessian[:, order][:, :, order]
-    mask = _mask(target, inverse_factor(permuted), ratio, pattern, weight.shape[1])
-    return mask[..., torch.argsort(order)].reshape(weight.shape)
+    channels, positions = row_shape(weight)
+    order = torch.arange(channels * positions).view(channels, positions).T.flatten()
+    target, permuted = as_matrix(weight, len(hessian))[..., order], hessian[:, order][:, :, order]
+    mask = _mask(target, inverse_factor(permuted), ratio, pattern, channels)
+    return from_matrix(mask[..., torch.argsort(order)], weight.shape)
 
 
 def _mask(target: Tensor, factor: Tensor, ratio: float, pattern: str, channels: int) -> Tensor:

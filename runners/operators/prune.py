@@ -17,10 +17,10 @@ from torch_pruning.dependency import index_mapping
 
 from ...errors import ExportFailed, RecipeError
 from .attention import Attention
+from .layers import TYPES, is_layer, kind_of
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _MOST = 1 << 18  # indices of a group; VGG's 512 channels are 25,088 inputs of its first linear layer
-_MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
+_MEMBERS: tuple[type[nn.Module], ...] = (*TYPES, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
             warnings.simplefilter("ignore")  # parameters outside layers: `_members` refuses what depends on them
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
             index_mapping.update_index_mapping(graph)
-            lost = [m for m in graph.module2node if isinstance(m, _LAYERS) and _outgrows(graph, m)]
-            groups = list(graph.get_all_groups(lost, root_module_types=list(_LAYERS)))
+            lost = [m for m in graph.module2node if is_layer(m) and _outgrows(graph, m)]
+            groups = list(graph.get_all_groups(lost, root_module_types=list(TYPES)))
     except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
         raise ExportFailed(
             f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}"
@@ -115,11 +115,11 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
             continue  # an operation without weights
         elif not isinstance(module, _MEMBERS):
             problem = f"{names[module]} ({type(module).__name__}) depends on them"
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.in_channels:
-            problem = f"{names[module]} is a grouped convolution"
-        elif isinstance(module, _LAYERS):
-            depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
-            if action == "prune_out_channels" or depthwise:
+        elif is_layer(module):
+            kind = kind_of(module).name(module)
+            if kind == "grouped":
+                problem = f"{names[module]} is a grouped convolution"
+            elif action == "prune_out_channels" or kind == "depthwise":
                 makers.append(names[module])
             else:
                 readers.append((names[module], len(set(indices))))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fold import channel_factors
+from .layers import INPUT, per_output, rows
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
@@ -51,12 +52,12 @@ def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: in
     equation 6). minmax: the largest weight is the largest code. percentile: the 99th
     percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
     """
-    rows = weight.detach().flatten(1)
+    numbers = rows(weight)
     if group_size:
-        groups = list(rows.split(group_size, 1))  # type: ignore[no-untyped-call]
+        groups = list(numbers.split(group_size, 1))  # type: ignore[no-untyped-call]
         return torch.stack([weight_scales(part, bits, ranges) for part in groups], 1)
-    peak = rows.abs().amax(1).clamp_min(1e-12)
-    return RANGES[ranges](rows, peak, bits)
+    peak = numbers.abs().amax(1).clamp_min(1e-12)
+    return RANGES[ranges](numbers, peak, bits)
 
 
 def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
@@ -66,37 +67,37 @@ def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
     tensor([[1., 1., 2.]])
     """
     if group_size:
-        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[1]]
-    return scale.view(-1, *[1] * (weight.ndim - 1))
+        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[INPUT]]
+    return per_output(scale, weight)
 
 
-def _minmax(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _minmax(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     return peak / largest(bits)
 
 
-def _percentile(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
-    high = torch.quantile(rows.abs(), 0.99, dim=1)
+def _percentile(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
+    high = torch.quantile(numbers.abs(), 0.99, dim=1)
     return torch.where(high > 0, high, peak) / largest(bits)  # a channel of few weights that are not zero
 
 
-def _mse(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _mse(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     if bits == 1:
-        return rows.abs().mean(1).clamp_min(1e-12)
+        return numbers.abs().mean(1).clamp_min(1e-12)
     best_error = torch.full_like(peak, torch.inf)
     best = peak / largest(bits)
     for share in _CLIPPED:
         scale = peak * share / largest(bits)
-        error = (codes(rows, scale, bits) * scale[:, None] - rows).square().sum(1)
+        error = (codes(numbers, scale, bits) * scale[:, None] - numbers).square().sum(1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 
 
-def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _entropy(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     """P: the histogram of the magnitudes, what is clipped in its last bin. Q: the same without it, a mean per code."""
     levels = largest(bits) + 1
-    bins = (rows.abs() / peak[:, None] * _BINS).long().clamp_max(_BINS - 1)
-    counts = torch.zeros(len(rows), _BINS, dtype=torch.float64)
+    bins = (numbers.abs() / peak[:, None] * _BINS).long().clamp_max(_BINS - 1)
+    counts = torch.zeros(len(numbers), _BINS, dtype=torch.float64)
     counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
     counts[:, 0] = 0  # zeros are exact at every scale, and of a sparse weight they would be all there is to see
     best_divergence = torch.full_like(peak, torch.inf, dtype=torch.float64)
@@ -106,9 +107,9 @@ def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
         p, q = counts[:, :width].clone(), counts[:, :width]
         p[:, -1] += counts[:, width:].sum(1)
         # Code k stands for what is rounded to it: its neighbourhood of one step, and half a step at either end.
-        code = ((torch.arange(width) + 0.5) / width * (levels - 1)).round().long().expand(len(rows), -1)
+        code = ((torch.arange(width) + 0.5) / width * (levels - 1)).round().long().expand(len(numbers), -1)
         there = (q > 0).double()
-        total = torch.zeros(len(rows), levels, dtype=torch.float64).scatter_add_(1, code, q)
+        total = torch.zeros(len(numbers), levels, dtype=torch.float64).scatter_add_(1, code, q)
         number = torch.zeros_like(total).scatter_add_(1, code, there)
         q = (total / number.clamp_min(1)).gather(1, code) * there
         p = p / p.sum(1, keepdim=True).clamp_min(1e-12)
@@ -165,7 +166,7 @@ def codes(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> 
 
     scale: of each output channel, or one that broadcasts. zero: the zero point, from which codes are counted, or None.
     """
-    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits, zero)
+    return _nearest(weight / (per_output(scale, weight) if scale.ndim == 1 else scale), bits, zero)
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
@@ -229,7 +230,7 @@ class FakeQuantize(nn.Module):
         # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
         # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
-        squares = weight.detach().flatten(1).square()
+        squares = rows(weight).square()
         if self.group_size:
             missing = -squares.shape[1] % self.group_size
             squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]

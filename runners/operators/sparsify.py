@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spaces.recipe import pattern_of
-from .hessian import rows
+from .layers import INPUT, as_matrix, from_matrix
 
 
 def magnitude_mask(weight: Tensor, ratio: float) -> Tensor:
@@ -32,9 +32,9 @@ def mask_of(scores: Tensor, ratio: float, pattern: str = "") -> Tensor:
     """
     if pattern:
         keep, of = pattern_of(pattern)
-        last = scores.movedim(1, -1)  # input channels side by side
+        last = scores.movedim(INPUT, -1)  # input channels side by side
         found = torch.cat([_least(part, part.shape[-1] - -(-part.shape[-1] * keep // of)) for part in last.split(of, -1)], -1)  # type: ignore[no-untyped-call]  # fmt: skip
-        return found.movedim(-1, 1).contiguous()
+        return found.movedim(-1, INPUT).contiguous()
     return _least(scores.reshape(1, -1), round(scores.numel() * ratio)).view_as(scores)
 
 
@@ -80,7 +80,7 @@ def activation_scores(weight: Tensor, hessian: Tensor) -> Tensor:
 def input_norms(weight: Tensor, hessian: Tensor) -> Tensor:
     """Of each weight the norm, over all calibration images, of the input that it is multiplied with; as the weight."""
     norms = hessian.diagonal(dim1=-2, dim2=-1).sqrt().to(weight)
-    return norms[:, None].expand_as(rows(weight, len(hessian))).reshape(weight.shape)
+    return from_matrix(norms[:, None].expand_as(as_matrix(weight, len(hessian))), weight.shape)
 
 
 def random_scores(weight: Tensor, seed: int) -> Tensor:
