@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ..errors import ConfigError, StudyError
-from ..runners.graphs.onnx_export import DISABLED_OPTIMIZERS, session
+from ..runners.targets.runtime import DISABLED_OPTIMIZERS, session
 from .candidate import Candidate
 from .export import compared, export_candidate, machine
 from .front import Front

@@ -14,9 +14,9 @@ from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
 from .compression.compress import check_fits
 from .files.packing import unpack
-from .graphs.onnx_export import session
 from .local import LocalRunner, Report
 from .record import MeasurementProtocol, Record, RecordRow, rows
+from .targets.runtime import session
 
 
 def read_recipe(path: Path) -> tuple[Recipe, Path | None]:

@@ -70,7 +70,7 @@ def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
     with tempfile.TemporaryDirectory() as folder:
         runner = LocalRunner(Task("check", lambda: model, data, data), Path(folder), calibration_images=32)
         recipes = [Recipe(steps) for steps in kinds]
-        files = {recipe: packing.unpack(runner.build(recipe)).SerializeToString() for recipe in recipes}
+        files = {recipe: packing.onnx_bytes(runner.build(recipe)) for recipe in recipes}
     return files, runner.calibration[:5].numpy()
 
 

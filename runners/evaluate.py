@@ -151,7 +151,7 @@ def fastest(
     all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its outputs
     agree with the obvious way's to 1e-3 of the largest, and every score is the same.
     """
-    graphs = [packing.unpack(data).SerializeToString() for data in files]
+    graphs = [packing.onnx_bytes(data) for data in files]
     images = _some(graphs, batches, load, seconds)
     count = sum(len(x) for x, _ in images)
     first = obvious()

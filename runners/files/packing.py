@@ -351,6 +351,12 @@ def unpack(data: bytes) -> onnx.ModelProto:
     return model
 
 
+def onnx_bytes(packed: bytes) -> bytes:
+    """The ONNX file that a packed one stands for: what a runtime loads. Equal files give equal bytes; raises `ArtifactError`."""
+    data: bytes = unpack(packed).SerializeToString(deterministic=True)
+    return data
+
+
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
     """Give the graph's tensors their numbers back, in place."""
     nibbles, zeros = _nibbles(model), _zero_points(model)

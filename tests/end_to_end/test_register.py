@@ -77,7 +77,7 @@ def expected(registered, tmp_path):
     """Inputs, and what the exported file gives for them here."""
     import numpy as np
 
-    from paretorch.runners.graphs.onnx_export import session
+    from paretorch.runners.targets.runtime import session
     from paretorch.search.study import open_front
 
     front = open_front(registered.study)

@@ -23,7 +23,8 @@ from paretorch.results.front import Front
 from paretorch.results.register import register
 from paretorch.results.tracking.tracker import Tracker, local_store
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import DISABLED_OPTIMIZERS, export_float, session
+from paretorch.runners.graphs.float_graph import export_float
+from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session
 from paretorch.spaces.recipe import Quantize, Recipe
 
 mlflow = pytest.importorskip("mlflow")

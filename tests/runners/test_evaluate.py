@@ -7,7 +7,7 @@ import torch
 from paretorch.errors import ExportFailed, Stopped, TaskError
 from paretorch.runners import evaluate as module
 from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obvious, predictions, rebatched
-from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.targets.target import as_target
 from paretorch.spaces.recipe import Quantize, Recipe

@@ -10,8 +10,9 @@ from paretorch.errors import Diverged, OverBudget, TaskError
 from paretorch.objectives import cost
 from paretorch.runners import local as local_module
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import operators, session
+from paretorch.runners.graphs.onnx_export import operators
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 
