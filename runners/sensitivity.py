@@ -66,8 +66,8 @@ class Sensitivity:
 
     unit: what a divergence is, `KL` or `SQUARED`. images: on how many calibration images it was measured.
 
-        >>> found = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
-        >>> found.divergence("fc", 4), found.divergence("fc")
+        >>> sensitivity = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
+        >>> sensitivity.divergence("fc", 4), sensitivity.divergence("fc")
         (0.02, 0.0)
     """
 
@@ -79,13 +79,13 @@ class Sensitivity:
         """Of one layer at one level, 0 for the untouched one; raises `RecipeError` for what was not measured."""
         if (weight_bits, sparsity) == UNTOUCHED:
             return 0.0
-        if (layer, weight_bits, sparsity) not in self._found:
+        if (layer, weight_bits, sparsity) not in self._by_level:
             raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros was not measured; "
                               "measure it again with this network and space")  # fmt: skip
-        return self._found[layer, weight_bits, sparsity]
+        return self._by_level[layer, weight_bits, sparsity]
 
     @cached_property
-    def _found(self) -> dict[tuple[str, int, float | str], float]:
+    def _by_level(self) -> dict[tuple[str, int, float | str], float]:
         return {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in self.rows}
 
     def by_axis(self, space: Space, structure: Structure) -> dict[str, tuple[float, ...]]:
@@ -93,7 +93,7 @@ class Sensitivity:
 
         Divergences of layers add up well while they are small. Raises `RecipeError` for a choice that was not measured.
         """
-        found = {}
+        divergences = {}
         for axis in space.axes(structure):
             if axis.student != "":
                 continue
@@ -103,10 +103,10 @@ class Sensitivity:
                 levels = [(32, ratio) for ratio in axis.choices]
             else:
                 continue
-            found[axis.name] = tuple(
+            divergences[axis.name] = tuple(
                 math.fsum(self.divergence(target, *level) for target in axis.targets) for level in levels
             )
-        return found
+        return divergences
 
     def table(self) -> pandas.DataFrame:
         """A row per layer and level; `unit` is a column, so that a CSV file says what it holds."""
@@ -157,7 +157,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
     Raises `ConfigError` when the space leaves nothing to measure.
     """
     axes = [axis for axis in space.axes(structure) if axis.student == ""]
-    found: dict[str, list[Level]] = {}
+    by_layer: dict[str, list[Level]] = {}
     for layer in structure.layers:
         bits, ratios = (
             next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
@@ -167,11 +167,11 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
         distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:
-            found[layer.name] = distinct
-    if not found:
+            by_layer[layer.name] = distinct
+    if not by_layer:
         raise ConfigError("space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
                           "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out")  # fmt: skip
-    return found
+    return by_layer
 
 
 def divergence(dense: Tensor, outputs: Tensor) -> float:
@@ -434,12 +434,12 @@ class Prefix:
         finally:
             for module in watched:
                 del module.forward
-        found = []
+        seen = []
         for number, call in enumerate(calls):
             assert call is not None
             frail = number in outputs and _version(outputs[number][0]) != outputs[number][1]
-            found.append(_Call(call.module, call.end, call.bytes, frail))
-        return found
+            seen.append(_Call(call.module, call.end, call.bytes, frail))
+        return seen
 
     def _frontier(self, stop: int) -> frozenset[int]:
         """The outermost calls that have ended before the call `stop` and can be recorded.
@@ -452,15 +452,15 @@ class Prefix:
             call.module for call in self._calls[:stop]
         }:
             stop = next(number for number, call in enumerate(self._calls) if call.module in shared)
-        found, number = [], 0
+        outermost, number = [], 0
         while number < stop:
             call = self._calls[number]
             if call.end <= stop and call.bytes:
-                found.append(number)
+                outermost.append(number)
                 number = call.end
             else:
                 number += 1
-        return frozenset(found)
+        return frozenset(outermost)
 
     def _agrees(self, stop: int, frontier: frozenset[int]) -> bool:
         """Whether the outputs with recorded calls are those without, on two images."""

@@ -80,7 +80,7 @@ class Statistics:
 
     def __init__(self, model: nn.Module, calibration: Calibration) -> None:
         self.model, self.calibration = model.eval(), calibration
-        self._found: dict[tuple[str, str], Tensor] = {}
+        self._in_memory: dict[tuple[str, str], Tensor] = {}
 
     @cached_property
     def key(self) -> str:
@@ -108,23 +108,23 @@ class Statistics:
 
     def _get(self, kind: str, layer: str) -> Tensor:
         """From the library, or else computed, together with those of other layers as far as they fit into memory."""
-        found = self._stored(kind, layer)
-        return self._compute(kind, layer) if found is None else found
+        stored = self._stored(kind, layer)
+        return self._compute(kind, layer) if stored is None else stored
 
     def _stored(self, kind: str, layer: str) -> Tensor | None:
-        if (kind, layer) in self._found:
-            return self._found[kind, layer]
+        if (kind, layer) in self._in_memory:
+            return self._in_memory[kind, layer]
         if self.calibration.library is None:
             return None
-        found = self.calibration.library.find(
+        entry = self.calibration.library.find(
             self._name(kind, layer), {kind: (torch.float32, self._shape(kind, layer))}
         )
-        return None if found is None else found[kind]
+        return None if entry is None else entry[kind]
 
     def _keep(self, kind: str, layer: str, value: Tensor) -> None:
         library = self.calibration.library
         if library is None or not library.put(self._name(kind, layer), {kind: value}):
-            self._found[kind, layer] = value  # there is no disk to keep it
+            self._in_memory[kind, layer] = value  # there is no disk to keep it
 
     def _name(self, kind: str, layer: str) -> str:
         return hashlib.sha256(f"{self.key}/{layer}/{kind}".encode()).hexdigest()
@@ -142,18 +142,18 @@ class Statistics:
             if name != layer and size + need <= _MEMORY and self._stored(kind, name) is None:
                 names.append(name)
                 size += need
-        found = self._hessians(names) if kind == HESSIAN else self._fisher(names)
-        for name, value in found.items():
+        values = self._hessians(names) if kind == HESSIAN else self._fisher(names)
+        for name, value in values.items():
             self._keep(kind, name, value)
-        return found[layer]
+        return values[layer]
 
     @torch.no_grad()
     def _hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
 
         def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found = gram(module, args[0])
-            totals[name] = totals[name] + found if name in totals else found
+            product = gram(module, args[0])
+            totals[name] = totals[name] + product if name in totals else product
 
         hooks = [self._layers[name].register_forward_pre_hook(partial(watch, name)) for name in names]
         with attached(hooks):
@@ -181,8 +181,8 @@ class Statistics:
             with torch.enable_grad():
                 for images in (few for part in self.calibration.parts for few in torch.split(part, _TOGETHER)):
                     loss = _own_loss(self.model(images), generator)
-                    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                    for name, gradient in zip(names, found, strict=True):
+                    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                    for name, gradient in zip(names, gradients, strict=True):
                         if gradient is not None:
                             # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of squares.
                             totals[name] += (gradient * len(images)).square()

@@ -136,7 +136,7 @@ def _refused(
     model: nn.Module, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
 ) -> list[tuple[str, str]]:
     """What carries parameters and is left as it is, each with the reason."""
-    found = []
+    refused = []
     supported = ", ".join(one.__name__ for one in TYPES)
     for module, name in names.items():
         own = sum(p.numel() for p in module.parameters(recurse=False))
@@ -144,12 +144,12 @@ def _refused(
             continue
         if is_layer(module):
             if module not in calls:
-                found.append((name, "is not called as a module in the forward pass"))
+                refused.append((name, "is not called as a module in the forward pass"))
         elif type(module).__module__.partition(".")[0] == "torch":
-            found.append((name, f"{type(module).__name__} is not supported; supported: {supported}"))
+            refused.append((name, f"{type(module).__name__} is not supported; supported: {supported}"))
         else:
-            found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
-    return found
+            refused.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
+    return refused
 
 
 def _folds(
@@ -183,9 +183,9 @@ def _folds(
         with torch.no_grad():
             return torch.allclose(other(example[:2]), output[:2], rtol=1e-3, atol=1e-4 * float(output.abs().max()))
 
-    found = list(pairs.items())
+    folds = list(pairs.items())
     # The layer's output may have a second reader, which hooks cannot see; folding would then change the network.
-    return tuple(found if same(found) else [pair for pair in found if same([pair])])
+    return tuple(folds if same(folds) else [pair for pair in folds if same([pair])])
 
 
 def _blocks(
@@ -201,14 +201,14 @@ def _blocks(
 
     def parts(within: Sequence[str]) -> list[str]:
         """The outermost of them; what holds most of the network is no block of it, but may hold some."""
-        found = []
+        outermost = []
         for name in within:
             if any(name.startswith(f"{other}.") for other in within):
                 continue
             inner = [other for other in change if other.startswith(f"{name}.")]
             large = sum(p.numel() for p in model.get_submodule(name).parameters()) > total / 2
-            found += parts(inner) if large and len(inner) > 1 else [name]
-        return found
+            outermost += parts(inner) if large and len(inner) > 1 else [name]
+        return outermost
 
     def removable(name: str) -> bool:
         other = copy.deepcopy(model)
@@ -228,14 +228,14 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
     """The structure with the dependency groups that can really be narrowed."""
     order = {layer.name: position for position, layer in enumerate(structure.layers)}
     try:
-        found = channel_groups(model, example[:2])
+        groups_there = channel_groups(model, example[:2])
     except TrialError as error:
         return replace(structure, refused=(*structure.refused, ("(channels)", str(error))))
     refused = list(structure.refused)
     candidates: list[Group] = []
     made: dict[str, str] = {}
     read: dict[str, list[tuple[str, int]]] = {}
-    for members in found:
+    for members in groups_there:
         makers = [name for name in members.makers if name in order]
         if len(makers) < len(members.makers) or not makers:
             continue  # a member that is refused itself

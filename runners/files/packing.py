@@ -142,8 +142,8 @@ def unpack_positions(data: bytes, count: int, nonzero: int) -> NDArray[np.int64]
     middle = -(-nonzero * low // 8)
     upper = _values(data[middle:], 1, nonzero + (count - 1 >> low), np.uint8)
     high = np.flatnonzero(upper) - np.arange(nonzero)
-    found: NDArray[np.int64] = (high << low) | _values(data[:middle], low, nonzero, np.uint8)
-    return found
+    positions: NDArray[np.int64] = (high << low) | _values(data[:middle], low, nonzero, np.uint8)
+    return positions
 
 
 # How long each way is, of `count` numbers of `bits` bits of which `nonzero` are not zero.
@@ -164,19 +164,19 @@ def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
     """
     integer = raw.dtype == np.int8
     places = np.flatnonzero(raw != zero)
-    found = raw[places]
-    if not len(found):
+    nonzero = raw[places]
+    if not len(nonzero):
         return ["zeros", 1], b""
     wide = narrow = raw.dtype.itemsize * 8
     if integer:
-        wide, narrow = width(raw), width(found - (found > zero))
-        found = (found - (found > zero)).view(np.uint8) & np.uint8(2**narrow - 1)
+        wide, narrow = width(raw), width(nonzero - (nonzero > zero))
+        nonzero = (nonzero - (nonzero > zero)).view(np.uint8) & np.uint8(2**narrow - 1)
     bits = {"dense": wide, "bitmap": narrow, "index": narrow}
     if integer and raw.min() >= -1 and raw.max() <= 1:
         bits["ternary"] = 2
     if integer and signs(raw):
         bits["sign"] = 1
-    sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(found)) for kind in bits}
+    sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(nonzero)) for kind in bits}
     kind = min(sizes, key=sizes.__getitem__)
     match kind:
         case "dense":
@@ -186,10 +186,10 @@ def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
         case "sign":
             data = pack_bits((raw > 0).astype(np.uint8), 1)
         case "bitmap":
-            data = pack_bits((raw != zero).astype(np.uint8), 1) + _body(found, narrow)
+            data = pack_bits((raw != zero).astype(np.uint8), 1) + _body(nonzero, narrow)
         case _:
-            data = pack_positions(places, len(raw)) + _body(found, narrow)
-    return [kind, bits[kind], *([len(found)] if kind in ("bitmap", "index") else [])], data
+            data = pack_positions(places, len(raw)) + _body(nonzero, narrow)
+    return [kind, bits[kind], *([len(nonzero)] if kind in ("bitmap", "index") else [])], data
 
 
 def _decode(
@@ -213,12 +213,12 @@ def _decode(
     else:
         head = dense_bytes(count, 1)
         places = np.flatnonzero(unpack_bits(data[:head], 1, count))
-    found = _values(data[head:], bits, len(places), stored)
+    nonzeros = _values(data[head:], bits, len(places), stored)
     if integer:
-        found = _signed(found, bits)
-        found = found + (found >= zero) if moved else found
+        nonzeros = _signed(nonzeros, bits)
+        nonzeros = nonzeros + (nonzeros >= zero) if moved else nonzeros
     values = np.full(count, zero, dtype)
-    values[places] = found
+    values[places] = nonzeros
     return values
 
 
@@ -264,12 +264,12 @@ def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], i
 def tensor_bytes(data: bytes) -> dict[bytes, int]:
     """What each tensor that a packed file stores outside its graph takes, by a hash of its type, shape and numbers."""
     model = unpack(data)
-    found = {}
+    sizes = {}
     for position, raw, zero in large_tensors(model):
         tensor = model.graph.initializer[position]
         about = f"{tensor.data_type} {list(tensor.dims)} ".encode()
-        found[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw, zero)[1])
-    return found
+        sizes[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw, zero)[1])
+    return sizes
 
 
 def _nibbles(model: onnx.ModelProto) -> set[str]:
@@ -286,14 +286,14 @@ def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     single = {name: numpy_helper.to_array(t).item() for name, t in tensors.items() if t.dims in ([], [1])}
     cast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
-    found = {}
+    zeros = {}
     for node in model.graph.node:
         what, by = _SUBTRACT.get(node.op_type, (0, len(node.input)))
         zero = single.get(node.input[by], 0) if by < len(node.input) else 0
         name = cast.get(node.input[what], node.input[what]) if zero else ""
         if name in tensors and tensors[name].data_type in _CODES and zero in range(-128, 128):
-            found[name] = int(zero)
-    return found
+            zeros[name] = int(zero)
+    return zeros
 
 
 def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:

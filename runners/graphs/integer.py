@@ -167,8 +167,8 @@ def _cut(clamp: onnx.NodeProto, number: int, constants: Mapping[str, NDArray[Any
 def _back(values: Tensor, zero: NDArray[Any]) -> NDArray[Any]:
     """Round half to even, saturate: `[...]` of the zero point's type."""
     limits = np.iinfo(zero.dtype)
-    found = values.round_().add_(int(zero)).clamp_(limits.min, limits.max)
-    return found.numpy().astype(zero.dtype)  # type: ignore[no-any-return]
+    whole = values.round_().add_(int(zero)).clamp_(limits.min, limits.max)
+    return whole.numpy().astype(zero.dtype)  # type: ignore[no-any-return]
 
 
 def _scale(*factors: NDArray[Any]) -> Tensor:

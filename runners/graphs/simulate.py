@@ -91,8 +91,8 @@ class MatMulNBits(OpRun):  # type: ignore[misc]
 
 def _by_torch(name: str, inputs: Sequence[NDArray[Any] | None], attributes: Mapping[str, Any]) -> tuple[NDArray[Any]]:
     """What the torch target makes of an operator, with the attributes as the file holds them."""
-    found: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
-    return (found.numpy(),)
+    result: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
+    return (result.numpy(),)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -151,17 +151,17 @@ def agreement(
     # Where ranges are found at run time, both must see the same inputs at once.
     dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
     simulated: list[Tensor] = []
-    found: list[Tensor] = []
+    returned: list[Tensor] = []
     left = limit
     for x in inputs:
         part = x[:left].contiguous()
         simulated.append(simulation(part))
         for few in part.split(_BATCH if dynamic else len(part)):  # type: ignore[no-untyped-call]
-            found.append(torch.from_numpy(runtime.run(None, {name: few.numpy()})[0]))
+            returned.append(torch.from_numpy(runtime.run(None, {name: few.numpy()})[0]))
         left -= len(part)
         if left <= 0:
             break
-    expected, outputs = torch.cat(simulated), torch.cat(found)
+    expected, outputs = torch.cat(simulated), torch.cat(returned)
     return compared(expected, outputs), expected, outputs
 
 

@@ -126,19 +126,19 @@ def find_pairs(model: nn.Module, example: Tensor) -> tuple[list[Pair], dict[str,
             readers.setdefault(number, []).append(call)
     uses = Counter(call.owner for call in recorder.calls)
     once = {call.owner for call in recorder.calls if call.function in _THEIRS and uses[call.owner] == 1}
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     reasons: dict[str, str] = {}
     for call in recorder.calls:
         if call.owner in layers and call.owner in once:
             pair = _followed(call, readers, layers, {name for name in norms if name in once}, once)
             if isinstance(pair, Pair):
-                found.append(pair)
+                pairs.append(pair)
             else:
                 reasons[call.owner] = pair
-    if not found or _same(model, found, example, expected):
-        return found, reasons
-    kept = [pair for pair in found if _same(model, [pair], example, expected)]
-    reasons |= {pair.maker: "the outputs do not stay the same" for pair in found if pair not in kept}
+    if not pairs or _same(model, pairs, example, expected):
+        return pairs, reasons
+    kept = [pair for pair in pairs if _same(model, [pair], example, expected)]
+    reasons |= {pair.maker: "the outputs do not stay the same" for pair in pairs if pair not in kept}
     return kept, reasons
 
 
@@ -151,7 +151,7 @@ def _followed(
 ) -> Pair | str:
     """The pair of the layer that made a tensor, or why there is none."""
     channels, norm, waiting = channels_of(layers[start.owner])[1], "", list(start.makes)
-    found: list[str] = []
+    readers_behind: list[str] = []
     while waiting:
         number = waiting.pop()
         behind = readers.get(number, ())
@@ -163,7 +163,7 @@ def _followed(
                     return f"{call.owner} reads them, whose weight has other uses"
                 if channels_of(layers[call.owner])[0] % channels:
                     return f"{call.owner} reads them with others"
-                found.append(call.owner)
+                readers_behind.append(call.owner)
             elif call.owner in norms and number in start.makes and len(behind) == 1:
                 norm = call.owner
                 waiting += call.makes
@@ -171,7 +171,7 @@ def _followed(
                 waiting += call.makes
             else:
                 return f"{_SHOWN.get(call.function, call.function)} reads them"
-    return Pair(start.owner, tuple(dict.fromkeys(found)), norm)
+    return Pair(start.owner, tuple(dict.fromkeys(readers_behind)), norm)
 
 
 def _same(model: nn.Module, pairs: Sequence[Pair], example: Tensor, expected: Tensor) -> bool:
@@ -220,15 +220,15 @@ def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
 def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> list[Tensor]:
     """Of each pair the largest magnitudes `[channels]` of what is read, a mean over the batches (as ranges of activations are)."""
     modules = dict(model.named_modules())
-    found: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
+    peaks: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
 
     def keep(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found[name].append(channels_last(layer, arguments[0]).abs().flatten(0, -2).amax(0))
+        peaks[name].append(channels_last(layer, arguments[0]).abs().flatten(0, -2).amax(0))
 
-    with attached([modules[name].register_forward_pre_hook(partial(keep, name)) for name in found]):
+    with attached([modules[name].register_forward_pre_hook(partial(keep, name)) for name in peaks]):
         for batch in batches:
             model.eval()(batch)
-    mean = {name: torch.stack(values).mean(0) for name, values in found.items()}
+    mean = {name: torch.stack(values).mean(0) for name, values in peaks.items()}
 
     def of(pair: Pair) -> Tensor:
         channels = channels_of(modules[pair.maker])[1]

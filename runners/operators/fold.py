@@ -57,8 +57,8 @@ def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[
 
 def batchnorms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """By name, the BatchNorms that have statistics of their own."""
-    found = model.named_modules()
-    return {n: m for n, m in found if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
 
 
 @torch.no_grad()
@@ -115,12 +115,12 @@ def calibration_bias(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, t
     """
     probe = copy.deepcopy(model)
     reestimate_batchnorms(probe, batches)
-    found = {}
+    bias = {}
     for (name, own), estimated in zip(batchnorms(model).items(), batchnorms(probe).values(), strict=True):
         assert own.running_mean is not None
         assert own.running_var is not None
         assert estimated.running_mean is not None
         assert estimated.running_var is not None
         factor = own.running_var / estimated.running_var.clamp_min(1e-12)
-        found[name] = (own.running_mean - estimated.running_mean, factor)
-    return found
+        bias[name] = (own.running_mean - estimated.running_mean, factor)
+    return bias

@@ -51,17 +51,17 @@ def gptq(
     keep = None if mask is None else as_matrix(mask, groups).gather(2, across.expand_as(target))
     wide = (per_output(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
     steps = as_matrix(wide, groups).double().gather(2, across.expand_as(target))
-    found = torch.zeros_like(left)
+    on_grid = torch.zeros_like(left)
     for start in range(0, inputs, _COLUMNS):
         end = min(start + _COLUMNS, inputs)
         errors = torch.zeros_like(left[..., start:end])
         for j in range(start, end):
             column = rounded(left[..., j], steps[..., j], bits, zero)
-            found[..., j] = column if keep is None else column * keep[..., j]
-            errors[..., j - start] = (left[..., j] - found[..., j]) / factor[:, None, j, j]
+            on_grid[..., j] = column if keep is None else column * keep[..., j]
+            errors[..., j - start] = (left[..., j] - on_grid[..., j]) / factor[:, None, j, j]
             left[..., j:end] -= errors[..., j - start, None] * factor[:, None, j, j:end]
         left[..., end:] -= torch.bmm(errors, factor[:, start:end, end:])
-    solved = torch.zeros_like(target).scatter(2, across.expand_as(target), found.to(weight.dtype))
+    solved = torch.zeros_like(target).scatter(2, across.expand_as(target), on_grid.to(weight.dtype))
     near = codes(weight, scale, bits, zero) * wide
     near = as_matrix(near if mask is None else near * mask, groups)
     return from_matrix(better(near, solved, target, hessian), weight.shape)

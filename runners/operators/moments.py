@@ -45,20 +45,20 @@ def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collect
     layers = {
         name: layer for name, layer in layers_of(model).items() if bias_of(layer) is not None and name not in without
     }
-    found: list[Moments] = []
+    by_batch: list[Moments] = []
     again: set[str] = set()
 
     def keep(name: str, layer: nn.Module, arguments: object, output: Tensor) -> None:
-        if name in found[-1]:
+        if name in by_batch[-1]:
             again.add(name)
-        found[-1][name] = _moments(layer, output)
+        by_batch[-1][name] = _moments(layer, output)
 
     handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
     with attached(handles):
         for batch in batches:
-            found.append({})
+            by_batch.append({})
             model.eval()(batch)
-    return [{name: value for name, value in moments.items() if name not in again} for moments in found]
+    return [{name: value for name, value in moments.items() if name not in again} for moments in by_batch]
 
 
 @torch.no_grad()
@@ -78,12 +78,12 @@ def match_moments(
         for name, (mean, _) in (expected[0] if expected else {}).items()
         if name in there and (bias := bias_of(there[name])) is not None and bias.shape == mean.shape
     }
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    own_moments: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted: Moments = {}
 
     def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        found[name].append(_moments(layer, output))
-        factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
+        own_moments[name].append(_moments(layer, output))
+        factor, shift = _affine([own_moments[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
         return output * per_channel(layer, factor, output) + per_channel(layer, shift, output)
 
     handles = [layer.register_forward_hook(partial(put_right, name)) for name, layer in layers.items()]
@@ -94,7 +94,7 @@ def match_moments(
     factors = {}
     for name, layer in layers.items():
         own = [_divided(layer, moments[name]) for moments in expected]
-        factor, shift = _affine(found[name], own, name in one_factor)
+        factor, shift = _affine(own_moments[name], own, name in one_factor)
         weight, bias = weight_of(layer), bias_of(layer)
         assert bias is not None
         set_weight(layer, weight * per_output(factor, weight))
@@ -111,10 +111,10 @@ def _divided(layer: nn.Module, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 
 def _affine(
-    found: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]], together: bool
+    given: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]], together: bool
 ) -> tuple[Tensor, Tensor]:
     """`(factor, shift)` per channel that turn the found moments into the wanted ones, on average over batches."""
-    mean, variance = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+    mean, variance = (torch.stack(values).mean(0) for values in zip(*given, strict=True))
     target, spread = (torch.stack(values).mean(0) for values in zip(*wanted, strict=True))
     factor = (spread / variance.clamp_min(1e-12)).sqrt().clamp(1 / _MOST, _MOST)
     if together:

@@ -120,12 +120,12 @@ def obs(
     """
     target = as_matrix(weight, len(hessian))
     if order is None:
-        mask, found = _exchanged(weight, hessian, ratio, pattern)
+        mask, solved = _exchanged(weight, hessian, ratio, pattern)
     else:
         mask = as_matrix(mask_of(order, ratio, pattern), len(hessian)).to(weight)
-        found = refit(target, mask, hessian)
-    found = better(target * mask, found, target, hessian)
-    return from_matrix(mask, weight.shape).clone(), from_matrix(found, weight.shape)
+        solved = refit(target, mask, hessian)
+    solved = better(target * mask, solved, target, hessian)
+    return from_matrix(mask, weight.shape).clone(), from_matrix(solved, weight.shape)
 
 
 def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> tuple[Tensor, Tensor]:
@@ -133,11 +133,11 @@ def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> t
     groups, shape = len(hessian), weight.shape
     target, curvature = as_matrix(weight, groups), damped(hessian)
     mask = as_matrix(_first(weight, hessian, ratio, pattern), groups)
-    found = refit(target, mask, hessian)
-    least = output_error(found - target, curvature).sum()
+    current = refit(target, mask, hessian)
+    least = output_error(current - target, curvature).sum()
     for _ in range(_ROUNDS):
-        downhill = torch.bmm((target - found).double(), curvature) / curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-        step = (found + 0.5 * downhill).square() * curvature.diagonal(dim1=-2, dim2=-1)[:, None]
+        downhill = torch.bmm((target - current).double(), curvature) / curvature.diagonal(dim1=-2, dim2=-1)[:, None]
+        step = (current + 0.5 * downhill).square() * curvature.diagonal(dim1=-2, dim2=-1)[:, None]
         other = as_matrix(mask_of(from_matrix(step.float(), shape), ratio, pattern), groups).to(mask)
         if torch.equal(other, mask):
             break
@@ -145,8 +145,8 @@ def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> t
         left = output_error(solved - target, curvature).sum()
         if left > 0.999 * least:
             break
-        mask, found, least = other, solved, left
-    return mask, found
+        mask, current, least = other, solved, left
+    return mask, current
 
 
 def _first(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> Tensor:
@@ -199,8 +199,8 @@ def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     """
     curvature, keep = damped(hessian), mask.double()
     scale = curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-    found = target.double() * keep
-    residual = torch.bmm(target.double() - found, curvature) * keep
+    solution = target.double() * keep
+    residual = torch.bmm(target.double() - solution, curvature) * keep
     direction = residual / scale
     size = (residual * direction).sum(-1, keepdim=True)
     start = size.clone()
@@ -211,10 +211,10 @@ def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
             break
         along = torch.bmm(direction, curvature) * keep
         step = torch.where(going, size / (direction * along).sum(-1, keepdim=True).clamp_min(1e-300), 0.0)
-        found += step * direction
+        solution += step * direction
         residual -= step * along
         preconditioned = residual / scale
         grown = (residual * preconditioned).sum(-1, keepdim=True)
         direction = preconditioned + torch.where(going, grown / size.clamp_min(1e-300), 0.0) * direction
         size = grown
-    return found.to(target.dtype)
+    return solution.to(target.dtype)

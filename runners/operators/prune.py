@@ -80,13 +80,13 @@ def _outgrows(graph: tp.DependencyGraph, module: nn.Module) -> bool:
         for dependency in node.dependencies:
             if not dependency.is_triggered_by(change):
                 continue
-            found = count
+            reached = count
             for mapping in dependency.index_mapping:
                 if isinstance(mapping, index_mapping._FlattenIndexMapping):
-                    found = -(-found // mapping._stride) if mapping.reverse else found * mapping._stride
-            if found > _MOST:
+                    reached = -(-reached // mapping._stride) if mapping.reverse else reached * mapping._stride
+            if reached > _MOST:
                 return True
-            if (here := (dependency.target, dependency.handler, found)) not in seen:
+            if (here := (dependency.target, dependency.handler, reached)) not in seen:
                 seen.add(here)
                 waiting.append(here)
     return False
@@ -128,9 +128,9 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
 
 def importance(group: Any) -> Tensor:
     """How much each channel of a group matters: the L2 norm of all its weights, in and out, averaged over the layers."""
-    found = tp.importance.GroupMagnitudeImportance(p=2)(group)
-    assert isinstance(found, Tensor)
-    return found
+    scores = tp.importance.GroupMagnitudeImportance(p=2)(group)
+    assert isinstance(scores, Tensor)
+    return scores
 
 
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:

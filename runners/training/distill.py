@@ -81,36 +81,36 @@ def teacher_logits(task: Task, teacher: nn.Module, limit: int = TEACHER_LOGITS_B
     count = len(dataset(task, "train"))  # type: ignore[arg-type]
     if not repeatable(task):
         return None
-    found: Tensor | None = None
+    logits: Tensor | None = None
     done = 0
     for x, _ in batches(task, "train", indices=range(count), shuffle=0):
         with mixed_precision():
             outputs = teacher(fast_layout(x)).float()
         if outputs.ndim != 2 or len(outputs) != min(task.batch_size, count - done):
             return None
-        if found is None:
+        if logits is None:
             if count * outputs.shape[1] * outputs.element_size() > limit:
                 return None
-            found = torch.empty(count, outputs.shape[1])
-        found[done : done + len(outputs)] = outputs
+            logits = torch.empty(count, outputs.shape[1])
+        logits[done : done + len(outputs)] = outputs
         done += len(outputs)
-    return found
+    return logits
 
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """What the modules of these names returned last, by name."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, arguments: object, output: Tensor) -> None:
-            found[name] = output
+            outputs[name] = output
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     with attached(handles):
-        yield found
+        yield outputs
 
 
 @torch.no_grad()

@@ -59,13 +59,13 @@ class State:
     def read(cls, path: Path, model: nn.Module) -> State | None:
         """The state in a file, or None where there is none that can be read and belongs to such a model."""
         try:
-            found = load(path.read_bytes())
-            steps, least, waited = found["numbers"].tolist()
-            random = found["random"]
+            tensors = load(path.read_bytes())
+            steps, least, waited = tensors["numbers"].tolist()
+            random = tensors["random"]
         except (FileNotFoundError, SafetensorError, KeyError, ValueError):
             return None
         parts = {
-            kind: {name.removeprefix(f"{kind}."): v for name, v in found.items() if name.startswith(f"{kind}.")}
+            kind: {name.removeprefix(f"{kind}."): v for name, v in tensors.items() if name.startswith(f"{kind}.")}
             for kind in ("model", "momentum", "best")
         }
         shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -278,13 +278,13 @@ def _parametrizations(layer: nn.Module) -> parametrize.ParametrizationList:
 
 def _masks(model: nn.Module) -> dict[str, tuple[FakeQuantize, int]]:
     """By layer its parametrization with a mask, and how many zeros the mask has."""
-    found = {}
+    masks = {}
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             fake = _parametrizations(layer)[0]
             if isinstance(fake, FakeQuantize) and fake.mask is not None:
-                found[name] = fake, int((fake.mask == 0).sum())
-    return found
+                masks[name] = fake, int((fake.mask == 0).sum())
+    return masks
 
 
 def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.SGD:
@@ -306,15 +306,15 @@ def trainable(model: nn.Module, what: str, x: Tensor) -> dict[str, nn.Parameter]
 
     Raises `TrialError` when there are none.
     """
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if what == "scales":
-        found = {name: parameter for name, parameter in found.items() if parameter.ndim <= 1}
+        parameters = {name: parameter for name, parameter in parameters.items() if parameter.ndim <= 1}
     elif what == "last":
-        chosen = _last_third(model, list(found), x)
-        found = {name: parameter for name, parameter in found.items() if _owner(name) in chosen}
-    if not found:
+        chosen = _last_third(model, list(parameters), x)
+        parameters = {name: parameter for name, parameter in parameters.items() if _owner(name) in chosen}
+    if not parameters:
         raise TrialError(f"train: {what} finds nothing to train in this network; choose train: all")
-    return found
+    return parameters
 
 
 def _owner(parameter: str) -> str:
