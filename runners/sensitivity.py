@@ -21,7 +21,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,11 @@ class Sensitivity:
         if (weight_bits, sparsity) == UNTOUCHED:
             return 0.0
         if (layer, weight_bits, sparsity) not in self._by_level:
-            raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros was not measured; "
-                              "measure it again with this network and space")  # fmt: skip
+            level = f"{weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros"
+            raise RecipeError(
+                f"the sensitivity of layer {layer!r} at {level} was not measured; "
+                "measure it again with this network and space"
+            )
         return self._by_level[layer, weight_bits, sparsity]
 
     @cached_property
@@ -118,7 +121,9 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; JSON has no infinity, so that one is None."""
-        rows = [asdict(row) | {"divergence": row.divergence if math.isfinite(row.divergence) else None} for row in self.rows]  # fmt: skip
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["divergence"] = row["divergence"] if math.isfinite(row["divergence"]) else None
         return {"version": VERSION, "unit": self.unit, "images": self.images, "rows": rows}
 
     def to_json(self) -> str:
@@ -131,7 +136,7 @@ class Sensitivity:
             if data["version"] > VERSION:
                 raise ArtifactError(f"a sensitivity of version {data['version']}; this paretorch reads up to {VERSION}")
             rows = [SensitivityRow(**row) for row in data["rows"]]
-            rows = [SensitivityRow(**asdict(row) | {"divergence": math.inf if row.divergence is None else float(row.divergence)}) for row in rows]  # fmt: skip
+            rows = [replace(row, divergence=_from_json(row.divergence)) for row in rows]
             return cls(tuple(rows), str(data["unit"]), int(data["images"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"not a sensitivity: {error!r}") from error
@@ -143,6 +148,11 @@ class Sensitivity:
             return cls.from_dict(json.loads(text))
         except ValueError as error:
             raise ArtifactError(f"not a sensitivity: {error}") from error
+
+
+def _from_json(divergence: float | None) -> float:
+    """JSON has no infinity, so that one is None there."""
+    return math.inf if divergence is None else float(divergence)
 
 
 def order(level: Level) -> tuple[float, str, int]:
@@ -169,8 +179,10 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
         if distinct:
             by_layer[layer.name] = distinct
     if not by_layer:
-        raise ConfigError("space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
-                          "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out")  # fmt: skip
+        raise ConfigError(
+            "space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
+            "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out"
+        )
     return by_layer
 
 
@@ -368,7 +380,8 @@ class Prefix:
                     return
         switch(False)
         self._records = records
-        self.replayed = frozenset(self._calls[i].module for number in frontier for i in range(number, self._calls[number].end))  # fmt: skip
+        inside = (i for number in frontier for i in range(number, self._calls[number].end))
+        self.replayed = frozenset(self._calls[i].module for i in inside)
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of a module's forward method."""

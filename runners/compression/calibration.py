@@ -88,7 +88,8 @@ class Statistics:
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
         # The number of threads is the order of sums.
-        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), list(self.model.state_dict()), self.calibration.seed)  # fmt: skip
+        names, seed = list(self.model.state_dict()), self.calibration.seed
+        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), names, seed)
         numbers = digest(*self.model.state_dict().values(), answer)
         return hashlib.sha256(repr((*about, numbers, self.calibration.images)).encode()).hexdigest()
 

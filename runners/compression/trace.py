@@ -44,8 +44,10 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
-            raise TaskError(f"the network's {name} holds NaN or infinity in {bad} of {tensor.numel()} numbers; "
-                            "check the checkpoint that your model function loads")  # fmt: skip
+            raise TaskError(
+                f"the network's {name} holds NaN or infinity in {bad} of {tensor.numel()} numbers; "
+                "check the checkpoint that your model function loads"
+            )
 
 
 def trace(model: nn.Module, example: Tensor) -> Structure:
@@ -87,9 +89,14 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
 
     pairs, unpaired = find_pairs(model, example[:2])
     structure = Structure(
-        tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:]),
-        pairs=tuple((pair.maker, pair.readers) for pair in pairs), unpaired=tuple(unpaired.items()),
-    )  # fmt: skip
+        tuple(kept),
+        blocks=_blocks(model, example, calls, names),
+        refused=tuple(refused),
+        folds=folds,
+        input_shape=tuple(example.shape[1:]),
+        pairs=tuple((pair.maker, pair.readers) for pair in pairs),
+        unpaired=tuple(unpaired.items()),
+    )
     return _with_groups(model, example, output, structure)
 
 
@@ -106,8 +113,10 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tenso
         with torch.no_grad(), attached(hooks):
             output = model(example)
     except Exception as error:  # whatever the user's network raises on the user's own inputs
-        raise TaskError(f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
-                        f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise TaskError(
+            f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != len(example):
         kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise TaskError(
@@ -285,7 +294,8 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
         refused.append(("(channels)", "the groups can be narrowed in parts but not together"))
         groups = []
     blocks = _sound(structure.blocks, lambda chosen: works(groups, tuple(chosen)))
-    refused += [(name, "cannot be left out: the channels around it would not fit together") for name in structure.blocks if name not in blocks]  # fmt: skip
+    unfit = "cannot be left out: the channels around it would not fit together"
+    refused += [(name, unfit) for name in structure.blocks if name not in blocks]
     return assembled(groups, tuple(blocks))
 
 

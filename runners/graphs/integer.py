@@ -168,7 +168,8 @@ def _back(values: Tensor, zero: NDArray[Any]) -> NDArray[Any]:
     """Round half to even, saturate: `[...]` of the zero point's type."""
     limits = np.iinfo(zero.dtype)
     whole = values.round_().add_(int(zero)).clamp_(limits.min, limits.max)
-    return whole.numpy().astype(zero.dtype)  # type: ignore[no-any-return]
+    numbers: NDArray[Any] = whole.numpy().astype(zero.dtype)
+    return numbers
 
 
 def _scale(*factors: NDArray[Any]) -> Tensor:
@@ -177,12 +178,12 @@ def _scale(*factors: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.atleast_1d((x * w / y).astype(np.float32)))
 
 
-class _Layer(OpRun):  # type: ignore[misc]
+class _Layer(OpRun):  # type: ignore[misc]  # ONNX has no types
     """A layer on whole numbers."""
 
     op_domain = DOMAIN
 
-    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         name = type(self).__name__.removeprefix("Integer")
         given = held(attributes)
         axis = ONNX[name].output_axis(given, w.ndim)
@@ -211,24 +212,24 @@ class IntegerMatMul(_Layer):
     """Linear layer over tokens."""
 
 
-class IntegerAdd(OpRun):  # type: ignore[misc]
+class IntegerAdd(OpRun):  # type: ignore[misc]  # ONNX has no types
     """Sum of two quantized tensors, with fused multiply-adds: in float64, rounded to float32 where these round."""
 
     op_domain = DOMAIN
 
-    def _run(self, a, sa, za, b, sb, zb, ys, yz):  # type: ignore[no-untyped-def]
+    def _run(self, a, sa, za, b, sb, zb, ys, yz):  # type: ignore[no-untyped-def]  # ONNX reads its names
         first, second = np.float32(sa) / np.float32(ys), np.float32(sb) / np.float32(ys)
         zeros = _fused(np.float64(za), first, second * np.float32(float(zb)))
         whole = _fused(a, first, _fused(b, second, np.float32(float(yz)) - zeros))
         return (_back(torch.from_numpy(whole), np.zeros_like(yz)),)
 
 
-class IntegerGlobalAveragePool(OpRun):  # type: ignore[misc]
+class IntegerGlobalAveragePool(OpRun):  # type: ignore[misc]  # ONNX has no types
     """Mean over all positions."""
 
     op_domain = DOMAIN
 
-    def _run(self, x, xs, xz, ys, yz):  # type: ignore[no-untyped-def]
+    def _run(self, x, xs, xz, ys, yz):  # type: ignore[no-untyped-def]  # ONNX reads its names
         axes = tuple(range(2, x.ndim))
         total = torch.from_numpy((x.astype(np.int64) - int(xz)).sum(axes, keepdims=True))
         count = x[0, 0].size

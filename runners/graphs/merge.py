@@ -33,8 +33,10 @@ def merge(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     outputs = []
     for place, model in enumerate(models):
         if len(model.graph.input) != 1 or model.graph.input[0] != given:
-            raise ExportFailed(f"network {place} of the ensemble has not the input of the first: {_shape(model.graph.input[0])} "
-                               f"and {_shape(given)}")  # fmt: skip
+            raise ExportFailed(
+                f"network {place} of the ensemble has not the input of the first: {_shape(model.graph.input[0])} "
+                f"and {_shape(given)}"
+            )
         graph = compose.add_prefix(model, f"{place}/", rename_inputs=False).graph
         same: dict[str, str] = {}
         for tensor in graph.initializer:

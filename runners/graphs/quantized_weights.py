@@ -190,7 +190,9 @@ def _add_floats(graph: EditedGraph, layer: str, made: QuantizedLayer) -> None:
 def _spread_scales(graph: EditedGraph, layer: str, made: QuantizedLayer) -> None:
     """The scales of groups as large as the weight `[inputs, outputs]`: each repeated, and the last group cut off."""
     if made.values.ndim != 2 or made.axis != 1:
-        raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose group_size 0 for it")  # fmt: skip
+        raise ExportFailed(
+            f"layer {layer!r} is no plain matrix product in the exported graph; choose group_size 0 for it"
+        )
     name, (inputs, outputs), size = made.weight, made.values.shape, made.group_size
     groups = made.scales.shape[1]
     graph.add_tensor(numpy_helper.from_array(np.ascontiguousarray(made.scales.T)[:, None], f"{name}_g"))
@@ -208,7 +210,9 @@ def _spread_scales(graph: EditedGraph, layer: str, made: QuantizedLayer) -> None
 def _multiply_dynamic(graph: EditedGraph, layer: str, node: onnx.NodeProto, made: QuantizedLayer) -> None:
     """Turn a linear layer into the nodes that ONNX Runtime fuses into DynamicQuantizeMatMul."""
     if made.axis != made.values.ndim - 1 or not _plain(node):
-        raise ExportFailed(f"layer {layer!r} is no plain matrix product in the exported graph; choose static activations for it")  # fmt: skip
+        raise ExportFailed(
+            f"layer {layer!r} is no plain matrix product in the exported graph; choose static activations for it"
+        )
     name, output = made.weight, node.output[0]
     source = f"{name}_q"
     if add_codes(graph, made) != TensorProto.INT8:
@@ -248,8 +252,9 @@ def _multiply_packed(graph: EditedGraph, node: onnx.NodeProto, layer: QuantizedL
         graph.add_tensor(numpy_helper.from_array(np.array([outputs, blocks]), shape))
         graph.add_node("Expand", [scales, shape], f"{scales}_all")  # folded at loading: a scale per channel in the file
     bias = ["", "", name] if (name := bias_input(node)) else []
-    new = helper.make_node("MatMulNBits", [node.input[0], weight, f"{scales}_all", *bias], list(node.output),
-                           domain=MICROSOFT, K=inputs, N=outputs, bits=4, block_size=block, accuracy_level=1)  # fmt: skip
+    attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": 1}
+    given = [node.input[0], weight, f"{scales}_all", *bias]
+    new = helper.make_node("MatMulNBits", given, list(node.output), domain=MICROSOFT, **attributes)
     node.CopyFrom(new)
 
 

@@ -37,12 +37,12 @@ INPUTS = 1000  # on which it is measured, where there are as many
 _BATCH = 16  # the reference keeps every tensor of the network until the end
 
 
-class _ByTorch(OpRun):  # type: ignore[misc]
+class _ByTorch(OpRun):  # type: ignore[misc]  # ONNX has no types
     """An operator as the torch target computes it."""
 
     op_domain = ""
 
-    def _run(self, *inputs, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, *inputs, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         return _by_torch(type(self).__name__, inputs, attributes)
 
 
@@ -62,24 +62,24 @@ class MatMulInteger(_ByTorch):
     """Matrix product of integers: ONNX's own takes minutes."""
 
 
-class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+class MaxPool(ReferenceMaxPool):  # type: ignore[misc]  # ONNX has no types
     """Max pooling: by torch where it can, which the reference of ONNX 1.23 cannot where sizes are rounded up."""
 
     op_domain = ""
 
-    def _run(self, x, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         if x.dtype == np.float32 and len(self.output) == 1:
             with contextlib.suppress(NotHere):
                 return _by_torch("MaxPool", [x], attributes)
         return super()._run(x, **attributes)
 
 
-class MatMulNBits(OpRun):  # type: ignore[misc]
+class MatMulNBits(OpRun):  # type: ignore[misc]  # ONNX has no types
     """ONNX Runtime's product with packed 4-bit weights, which ONNX does not know, by torch on the unpacked ones."""
 
     op_domain = "com.microsoft"
 
-    def _run(self, a, b, scales, *rest, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, a, b, scales, *rest, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         outputs, block = attributes["N"], attributes["block_size"]
         if attributes["bits"] != 4 or any(given is not None for given in rest[:2]):
             raise NotImplementedError("MatMulNBits with other bits than 4, with zero points or groups")
@@ -117,7 +117,9 @@ class Simulation:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        parts = [self._evaluator.run(None, {self._input: part.numpy()})[0] for part in x.contiguous().split(_BATCH)]  # type: ignore[no-untyped-call]
+        parts = [
+            self._evaluator.run(None, {self._input: part.numpy()})[0] for part in torch.split(x.contiguous(), _BATCH)
+        ]
         return torch.from_numpy(np.concatenate(parts))
 
 
@@ -156,7 +158,7 @@ def agreement(
     for x in inputs:
         part = x[:left].contiguous()
         simulated.append(simulation(part))
-        for few in part.split(_BATCH if dynamic else len(part)):  # type: ignore[no-untyped-call]
+        for few in torch.split(part, _BATCH if dynamic else len(part)):
             returned.append(torch.from_numpy(runtime.run(None, {name: few.numpy()})[0]))
         left -= len(part)
         if left <= 0:

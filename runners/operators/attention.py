@@ -29,12 +29,11 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.batch_first = source.num_heads, source.head_dim, source.batch_first
         self.dropout = nn.Dropout(source.dropout)
-        width = source.embed_dim
         if source._qkv_same_embed_dim:
-            weights = source.in_proj_weight.detach().split(width)  # type: ignore[no-untyped-call]
+            weights = source.in_proj_weight.detach().tensor_split(3)
         else:
             weights = tuple(w.detach() for w in (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight))
-        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().split(width)  # type: ignore[no-untyped-call]
+        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().tensor_split(3)
         self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         out = source.out_proj
         self.out_proj = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach())

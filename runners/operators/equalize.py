@@ -54,7 +54,7 @@ _HOMOGENEOUS = {
     "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "dropout1d", "dropout2d", "relu",
     "relu_", "leaky_relu", "leaky_relu_", "rrelu", "prelu", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "mean",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "sum", "amax", "interpolate",
-}  # fmt: skip
+}  # fmt: skip  # a name a line is 25 lines
 _SHOWN = {"hardtanh": "ReLU6 (hardtanh)"}
 _DEAD = 1e-6  # of the largest range: what weight decay has left of a channel is no range to go by
 _ROUNDS, _CONVERGED = 100, 1e-3  # of the iteration: how many at most, and the largest |log s| at which it ends

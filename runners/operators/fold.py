@@ -17,7 +17,9 @@ def fold_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
-    factor = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+    eps = norm.eps
+    assert isinstance(eps, int | float)
+    factor = torch.rsqrt(variance + eps)
     if isinstance(norm.weight, Tensor):
         factor = factor * norm.weight.detach()
     shift = -mean * factor
@@ -80,7 +82,7 @@ def reestimate_batchnorms(
     if not norms:
         return
     model.eval()
-    before = {name: norm.running_var + norm.eps for name, norm in norms.items()}  # type: ignore[operator]
+    before = {name: norm.running_var + norm.eps for name, norm in norms.items() if norm.running_var is not None}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()

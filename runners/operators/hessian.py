@@ -27,7 +27,7 @@ def gram(layer: nn.Module, x: Tensor) -> Tensor:
     x = samples(layer, x)
     # About as many positions as the input has, and many fewer where the stride is large.
     each = groups * inputs * (x[0].numel() // channels_of(layer)[0])
-    for part in x.split(max(1, _BLOCK // max(1, each))):  # type: ignore[no-untyped-call]
+    for part in torch.split(x, max(1, _BLOCK // max(1, each))):
         inputs_of_part = patches(layer, part.float())
         total += torch.bmm(inputs_of_part, inputs_of_part.transpose(1, 2))
     return total

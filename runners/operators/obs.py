@@ -54,7 +54,7 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
     blocks, room = _blocks(weight, pattern)
     each = len(target) // groups
     cost = torch.full_like(target, torch.inf)
-    for part in torch.arange(len(target)).split(max(1, _INVERSES // inputs**2)):  # type: ignore[no-untyped-call]
+    for part in torch.split(torch.arange(len(target)), max(1, _INVERSES // inputs**2)):
         _sweep(target[part].clone(), inverse[part // each], blocks, room, cost, part)
     place = torch.empty(cost.numel())
     place[torch.argsort(cost.flatten(), stable=True)] = torch.arange(len(place), dtype=place.dtype)

@@ -62,7 +62,8 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
     names = {module: name for name, module in model.named_modules()}
-    unread = [GroupMembers(None, (names[m],), (), "they cannot be followed through the reshapes behind it") for m in lost if m in names]  # fmt: skip
+    problem = "they cannot be followed through the reshapes behind it"
+    unread = [GroupMembers(None, (names[module],), (), problem) for module in lost if module in names]
     attentions = [module for module in names if isinstance(module, Attention)]
     return [*(_with_heads(_members(group, names), names, attentions) for group in groups), *unread]
 

@@ -54,7 +54,7 @@ def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: in
     """
     numbers = rows(weight)
     if group_size:
-        groups = list(numbers.split(group_size, 1))  # type: ignore[no-untyped-call]
+        groups = torch.split(numbers, group_size, 1)
         return torch.stack([weight_scales(part, bits, ranges) for part in groups], 1)
     peak = numbers.abs().amax(1).clamp_min(1e-12)
     return RANGES[ranges](numbers, peak, bits)
@@ -122,8 +122,11 @@ def _entropy(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
 
 
 RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "mse": _mse, "minmax": _minmax, "percentile": _percentile, "entropy": _entropy
-}  # fmt: skip
+    "mse": _mse,
+    "minmax": _minmax,
+    "percentile": _percentile,
+    "entropy": _entropy,
+}
 
 
 @torch.no_grad()
@@ -233,7 +236,7 @@ class FakeQuantize(nn.Module):
         squares = rows(weight).square()
         if self.group_size:
             missing = -squares.shape[1] % self.group_size
-            squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]
+            squares = F.pad(squares, (0, missing)).view(len(squares), -1, self.group_size)
         total = squares.sum(-1) if self.zero is None else squares.sum().view(1)
         balance = fixed.square() / total.clamp_min(1e-12)
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships

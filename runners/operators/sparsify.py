@@ -33,7 +33,8 @@ def mask_of(scores: Tensor, ratio: float, pattern: str = "") -> Tensor:
     if pattern:
         keep, of = pattern_of(pattern)
         last = scores.movedim(INPUT, -1)  # input channels side by side
-        mask = torch.cat([_least(part, part.shape[-1] - -(-part.shape[-1] * keep // of)) for part in last.split(of, -1)], -1)  # type: ignore[no-untyped-call]  # fmt: skip
+        parts = [_least(part, part.shape[-1] - -(-part.shape[-1] * keep // of)) for part in torch.split(last, of, -1)]
+        mask = torch.cat(parts, -1)
         return mask.movedim(-1, INPUT).contiguous()
     return _least(scores.reshape(1, -1), round(scores.numel() * ratio)).view_as(scores)
 

@@ -60,7 +60,7 @@ def soft_loss(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
 
 def repeatable(task: Task, samples: int = 64) -> bool:
     """Whether training samples are the same each time they are read, tried on some: nothing augments them."""
-    count = len(dataset(task, "train"))  # type: ignore[arg-type]
+    count = len(dataset(task, "train"))  # type: ignore[arg-type]  # torch gives Dataset no length
     indices = range(0, count, max(1, count // samples))[:samples]
     readings = []
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def teacher_logits(task: Task, teacher: nn.Module, limit: int = TEACHER_LOGITS_B
     None where they cannot be reused: samples come augmented or are left out of batches, outputs are no `[n, classes]`, or
     they take more than `limit` bytes.
     """
-    count = len(dataset(task, "train"))  # type: ignore[arg-type]
+    count = len(dataset(task, "train"))  # type: ignore[arg-type]  # torch gives Dataset no length
     if not repeatable(task):
         return None
     logits: Tensor | None = None

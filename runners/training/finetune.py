@@ -319,7 +319,8 @@ def trainable(model: nn.Module, what: str, x: Tensor) -> dict[str, nn.Parameter]
 
 def _owner(parameter: str) -> str:
     """The module whose parameter it is; that of a parametrized weight is the layer."""
-    return parameter.partition(".parametrizations.")[0] if ".parametrizations." in parameter else parameter.rpartition(".")[0]  # fmt: skip
+    layer, parametrized, _ = parameter.partition(".parametrizations.")
+    return layer if parametrized else parameter.rpartition(".")[0]
 
 
 @torch.no_grad()
@@ -338,7 +339,7 @@ def _last_third(model: nn.Module, parameters: list[str], x: Tensor) -> set[str]:
 
 def _samples(task: Task, patience: int) -> tuple[list[int], list[int]]:
     """`(trained on, held out)`: indices of training samples; of every recipe the same are held out, if any are."""
-    count = len(dataset(task, "train"))  # type: ignore[arg-type]
+    count = len(dataset(task, "train"))  # type: ignore[arg-type]  # torch gives Dataset no length
     if not patience:
         return list(range(count)), []
     if count < 4:
