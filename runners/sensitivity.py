@@ -1,17 +1,16 @@
-"""How much each layer minds each level of compression: alone in the otherwise untouched network.
+"""The sensitivity of each layer to each level of compression, alone in the otherwise original network.
 
-The score is the divergence of the outputs from the untouched network's, on calibration images, after BatchNorm
+The score is the divergence of the outputs from the original network's, on calibration images, after BatchNorm
 re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL divergence of the softmax (temperature
 1), for any other the mean squared difference relative to the outputs' variance. It is never the error of the weights
 alone, nor the curvature of the loss: they rank the levels of a layer, but not the layers of a network.
 
-All that runs before the changed layer computes what it does in the untouched network, so it is run once and recorded.
+All that runs before the changed layer computes what it does in the original network, so it is run once and recorded.
 A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in which
 they begin; one that has ended before the changed layer is called returns what it returned before and runs nothing inside
 (`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer to layer. Recorded
 twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does not fit into memory
-is run again, and whatever a network does that this does not foresee is found out on two images, where the outputs with
-recorded calls must be the outputs without.
+is run again, and what is recorded counts only if the outputs with recorded calls are those without, on two images.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ KL, SQUARED = "KL divergence (nats)", "squared difference / variance"
 VERSION = 1
 Level = tuple[int, float | str]  # weight bits, and the share of zeros or their pattern
 UNTOUCHED: Level = (32, 0.0)
-# What hears of the progress: rows that are done, rows in all, and the layer at work.
+# Is given the progress: rows that are done, rows in all, and the layer at work.
 Progress = Callable[[int, int, str], None]
 
 
@@ -64,8 +63,12 @@ class SensitivityRow:
 class Sensitivity:
     """The divergence of every layer at every level, alone; infinite where outputs are not finite.
 
-    unit: what a divergence is, `KL` or `SQUARED`. images: on how many calibration images it was measured.
+    Attributes:
+        rows: One for each layer and level.
+        unit: What a divergence is, `KL` or `SQUARED`.
+        images: On how many calibration images it was measured.
 
+    Example:
         >>> sensitivity = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
         >>> sensitivity.divergence("fc", 4), sensitivity.divergence("fc")
         (0.02, 0.0)
@@ -76,7 +79,11 @@ class Sensitivity:
     images: int
 
     def divergence(self, layer: str, weight_bits: int = 32, sparsity: float | str = 0.0) -> float:
-        """Of one layer at one level, 0 for the untouched one; raises `RecipeError` for what was not measured."""
+        """Of one layer at one level, 0 for the original one.
+
+        Raises:
+            RecipeError: The level was not measured.
+        """
         if (weight_bits, sparsity) == UNTOUCHED:
             return 0.0
         if (layer, weight_bits, sparsity) not in self._by_level:
@@ -156,15 +163,16 @@ def _from_json(divergence: float | None) -> float:
 
 
 def order(level: Level) -> tuple[float, str, int]:
-    """What levels are sorted by: more and more zeros, and then fewer and fewer bits."""
+    """The sort key of a level: increasing zeros, then decreasing bits."""
     bits, zeros = level
     return zeros_of(zeros), str(zeros), -bits
 
 
 def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
-    """By layer, in order: every combination of its choices, and each choice alone, without the untouched level.
+    """By layer, in order: every combination of its choices, and each choice alone, without the original's level.
 
-    Raises `ConfigError` when the space leaves nothing to measure.
+    Raises:
+        ConfigError: The space leaves nothing to measure.
     """
     axes = [axis for axis in space.axes(structure) if axis.student == ""]
     by_layer: dict[str, list[Level]] = {}
@@ -187,11 +195,14 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
 
 
 def divergence(dense: Tensor, outputs: Tensor) -> float:
-    """How far outputs lie from the untouched network's, a mean over the images; infinite when they are not finite.
+    """How far outputs are from the original network's, a mean over the images; infinite when they are not finite.
 
-    dense, outputs: `[n, classes]` with at least two classes gives KL(softmax(dense) || softmax(outputs)) in nats, any
-    other shape the mean squared difference over the variance of `dense`.
+    Args:
+        dense: The original network's outputs. `[n, classes]` with at least two classes gives KL(softmax(dense) ||
+            softmax(outputs)) in nats, any other shape the mean squared difference over the variance of `dense`.
+        outputs: As `dense`.
 
+    Example:
         >>> round(divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])), 4)
         0.1201
     """
@@ -206,7 +217,7 @@ def divergence(dense: Tensor, outputs: Tensor) -> float:
 
 
 def unit_of(outputs: Tensor) -> str:
-    """What a divergence of such outputs is: `KL` of `[n, classes]`, else `SQUARED`."""
+    """What a divergence of such outputs is: `KL` for `[n, classes]`, else `SQUARED`."""
     return KL if outputs.ndim == 2 and outputs.shape[1] > 1 else SQUARED
 
 
@@ -218,12 +229,19 @@ def measure_sensitivity(
     reuse: bool = True,
     memory: int = 1 << 30,
 ) -> Sensitivity:
-    """Every layer at every level of the space, alone in the runner's network, on all its calibration images.
+    """Measure every layer at every level of the space, alone in the runner's network, on all its calibration images.
 
-    Zeros are chosen, ranges found and weights rounded by the first choice of the space.
+    Zeros, ranges and rounding are chosen by the first methods of the space.
 
-    reuse: record what runs before a layer instead of running it again; memory: bytes of records at most. Both change
-    the time it takes and nothing else. Raises `ConfigError` when the space leaves nothing to measure.
+    Args:
+        runner: The runner whose network is measured.
+        space: The space that names the levels.
+        progress: Is given rows that are done, rows in all, and the layer being measured.
+        reuse: Whether what runs before a layer is recorded instead of run again; it changes the time alone.
+        memory: Bytes of records at most; it changes the time alone.
+
+    Raises:
+        ConfigError: The space leaves nothing to measure.
     """
     structure = runner.structure
     wanted = levels(space, structure)
@@ -272,7 +290,7 @@ class _Bench:
         self.prefix = Prefix(self.model, self.parts, memory, modes=2 if self.norms else 1)
 
     def restore(self, layer: str | None = None) -> None:
-        """The untouched network again: the statistics, and the weight of a layer."""
+        """Restore the original network: the statistics, and the weight of a layer."""
         for name, norm in self.norms.items():
             norm.load_state_dict(self.statistics[name])
         if layer:
@@ -320,14 +338,18 @@ class _Reached(Exception):
 
 
 class _Astray(Exception):
-    """The forward pass takes another way than the one that was recorded."""
+    """The forward pass differs from the one that was recorded."""
 
 
 class Prefix:
     """The calls of a network's modules before one layer, recorded for some batches.
 
-    model: is given forward methods that record and replay; between `advance` calls it may change from the layer on, but
-    not before it. modes: in how many ways it is run, told apart by a number. memory: bytes of records at most.
+    Args:
+        model: Is given forward methods that record and replay. Between `advance` calls it may change from the layer on,
+            but not before it.
+        batches: The batches of inputs.
+        memory: Bytes of records at most.
+        modes: In how many ways it is run, told apart by a number.
 
     After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. `replayed` are the names of the
     modules that are not run then.

@@ -1,6 +1,6 @@
-"""What the calibration images say of each layer: the Hessian of its inputs and the gradients of its weights.
+"""Statistics of each layer on the calibration images: the Hessian of its inputs and the gradients of its weights.
 
-Some ways to round and to choose zeros ask for more than the weights. All of it comes from one pass of the network over
+Some methods of rounding and of choosing zeros need more than the weights. All of it comes from one pass of the network over
 the calibration images (several where the Hessians of all layers would not fit into memory), is stored in the layer library
 by content, and so shared by trials, studies and processes.
 
@@ -35,10 +35,14 @@ HESSIAN, FISHER = "hessian", "fisher"
 
 
 class Calibration:
-    """A network and its calibration images, in parts that are run at once.
+    """A network and its calibration images.
 
-    library: where what is computed is kept; nowhere but here when None. seed: of all that is drawn. criteria: functions of the
-    user's, see `Task`.
+    Args:
+        model: The network, in evaluation mode.
+        parts: The images, in batches that are run at once.
+        library: Where results are kept; None keeps them in memory.
+        seed: The seed of everything random.
+        criteria: The user's functions by name, see `Task`.
     """
 
     def __init__(
@@ -58,24 +62,24 @@ class Calibration:
 
     @cached_property
     def untouched(self) -> Statistics:
-        """Of the network itself."""
+        """Statistics of the network itself."""
         return Statistics(self.model, self)
 
     def of(self, model: nn.Module) -> Statistics:
-        """Of another network that computes the same; it stays as it is."""
+        """Statistics of another network that computes the same; it stays as it is."""
         return Statistics(copy.deepcopy(model), self)
 
     def after(self, model: nn.Module) -> Statistics:
-        """Of a network that was cut down; it stays as it is."""
+        """Statistics of a network that lost channels, blocks or ranks; it stays as it is."""
         operated = copy.deepcopy(model)
         reestimate_batchnorms(operated, self.parts)
         return Statistics(operated, self)
 
 
 class Statistics:
-    """Hessians and gradients of one network's layers on calibration images, computed at the first question for all of them.
+    """Hessians and gradients of a network's layers on calibration images, computed when first asked for.
 
-    Layers: all convolutions and linear layers that run exactly once. `[layer]` raises `KeyError` for any other.
+    Layers are all that run exactly once; `[layer]` raises `KeyError` for any other.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration) -> None:
@@ -84,7 +88,7 @@ class Statistics:
 
     @cached_property
     def key(self) -> str:
-        """Names the network and its images: its modules, its numbers, and what it answers, for code has no content."""
+        """Names the network and its images: its modules, its numbers, and its outputs, because code has no content to hash."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
         # The number of threads is the order of sums.
@@ -195,7 +199,7 @@ class Statistics:
 
 
 def _own_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """The mean loss against answers drawn from the outputs themselves."""
+    """The mean loss against targets drawn from the outputs themselves."""
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         drawn = torch.multinomial(outputs.detach().softmax(1), 1, generator=generator)
         return F.cross_entropy(outputs, drawn.squeeze(1))

@@ -1,9 +1,9 @@
-"""Looks at a live network and writes down its `Structure`: layers, dependency groups, blocks, and what is refused.
+"""The `Structure` of a live network: its layers, dependency groups and blocks, and what cannot be compressed.
 
 Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
 dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
 after all of them were really pruned in a copy that still gives outputs of the same shape, and a block only after the
-copy without it had the shapes that `spaces.structure.shapes` foretells.
+copy without it had the shapes that `spaces.structure.shapes` predicts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ _Part = TypeVar("_Part")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises `TaskError` that names the first parameter or buffer with a NaN or an infinity."""
+    """Check that all parameters and buffers are finite.
+
+    Raises:
+        TaskError: One holds NaN or infinity; it is named.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -51,10 +55,16 @@ def check_weights(model: nn.Module) -> None:
 
 
 def trace(model: nn.Module, example: Tensor) -> Structure:
-    """The structure of a network in evaluation mode, from a batch of real inputs `[n >= 2, ...]`.
+    """The structure of a network in evaluation mode.
 
-    More inputs make the order of `blocks` (least important first) more reliable; 64 are plenty. Raises `TaskError`
-    when the network does not run on the inputs, gives something else than one tensor, or holds non-finite weights.
+    Args:
+        model: The network; it stays as it is.
+        example: Real inputs `[n >= 2, ...]`. More of them make the order of `blocks` (least important first) more reliable; 64
+            are enough.
+
+    Raises:
+        TaskError: The network does not run on the inputs, returns something else than one tensor, or holds non-finite
+            weights.
     """
     check_weights(model)
     model = copy.deepcopy(model).eval()
@@ -300,7 +310,7 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
 
 
 def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> bool:
-    """Whether a copy without any block, its groups at their narrowest, still runs and has the shapes that were foretold."""
+    """Whether a copy without any block, its groups at their narrowest, still runs and has the predicted shapes."""
     blocks = (Student(structure.blocks),) if structure.blocks else ()
     made = {layer.output for layer in structure.layers if not inside(layer.name, structure.blocks)}
     narrow = [Prune(g.name, kept_channels(g.channels, 0.0, g.round_to)) for g in structure.groups if g.name in made]
@@ -320,7 +330,7 @@ def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Stru
 
 
 def _sound(parts: Sequence[_Part], works: Callable[[Sequence[_Part]], bool]) -> list[_Part]:
-    """Those of the parts that work, found by halving: a culprit is rare and an attempt is dear."""
+    """Those of the parts that work, found by bisection: parts that do not work are rare and a trial is expensive."""
     if not parts or works(parts):
         return list(parts)
     if len(parts) == 1:

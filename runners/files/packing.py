@@ -158,9 +158,14 @@ _SIZES: dict[str, Callable[[int, int, int], Any]] = {
 
 
 def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
-    """A tensor's numbers in the fewest bytes, after the way, the bits of a number, and how many are not zero if it matters.
+    """A tensor's numbers in the fewest bytes.
 
-    raw: int8, or the bits of floats as unsigned integers. zero: the one that counts as zero.
+    Args:
+        raw: int8, or the bits of floats as unsigned integers.
+        zero: The number that counts as zero.
+
+    Returns:
+        The encoding, the bits of a number and, where it matters, how many are not zero; and the bytes.
     """
     integer = raw.dtype == np.int8
     places = np.flatnonzero(raw != zero)
@@ -244,9 +249,11 @@ def _version(index: Sequence[Any], zeros: Mapping[str, int]) -> int:
 
 
 def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], int]]:
-    """The tensors that are stored outside the graph: position, the numbers, and which of them counts as zero.
+    """The tensors that are stored outside the graph.
 
-    Integers are int8, floats their bits as unsigned integers.
+    Yields:
+        The position among the initializers, the numbers, and which of them counts as zero. Integers are int8, floats their bits as
+        unsigned integers.
     """
     nibbles, zeros = _nibbles(model), _zero_points(model)
     for position, tensor in enumerate(model.graph.initializer):
@@ -334,12 +341,20 @@ def _parts(data: bytes) -> tuple[dict[str, bytes], int]:
 
 
 def payload_size(data: bytes) -> int:
-    """The bytes of the tensors that are stored outside the graph; raises `ArtifactError`."""
+    """The bytes of the tensors that are stored outside the graph.
+
+    Raises:
+        ArtifactError: `pack` did not write the file.
+    """
     return len(_parts(data)[0]["payload"])
 
 
 def unpack(data: bytes) -> onnx.ModelProto:
-    """The model of a packed file; raises `ArtifactError` for anything that `pack` did not write."""
+    """The model of a packed file.
+
+    Raises:
+        ArtifactError: `pack` did not write it.
+    """
     parts, version = _parts(data)
     model = onnx.ModelProto()
     try:
@@ -352,7 +367,11 @@ def unpack(data: bytes) -> onnx.ModelProto:
 
 
 def onnx_bytes(packed: bytes) -> bytes:
-    """The ONNX file that a packed one stands for: what a runtime loads. Equal files give equal bytes; raises `ArtifactError`."""
+    """The ONNX file of a packed one, which runtimes load. Equal packed files give equal bytes.
+
+    Raises:
+        ArtifactError: `pack` did not write it.
+    """
     data: bytes = unpack(packed).SerializeToString(deterministic=True)
     return data
 

@@ -27,7 +27,11 @@ from .nodes import OPSET, model_of
 
 
 def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """The network as a float ONNX graph with the batch size left open; raises `ExportFailed`."""
+    """The network as a float ONNX graph with an open batch size.
+
+    Raises:
+        ExportFailed: Neither of torch's exporters can convert it.
+    """
     model = model.eval()
     buffer = io.BytesIO()
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
@@ -70,7 +74,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the pages that the older exporter prints, past Python, of a graph that it cannot convert; the newer one does it then."""
+    """Suppress the pages that the older exporter prints, past Python, for a graph that it cannot convert; the newer one does it then."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:
@@ -84,7 +88,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph without Identity and Constant nodes, unused tensors, names of nodes, traces of its origin."""
+    """The same graph without Identity and Constant nodes, unused tensors, names of nodes and metadata."""
     graph = model.graph
     alias: dict[str, str] = {}
     nodes = []
@@ -112,9 +116,12 @@ def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def number_tensors(model: onnx.ModelProto) -> dict[str, str]:
-    """Give the exporter's paths (`/layer1/layer1.0/conv1/Conv_output_0`) numbers, in place; what each number stands for.
+    """Replace the exporter's paths (`/layer1/layer1.0/conv1/Conv_output_0`) by numbers, in place.
 
     With all that is named after them they were a twentieth of a small int8 file. Parameters keep their names.
+
+    Returns:
+        By number the path that it stands for.
     """
     graph = model.graph
     names = dict.fromkeys(name for node in graph.node for name in [*node.input, *node.output])

@@ -65,10 +65,17 @@ def quantized_graph(
 ) -> onnx.ModelProto:
     """The ONNX model that ships.
 
-    model: the compressed network with BatchNorm folded. frozen: by layer the integers and scales of its weights before
-    folding. factors: by layer what folding multiplied its output channels by. calibration: batches of inputs that the
-    ranges of 8-bit activations are taken from. int8_products: see `Target`. stays_packed: linear layers of 3 and 4 bits
-    with at least so many weights stay packed when they run. Raises `ExportFailed`.
+    Args:
+        model: The compressed network with BatchNorm folded.
+        example: A few inputs.
+        frozen: By layer the integers and scales of its weights before folding.
+        factors: By layer what folding multiplied its output channels by.
+        calibration: Batches of inputs on which the ranges of activations are measured.
+        int8_products: See `Target`.
+        stays_packed: Linear layers of 3 and 4 bits with at least so many weights stay packed when they run.
+
+    Raises:
+        ExportFailed: The network cannot be exported, or gives NaN or infinity on the calibration inputs.
     """
     float_model = export_float(model, example)
     paths = number_tensors(float_model)
@@ -292,7 +299,7 @@ def _finish_layer(graph: EditedGraph, node: onnx.NodeProto, layer: QuantizedLaye
 
 
 def operators(model: onnx.ModelProto | bytes, threads: int = 1) -> dict[str, int]:
-    """How often each operator runs after ONNX Runtime's own optimisation: what a file really runs as."""
+    """How often each operator runs after ONNX Runtime's own optimization: what a file really runs as."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")

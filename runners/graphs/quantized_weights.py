@@ -47,24 +47,43 @@ STAYS_PACKED, _BLOCKS = 1 << 23, (256, 128, 64, 32)
 
 @dataclass
 class QuantizedLayer:
-    """The integers of a layer's weight as the graph holds them: `axis` is the one of the output channels."""
+    """The integers of a layer's weight as the graph holds them.
+
+    Attributes:
+        weight: The name of the tensor that they stand for.
+        bits: Their width.
+        values: The integers, in the node's order of axes.
+        scales: `[outputs]`, `[outputs, groups]` with a `group_size`, or `[1]` with a zero point.
+        axis: The axis of the output channels in `values`.
+        group_size: How many weights of a row share a scale; 0 for all of them.
+        zero: The zero point of an affine weight, or None.
+        activations: The bits of what the layer reads.
+    """
 
     weight: str
     bits: int
     values: NDArray[np.int8]
     scales: NDArray[np.float32]
     axis: int
-    group_size: int = 0  # then scales are `[outputs, groups]`
-    zero: int | None = None  # the zero point of an affine weight; then scales are `[1]`
-    activations: int = 32  # bits of what the layer reads
+    group_size: int = 0
+    zero: int | None = None
+    activations: int = 32
 
 
 def node_of(
     graph: EditedGraph, layer: str, module: nn.Module, paths: Mapping[str, str], taken: Collection[int] = ()
 ) -> int:
-    """The number of the node that computes a layer, none of the `taken` ones; raises `ExportFailed`.
+    """The number of the node that computes a layer.
 
-    paths: what the exporter called a tensor, by its name in the graph.
+    Args:
+        graph: The exported graph.
+        layer: The layer's name.
+        module: The layer.
+        paths: What the exporter called a tensor, by its name in the graph.
+        taken: Nodes that compute other layers.
+
+    Raises:
+        ExportFailed: There is no such node.
     """
     weight = parameter_of(module).detach().numpy()
     operators = {operator.name: operator for operator in kind_of(module).onnx}
@@ -100,10 +119,18 @@ def write_weight(
     factor: Tensor | None,
     stays_packed: int = STAYS_PACKED,
 ) -> QuantizedLayer | None:
-    """Store a layer's weight as integers (or float16) for node `number`.
+    """Store a layer's weight as integers (or float16) in the place of its floats.
 
-    factor: what folding multiplied its output channels by. Returns the layer where its activations are static integers:
-    its weight is not in the graph yet then.
+    Args:
+        graph: The graph, changed in place.
+        number: The number of the layer's node.
+        layer: The layer's name.
+        weight: The weight before folding.
+        factor: What folding multiplied its output channels by, or None.
+        stays_packed: See `onnx_export.quantized_graph`.
+
+    Returns:
+        The layer where its activations are static integers, whose weight is not in the graph yet; else None.
     """
     node = graph.nodes[number]
     place, name = ONNX[node.op_type].weight, f"{layer}.weight"
@@ -118,7 +145,7 @@ def write_weight(
         graph.add_node("Cast", [f"{name}_f16"], f"{name}_dq", to=TensorProto.FLOAT)
         return None
     codes, scale, zero = _folded(weight, factor)
-    _turn_over(node)
+    _transpose_weight(node)
     values, axis = _as_in_node(node, codes.to(torch.int8).numpy())
     scales = scale.clamp_min(1e-12).numpy().astype(np.float32)
     made = QuantizedLayer(
@@ -155,9 +182,9 @@ def _folded(weight: FrozenWeight, factor: Tensor | None) -> tuple[Tensor, Tensor
     return codes, scale, None
 
 
-def _turn_over(node: onnx.NodeProto) -> None:
-    """Let a node read its weight as it does without `turned_by`: ONNX Runtime's int8 Gemm wants [inputs, outputs]."""
-    kept = [a for a in node.attribute if not (a.name == ONNX[node.op_type].turned_by and a.i)]
+def _transpose_weight(node: onnx.NodeProto) -> None:
+    """Let a node read its weight as it does without `transposed_by`: ONNX Runtime's int8 Gemm wants [inputs, outputs]."""
+    kept = [a for a in node.attribute if not (a.name == ONNX[node.op_type].transposed_by and a.i)]
     if len(kept) < len(node.attribute):
         del node.attribute[:]
         node.attribute.extend(kept)

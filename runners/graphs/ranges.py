@@ -22,8 +22,18 @@ def activation_ranges(
 ) -> dict[str, tuple[float, float]]:
     """The range of each tensor: the mean over the batches of their minima and maxima (Jacob et al. 2018).
 
-    model: the float network; its weights are the quantized ones already, for the recipe's network is what the ranges must fit.
-    The reductions are part of the graph, so that only two numbers per tensor and batch leave the runtime. Raises `ExportFailed`.
+    The reductions are part of the graph, so that only two numbers per tensor and batch leave the runtime.
+
+    Args:
+        model: The float network. Its weights are the quantized ones already, for which the ranges are measured.
+        names: The tensors.
+        calibration: Batches of inputs.
+
+    Returns:
+        By tensor its lowest and highest value.
+
+    Raises:
+        ExportFailed: A tensor holds NaN or infinity.
     """
     probe = _probe(model, names)
     runner = session(probe, threads=max(1, torch.get_num_threads()))
@@ -56,9 +66,10 @@ def grid(low: float, high: float, bits: int, signed: bool) -> tuple[int, float, 
 
     OpenVINO's kernels for products of activations know no zero point; with one they compute in floats.
 
-    >>> kind, scale, zero = grid(-1.0, 14.0, 4, signed=False)
-    >>> TensorProto.DataType.Name(kind), scale, zero
-    ('UINT4', 1.0, 1)
+    Example:
+        >>> kind, scale, zero = grid(-1.0, 14.0, 4, signed=False)
+        >>> TensorProto.DataType.Name(kind), scale, zero
+        ('UINT4', 1.0, 1)
     """
     low, high = min(0.0, low), max(0.0, high)
     if signed and low < 0:

@@ -24,10 +24,20 @@ _LOW, _HIGH = -0.1, 1.1  # the sigmoid is stretched to these and cut off at 0 an
 def adaround(
     weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None, zero: int | None = None
 ) -> Tensor:
-    """The weight on the grid `scale * codes`, every code beside the exact quotient, chosen for the layer's outputs.
+    """Round a weight to the grid `scale * codes`, each code up or down, with a small error of the layer's outputs.
 
-    Shapes as for `gptq`. Nothing is drawn: the same arguments give the same weight. Each row has at most the error that
-    nearest rounding gives it.
+    Deterministic. No row has a larger error than nearest rounding gives it.
+
+    Args:
+        weight: Output-first.
+        scale: `[outputs]`, or in a shape that broadcasts over the weight.
+        bits: The width of the codes.
+        hessian: `[groups, inputs, inputs]`.
+        mask: 1 and 0, as the weight; weights with 0 stay zero.
+        zero: The zero point, as for `codes`.
+
+    Returns:
+        The rounded weight, as the weight.
     """
     groups, gap = len(hessian), 2 if bits == 1 else 1  # from -1 the next sign is 1
     low, high = limits(bits, zero)

@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: channels of very different range made alike, without changing what the network computes.
+"""Cross-layer equalization: channels get similar ranges without a change of what the network computes.
 
 Where nothing but a positively homogeneous function (`f(s x) = s f(x)` for s > 0: ReLU, pooling) lies between a layer and those
 that read its outputs, a channel may be divided by any s > 0 at the one end and multiplied by it at the other (Nagel et
@@ -105,9 +105,14 @@ class _Recorder(TorchFunctionMode):
 
 @torch.no_grad()
 def find_pairs(model: nn.Module, example: Tensor) -> tuple[list[Pair], dict[str, str]]:
-    """All pairs of a network in evaluation mode, and by layer why its channels cannot be scaled.
+    """All pairs of a network in evaluation mode. Only layers that run once count.
 
-    example: a few inputs. Only layers that run once count.
+    Args:
+        model: The network.
+        example: A few inputs.
+
+    Returns:
+        The pairs, and by layer why its channels cannot be scaled.
     """
     layers = layers_of(model)
     norms = {
@@ -197,7 +202,13 @@ def _spread(scales: Tensor, layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
-    """Divide the channels of a pair by `scales [channels]` where they are made and multiply them where they are read, in place."""
+    """Divide the channels of a pair where they are made and multiply them where they are read, in place.
+
+    Args:
+        model: The network.
+        pair: The pair.
+        scales: `[channels]`.
+    """
     maker = model.get_submodule(pair.maker)
     if pair.norm:
         norm = model.get_submodule(pair.norm)
@@ -218,7 +229,7 @@ def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
 
 @torch.no_grad()
 def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of each pair the largest magnitudes `[channels]` of what is read, a mean over the batches (as ranges of activations are)."""
+    """For each pair the largest magnitudes `[channels]` of what is read, a mean over the batches as for activation ranges."""
     modules = dict(model.named_modules())
     peaks: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
 
@@ -241,9 +252,14 @@ def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Ten
 def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[Tensor] | None = None) -> list[Tensor]:
     """For each pair what its channels are divided by where they are made, `[channels]`.
 
-    peaks: from `channel_peaks`, taken for r1 in the place of the weights. All pairs in turn, again and again, until nothing
-    moves: a layer between two others has both its rows and its columns scaled.
+    All pairs are updated in turn until nothing changes: a layer between two others has both its rows and its columns scaled.
 
+    Args:
+        model: The network.
+        pairs: Its pairs.
+        peaks: From `channel_peaks`, used for r1 in place of the weights.
+
+    Example:
         >>> first, last = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = first.weight.data.copy_(torch.tensor([[4.0], [1.0]])), last.weight.data.copy_(torch.tensor([[1.0, 4.0]]))
         >>> equalizing_scales(nn.Sequential(first, last), [Pair("0", ("1",))])[0].tolist()

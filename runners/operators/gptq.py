@@ -1,4 +1,4 @@
-"""GPTQ: weights rounded one input after the other, the error of each made good by those that follow.
+"""GPTQ: weights are rounded one input after the other, and the inputs that follow compensate the error of each.
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023; the same greedy step as OBQ (Frantar & Alistarh 2022) in an order
 that is the same for all rows, so that one Cholesky factor serves them all.
@@ -26,12 +26,23 @@ def gptq(
     act_order: bool = True,
     zero: int | None = None,
 ) -> Tensor:
-    """The weight on the grid `scale * codes`, with little error of the layer's outputs.
+    """Round a weight to the grid `scale * codes` with a small error of the layer's outputs.
 
-    weight: as the layer's, output channels first. scale: `[output channels]`, or as the weight. hessian: `[groups, inputs, inputs]`. mask:
-    1 and 0; what is 0 stays zero, and is made good too. act_order: the inputs of the largest norm first. zero: as for `codes`. Each row has at
-    most the error that nearest rounding gives it: where greed does worse, that is taken.
+    No row has a larger error than nearest rounding gives it: where the greedy order does worse, nearest rounding is used.
 
+    Args:
+        weight: Output-first.
+        scale: `[outputs]`, or in a shape that broadcasts over the weight.
+        bits: The width of the codes.
+        hessian: `[groups, inputs, inputs]`.
+        mask: 1 and 0, as the weight; weights with 0 stay zero, and their error is compensated too.
+        act_order: Whether inputs of the largest norm are rounded first.
+        zero: The zero point, as for `codes`.
+
+    Returns:
+        The rounded weight, as the weight.
+
+    Example:
         >>> weight, x = torch.randn(8, 16), torch.randn(16, 4) @ torch.randn(4, 500)
         >>> scale = weight.abs().amax(1) / 3
         >>> near, ours = codes(weight, scale, 3) * scale[:, None], gptq(weight, scale, 3, (x @ x.T)[None])

@@ -21,7 +21,15 @@ _BLOCK = 1 << 23  # unfolded inputs at a time: 32 MiB
 
 @torch.no_grad()
 def gram(layer: nn.Module, x: Tensor) -> Tensor:
-    """`X X^T` of a batch of inputs, `[groups, inputs, inputs]` in double precision, with bounded memory."""
+    """`X X^T` of a batch of inputs, accumulated in double precision and bounded memory.
+
+    Args:
+        layer: The layer that reads the inputs.
+        x: A batch of its inputs.
+
+    Returns:
+        `[groups, inputs, inputs]`, float64.
+    """
     inputs, groups = rows(weight_of(layer)).shape[1], groups_of(layer)
     total = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
     x = samples(layer, x)
@@ -34,7 +42,10 @@ def gram(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """The Hessian in double precision with its diagonal raised, so that it can be inverted; an input that is always zero gets 1."""
+    """The Hessian in double precision with a raised diagonal, so that it can be inverted.
+
+    An input that is always zero gets 1 on the diagonal.
+    """
     hessian = hessian.double().clone()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
@@ -43,10 +54,10 @@ def damped(hessian: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper factor U of the damped inverse, `U^T U = H^-1`.
+    """The upper triangular factor U of the inverse of the damped Hessian, `U^T U = H^-1`.
 
-    Row j of U, from its diagonal on, says how the inputs after j best make good for a change of input j once all before
-    it are fixed (Frantar et al. 2023, section 3.3).
+    Row j of U, from its diagonal on, gives the best correction of the inputs after j for a change of input j, all inputs
+    before it being fixed (Frantar et al. 2023, section 3.3).
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -54,12 +65,20 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def output_error(change: Tensor, hessian: Tensor) -> Tensor:
-    """The squared error of each row's outputs for a change of weights: `[groups, rows, inputs]` -> `[groups, rows]`."""
+    """The squared error of each row's outputs for a change of weights.
+
+    Args:
+        change: `[groups, rows, inputs]`.
+        hessian: `[groups, inputs, inputs]`.
+
+    Returns:
+        `[groups, rows]`, float64.
+    """
     change, hessian = change.double(), hessian.double()
     return (torch.bmm(change, hessian) * change).sum(-1)
 
 
 def better(first: Tensor, second: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
-    """Row by row whichever of two weights has the lesser output error against `target`; the first where they are equal."""
+    """Row by row, whichever of two weights has the smaller output error against `target`; `first` where they are equal."""
     errors = [output_error(choice - target, hessian) for choice in (first, second)]
     return torch.where((errors[1] < errors[0]).unsqueeze(-1), second, first)

@@ -25,12 +25,16 @@ NORMALIZATIONS = (*BATCHNORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 @dataclass(frozen=True)
 class OnnxOperator:
-    """An ONNX operator that carries out a kind of layer, and where the layer's numbers are in its node.
+    """An ONNX operator that computes a kind of layer, and where the layer's numbers are in its node.
 
-    weight, bias: their places among the inputs; a bias of None is an Add behind the node. weight_axis: the axis of the
-    weight that the output channels are along; where the attribute `turned_by` is set the weight is turned over, and it is
-    the other one. channel_axis: that of the channels in the result. product: whether it is a plain matrix product, in
-    whose place other products may stand.
+    Attributes:
+        name: The operator's type.
+        weight_axis: The axis of the weight along which the output channels are.
+        channel_axis: The axis of the channels in the result.
+        weight: The place of the weight among the node's inputs.
+        bias: The place of the bias, or None where an Add behind the node adds it.
+        transposed_by: The attribute that transposes the weight when it is set; "" for none.
+        product: Whether it is a plain matrix product, which other products may replace.
     """
 
     name: str
@@ -38,7 +42,7 @@ class OnnxOperator:
     channel_axis: int
     weight: int = 1
     bias: int | None = 2
-    turned_by: str = ""
+    transposed_by: str = ""
     product: bool = False
 
     def output_axis(self, attributes: Mapping[str, Any], dimensions: int) -> int:
@@ -48,21 +52,27 @@ class OnnxOperator:
         (0, 1, 0)
         """
         axis = self.weight_axis % dimensions
-        return dimensions - 1 - axis if self.turned_by and attributes.get(self.turned_by) else axis
+        return dimensions - 1 - axis if self.transposed_by and attributes.get(self.transposed_by) else axis
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer.
+    """All that is known of a kind of layer.
 
-    types: the module classes. name: what `spaces.structure.Layer.kind` calls such a layer. output_axis, input_axis: of the
-    stored weight, 0 and 1 or 1 and 0; where there are groups, the outputs come group by group. channel_axis: that of the
-    channels in inputs and outputs, 1 or -1. channels: `(input channels, output channels)`. groups: into how many parts inputs and
-    outputs are divided that do not touch each other. functions: the names of torch's functions that compute it. macs:
-    multiply-adds for one sample, of the shapes of a batch of inputs and outputs. patches: what each row of the weight is
-    multiplied with, `[groups, inputs, positions]`, of a batch of inputs. factors: two new layers that may stand for one,
-    with so many channels between them, or None where a layer of this kind cannot be factored; the second has a bias. onnx:
-    the operators that it is exported as. weight, bias: the names of its parameters.
+    Attributes:
+        types: The module classes.
+        name: What `spaces.structure.Layer.kind` calls a layer of this kind.
+        output_axis, input_axis: The axes of the stored weight: 0 and 1, or 1 and 0. Output channels are ordered by group.
+        channel_axis: The axis of the channels in inputs and outputs: 1, or -1.
+        channels: Gives `(input channels, output channels)`.
+        groups: Gives the number of groups: each group of outputs reads its own group of inputs.
+        functions: The names of the functions of torch that compute it.
+        macs: Gives the multiply-adds for one sample, from the shapes of a batch of inputs and of its outputs.
+        patches: Gives what each row of the weight is multiplied with, `[groups, inputs, positions]`, for a batch of inputs.
+        factors: Makes two layers with so many channels between them that may replace the layer, the second with a bias; None
+            where a layer of this kind cannot be factored.
+        onnx: The operators that it is exported as.
+        weight, bias: The names of its parameters.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -190,7 +200,7 @@ LINEAR = LayerKind(
     patches=_linear_patches,
     factors=_linear_factors,
     onnx=(
-        OnnxOperator("Gemm", weight_axis=-1, channel_axis=-1, turned_by="transB", product=True),
+        OnnxOperator("Gemm", weight_axis=-1, channel_axis=-1, transposed_by="transB", product=True),
         OnnxOperator("MatMul", weight_axis=-1, channel_axis=-1, bias=None, product=True),
     ),
 )
@@ -210,10 +220,14 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """The kind of a layer; raises `TypeError` for a module that is none.
+    """The kind of a layer.
 
-    >>> kind_of(nn.Conv2d(4, 6, 3, groups=2)).name(nn.Conv2d(4, 6, 3, groups=2))
-    'grouped'
+    Raises:
+        TypeError: The module is no layer of the table.
+
+    Example:
+        >>> kind_of(nn.Conv2d(4, 6, 3, groups=2)).name(nn.Conv2d(4, 6, 3, groups=2))
+        'grouped'
     """
     for kind in KINDS:
         if isinstance(layer, kind.types):
@@ -248,7 +262,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def output_first(layer: nn.Module, stored: Tensor) -> Tensor:
-    """What has the shape of a layer's stored weight (a gradient, for one), output-first."""
+    """What has the shape of a layer's stored weight (its gradient, for example), output-first."""
     return kind_of(layer).output_first(stored, groups_of(layer))
 
 
@@ -258,7 +272,7 @@ def set_weight(layer: nn.Module, weight: Tensor) -> None:
 
 
 def replace_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Give a layer an output-first weight as a new parameter, of the weight's own type."""
+    """Give a layer an output-first weight as a new parameter of that weight's dtype."""
     kind = kind_of(layer)
     setattr(layer, kind.weight, nn.Parameter(kind.stored(weight, kind.groups(layer))))
 
@@ -275,18 +289,19 @@ def replace_bias(layer: nn.Module, bias: Tensor | None) -> None:
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """What each row of the layer's weight is multiplied with: `[groups, inputs, positions]`.
+    """What each row of the layer's weight is multiplied with, `[groups, inputs, positions]`.
 
-    >>> layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 7, 7)
-    >>> outputs = as_matrix(weight_of(layer), 2) @ patches(layer, x) + layer.bias.view(2, 3, 1)
-    >>> torch.allclose(outputs.view(6, 5, 25).transpose(0, 1).reshape(5, 6, 5, 5), layer(x), atol=1e-5)
-    True
+    Example:
+        >>> layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 7, 7)
+        >>> outputs = as_matrix(weight_of(layer), 2) @ patches(layer, x) + layer.bias.view(2, 3, 1)
+        >>> torch.allclose(outputs.view(6, 5, 25).transpose(0, 1).reshape(5, 6, 5, 5), layer(x), atol=1e-5)
+        True
     """
     return kind_of(layer).patches(layer, x)
 
 
 def samples(layer: nn.Module, x: Tensor) -> Tensor:
-    """A batch of inputs along whose first axis it may be cut: where channels come last every position is a sample."""
+    """A batch of inputs that may be split along its first axis; where channels come last, every position is a sample."""
     return x.reshape(-1, x.shape[-1]) if kind_of(layer).channel_axis == -1 else x
 
 
@@ -296,7 +311,7 @@ def channels_last(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def per_channel(layer: nn.Module, values: Tensor, x: Tensor) -> Tensor:
-    """A number per channel, in a shape that broadcasts over inputs or outputs of the layer."""
+    """Values `[channels]` in a shape that broadcasts over the inputs or outputs of a layer."""
     return values.view(-1, *[1] * (0 if kind_of(layer).channel_axis == -1 else x.ndim - 2))
 
 
@@ -304,7 +319,7 @@ def per_channel(layer: nn.Module, values: Tensor, x: Tensor) -> Tensor:
 
 
 def as_matrix(weight: Tensor, groups: int) -> Tensor:
-    """An output-first weight as `[groups, outputs of a group, inputs]`, a view where it can be.
+    """An output-first weight as `[groups, outputs of a group, inputs]`, a view where possible.
 
     Inputs are input channels times kernel positions, in the order of `patches`.
     """
@@ -317,15 +332,15 @@ def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 def rows(weight: Tensor) -> Tensor:
-    """An output-first weight as `[outputs, all that is multiplied for each]`."""
+    """An output-first weight as `[outputs, inputs of a group * kernel positions]`, detached."""
     return weight.detach().flatten(INPUT)
 
 
 def row_shape(weight: Tensor) -> tuple[int, int]:
-    """`(input channels of a group, kernel positions)` of an output-first weight: of what its rows are made, in this order."""
+    """`(input channels of a group, kernel positions)` of an output-first weight."""
     return weight.shape[INPUT], weight.shape[INPUT + 1 :].numel()
 
 
 def per_output(values: Tensor, weight: Tensor) -> Tensor:
-    """A number per output channel, in a shape that broadcasts over an output-first weight."""
+    """Values `[outputs]` in a shape that broadcasts over an output-first weight."""
     return values.view(-1, *[1] * (weight.ndim - 1))

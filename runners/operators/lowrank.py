@@ -22,10 +22,16 @@ class Factored(nn.Sequential):
 
 @torch.no_grad()
 def basis(weight: Tensor) -> Tensor:
-    """The singular vectors of a weight on its shorter side, `[side, side]` in float64, those of the largest values first.
+    """The singular vectors of a weight on its shorter side, those of the largest singular values first.
 
     They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in float32 for
-    512 x 4608. All ranks come out of one basis.
+    512 x 4608. One basis serves all ranks.
+
+    Args:
+        weight: Output-first.
+
+    Returns:
+        `[side, side]`, float64.
     """
     matrix = rows(weight).double()
     matrix = matrix if _wide(matrix) else matrix.T
@@ -37,13 +43,21 @@ def basis(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def factors(weight: Tensor, rank: int, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`(first, second)` of shapes `[rank, columns]` and `[rows, rank]` whose product is nearest to a weight.
+    """Two matrices of a rank whose product is nearest to a weight.
 
-    weight: `[rows, ...]`, all axes but the first taken together. vectors: its `basis`, where that is known. `second @
-    first` is the weight's projection on the first `rank` of them: the truncated singular value decomposition, which no
-    matrix of this rank is nearer to in the Frobenius norm (Eckart & Young 1936). Each factor has the square root of the
-    singular values.
+    `second @ first` is the weight's projection on the first `rank` vectors of its basis: the truncated singular value
+    decomposition, the nearest matrix of this rank in the Frobenius norm (Eckart & Young 1936). Each factor has the square
+    root of the singular values.
 
+    Args:
+        weight: Output-first; all axes but the first are taken together.
+        rank: The inner dimension.
+        vectors: The weight's `basis`, where it is known.
+
+    Returns:
+        `(first, second)`, `[rank, columns]` and `[rows, rank]`.
+
+    Example:
         >>> first, second = factors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
         >>> (second @ first).round(decimals=5).abs().tolist()
         [[3.0, 0.0], [0.0, 0.0]]
@@ -62,9 +76,12 @@ def _wide(matrix: Tensor) -> bool:
 
 
 def factored(layer: nn.Module, rank: int, vectors: Tensor | None = None) -> Factored:
-    """Two layers that compute what a convolution (of one group) or a linear layer does with its weight at `rank`.
+    """Two layers that compute what a layer of one group does with its weight at `rank`.
 
-    vectors: the weight's `basis`, where that is known.
+    Args:
+        layer: The layer; it stays as it is.
+        rank: The channels between the two.
+        vectors: The weight's `basis`, where it is known.
     """
     new = kind_of(layer).factors
     assert new is not None, f"a {type(layer).__name__} has no factors"

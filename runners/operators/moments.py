@@ -1,4 +1,4 @@
-"""Statistics put right where no BatchNorm follows: mean and variance of every output channel are the original's again.
+"""Moment matching where no BatchNorm follows: every output channel gets the original's mean and variance back.
 
 Rounded and missing weights shift what a layer gives and shrink its spread, and nothing behind it takes that out as
 BatchNorm's statistics do. The shift goes into the bias (bias correction: Nagel et al. 2019, data-free quantization,
@@ -33,7 +33,7 @@ Moments = dict[str, tuple[Tensor, Tensor]]  # by layer: mean and variance of eac
 
 
 def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each output channel: `[n, channels, ...]` of a convolution, `[..., channels]` of a linear layer."""
+    """`(mean, variance)` of each output channel."""
     channels = channels_last(layer, output).flatten(0, -2)
     variance, mean = torch.var_mean(channels, 0, correction=0)
     return mean, variance
@@ -41,7 +41,16 @@ def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collection[str] = ()) -> list[Moments]:
-    """For each batch the moments of all layers that have a bias and run once, but those in `without`."""
+    """For each batch the output moments of all layers that have a bias and run once.
+
+    Args:
+        model: The network, which is put into evaluation mode.
+        batches: Batches of inputs.
+        without: Names of layers to leave out.
+
+    Returns:
+        For each batch, by layer the mean and variance `[channels]`.
+    """
     layers = {
         name: layer for name, layer in layers_of(model).items() if bias_of(layer) is not None and name not in without
     }
@@ -65,12 +74,21 @@ def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collect
 def match_moments(
     model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Moments], one_factor: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Give layers the moments that `output_moments` found in the original network, in place.
+    """Give layers the moments that `output_moments` measured in the original network, in place.
 
-    In one pass over the batches, as BatchNorm is re-estimated: within each a layer is put right before the next one runs,
-    and what remains is put right for all of them together. Returns by layer the factor that its output channels, and so
-    its weights, were multiplied by. Layers that are missing or lost channels are left as they are. one_factor: layers whose
-    weights have one scale for all channels, which are then multiplied by the same (the geometric mean).
+    One pass over the batches, as for the re-estimation of BatchNorm: within a batch a layer is corrected before the next one
+    runs; the correction that is stored is the one for all batches together. Layers that are missing or lost channels stay
+    as they are.
+
+    Args:
+        model: The compressed network.
+        batches: The batches of inputs that `expected` was measured on.
+        expected: What `output_moments` returned for the original network.
+        one_factor: Layers whose weights have one scale for all channels; all their channels are multiplied by the same
+            factor (the geometric mean).
+
+    Returns:
+        By layer the factor `[channels]` that its output channels, and so its weights, were multiplied by.
     """
     there = layers_of(model)
     layers = {
@@ -81,12 +99,12 @@ def match_moments(
     own_moments: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted: Moments = {}
 
-    def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
+    def correct(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
         own_moments[name].append(_moments(layer, output))
         factor, shift = _affine([own_moments[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
         return output * per_channel(layer, factor, output) + per_channel(layer, shift, output)
 
-    handles = [layer.register_forward_hook(partial(put_right, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(correct, name)) for name, layer in layers.items()]
     with attached(handles):
         for batch, moments in zip(batches, expected, strict=True):
             wanted = moments
@@ -104,7 +122,7 @@ def match_moments(
 
 
 def _divided(layer: nn.Module, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the moments of the original's channels are in a layer whose channels were divided."""
+    """The moments that the original's channels have in a layer whose channels were divided."""
     mean, variance = moments
     by = getattr(layer, DIVIDED, torch.ones(()))
     return mean / by, variance / by.square()

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon: zeros chosen by what they cost after the other weights have made good for them.
+"""Optimal brain surgeon: zeros are chosen by their cost after the other weights have been adjusted to them.
 
 Exact OBS (Hassibi & Stork 1992, as Frantar & Alistarh, NeurIPS 2022, do it row by row): the weight that costs least becomes zero, the
 others of its row are adjusted, and so on until none is left. Rows do not touch each other's outputs, so their sequences
@@ -7,7 +7,7 @@ that stay are then solved for at each level. On layers of ResNet-20, at 30 to 90
 of zeros by magnitude.
 
 A sweep takes `rows * inputs^3 / 3` multiply-adds. A layer too large for that gets SparseGPT's mask (Frantar & Alistarh, ICML 2023), level by
-level: one pass over the inputs with one Cholesky factor for all rows, in which only the inputs that follow make good for a zero.
+level: one pass over the inputs with one Cholesky factor for all rows, in which only the inputs that follow are adjusted to a zero.
 Then some zeros change places with others that now cost less (iterative hard thresholding, Blumensath & Davies 2009). That leaves
 1.1 to 3 times the error.
 """
@@ -31,18 +31,24 @@ _EFFORT = 2e11  # multiply-adds of conjugate gradients: 100 steps for a layer of
 
 
 def sweepable(weight: Tensor) -> bool:
-    """Whether `order` takes seconds for such a weight."""
+    """Whether `order` takes only seconds for such a weight."""
     outputs, inputs = rows(weight).shape
     return outputs * inputs**3 / 3 <= _SWEEP
 
 
 @torch.no_grad()
 def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
-    """The place of each weight, as the weight, in the order in which exact OBS sets them to zero: the first is 0.
+    """The position of each weight in the order in which exact OBS sets them to zero; the first is 0.
 
-    weight: as the layer's. hessian: `[groups, inputs, inputs]`. pattern: weights whose neighbours go before them, so that
-    they must stay, come last.
+    Args:
+        weight: Output-first.
+        hessian: `[groups, inputs, inputs]`.
+        pattern: `N:M`, or "". Weights that must stay because their neighbours are removed before them come last.
 
+    Returns:
+        Positions as floats, as the weight.
+
+    Example:
         >>> weight, hessian = torch.tensor([[3.0, 1.0, 2.0], [0.5, 4.0, 5.0]]), torch.eye(3)[None]
         >>> order(weight, hessian)
         tensor([[3., 1., 2.],
@@ -62,7 +68,7 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
 
 
 def _blocks(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
-    """By input the number of its block, and how many zeros each block has room for; without a pattern one block has room for all."""
+    """By input the number of its block, and how many zeros each block may have; without a pattern there is one block."""
     channels, positions = row_shape(weight)
     if not pattern:
         return torch.zeros(channels * positions, dtype=torch.long), torch.tensor([channels * positions])
@@ -113,10 +119,19 @@ def _sweep(weight: Tensor, inverse: Tensor, blocks: Tensor, room: Tensor, cost: 
 def obs(
     weight: Tensor, hessian: Tensor, ratio: float, pattern: str = "", order: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`(mask, weight)`: exactly `round(ratio * n)` zeros (or those of the pattern) and the other weights adjusted to them.
+    """Choose zeros and adjust the other weights to them.
 
-    weight: as the layer's. hessian: `[groups, inputs, inputs]`. order: what the function `order` gives; without it zeros are
-    chosen as for a layer too large for that. Each row has at most the error that the mask without any adjustment gives it.
+    No row has a larger output error than the mask without any adjustment gives it.
+
+    Args:
+        weight: Output-first.
+        hessian: `[groups, inputs, inputs]`.
+        ratio: The share of zeros; exactly `round(ratio * n)` weights become zero.
+        pattern: `N:M`, whose zeros are taken in place of the share, or "".
+        order: What `order` returns; None for a layer too large for that (see `sweepable`).
+
+    Returns:
+        `(mask, weight)`, both as the weight.
     """
     target = as_matrix(weight, len(hessian))
     if order is None:
@@ -193,9 +208,17 @@ def _mask(target: Tensor, factor: Tensor, ratio: float, pattern: str, channels: 
 
 @torch.no_grad()
 def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
-    """Of all weights with these zeros those of least (damped) output error against `target`, all `[groups, rows, inputs]`.
+    """The weights with the given zeros that have the smallest (damped) output error against `target`.
 
-    Conjugate gradients on all rows at once, preconditioned with the diagonal; every step lessens the error of every row.
+    Conjugate gradients on all rows at once, preconditioned with the diagonal; each step reduces the error of every row.
+
+    Args:
+        target: `[groups, rows, inputs]`.
+        mask: 1 and 0, as `target`.
+        hessian: `[groups, inputs, inputs]`.
+
+    Returns:
+        The weights, as `target`.
     """
     curvature, keep = damped(hessian), mask.double()
     scale = curvature.diagonal(dim1=-2, dim2=-1)[:, None]

@@ -43,7 +43,11 @@ class GroupMembers:
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
-    """All groups of a network, the last first; raises `ExportFailed` when the graph cannot be read."""
+    """All dependency groups of a network, the last first.
+
+    Raises:
+        ExportFailed: The graph cannot be read.
+    """
     gradients = {p: p.requires_grad for p in model.parameters()}
     for parameter in gradients:
         parameter.requires_grad_(True)  # the graph is read off autograd
@@ -128,7 +132,7 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
 
 
 def importance(group: Any) -> Tensor:
-    """How much each channel of a group matters: the L2 norm of all its weights, in and out, averaged over the layers."""
+    """The importance of each channel of a group: the L2 norm of all its weights, in and out, averaged over the layers."""
     scores = tp.importance.GroupMagnitudeImportance(p=2)(group)
     assert isinstance(scores, Tensor)
     return scores
@@ -137,9 +141,16 @@ def importance(group: Any) -> Tensor:
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:
     """Remove all but the `keep` most important channels of each named group, in place; of an attention whole heads.
 
-    `group_of` says by layer which group makes its output, so that a group has one name whatever blocks were left out.
-    Importance is taken from the weights before any channel is removed; of equal channels the later ones stay. Raises
-    `RecipeError` when a group is not there (any more).
+    Importance is taken from the weights before any channel is removed; of equally important channels the later ones stay.
+
+    Args:
+        model: The network.
+        keep: By group the number of channels that stay.
+        group_of: By layer the group that makes its output, so that a group has one name whatever blocks were left out.
+        example: A few inputs.
+
+    Raises:
+        RecipeError: A group is not there.
     """
     if not keep:
         return

@@ -29,12 +29,12 @@ _BINS = 1024  # of the histogram of a channel's magnitudes
 
 
 def largest(bits: int) -> int:
-    """The largest code: `2^(bits-1) - 1`, of a sign 1; its negative is the smallest."""
+    """The largest code, `2^(bits-1) - 1` (1 for a sign); its negative is the smallest."""
     return max(1, (1 << (bits - 1)) - 1)
 
 
 def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
-    """The smallest and the largest code; with a zero point 0 and `2^bits - 1`, counted from there.
+    """The smallest and the largest code; with a zero point 0 and `2^bits - 1`, counted from the zero point.
 
     >>> limits(4), limits(4, 5)
     ((-7, 7), (-5, 10))
@@ -44,13 +44,20 @@ def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
 
 @torch.no_grad()
 def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: int = 0) -> Tensor:
-    """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
+    """The scale of each output channel, by one of `RANGES`.
 
-    group_size: of every so many weights of a row, `[output channels, groups]`, the last group what is left; 0: of the row.
+    mse minimizes the squared error of the weights; for signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
+    equation 6). minmax makes the largest weight the largest code, percentile the 99th percentile of the magnitudes. entropy
+    minimizes the KL divergence of their histogram (Migacz 2017).
 
-    mse: the least squared error of the weights; of signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
-    equation 6). minmax: the largest weight is the largest code. percentile: the 99th
-    percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        ranges: One of `RANGES`.
+        group_size: A scale for every so many weights of a row, the last group being what is left; 0 for one scale per row.
+
+    Returns:
+        `[outputs]`, or `[outputs, groups]`.
     """
     numbers = rows(weight)
     if group_size:
@@ -61,7 +68,7 @@ def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: in
 
 
 def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
-    """Scales as `weight_scales` gives them, in a shape that broadcasts over the weight.
+    """Scales as `weight_scales` returns them, in a shape that broadcasts over the weight.
 
     >>> spread(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 3), 2)
     tensor([[1., 1., 2.]])
@@ -131,11 +138,20 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 @torch.no_grad()
 def affine_grid(weight: Tensor, bits: int, ranges: str = "mse") -> tuple[Tensor, int]:
-    """`(scale, zero point)` of a whole weight, `[1]` and a number of 0..`2^bits - 1`, by one of `RANGES` but entropy.
+    """The scale and the zero point of a whole weight, by one of `RANGES` but entropy.
 
-    minmax: from the smallest to the largest weight and zero, as torch's `MinMaxObserver` has it. percentile: between half a per cent
-    at either end. mse: the least squared error, of ranges that are shortened at both ends, then at each.
+    minmax covers the smallest to the largest weight and zero, as torch's `MinMaxObserver` does. percentile leaves out half a per
+    cent at either end. mse minimizes the squared error, over ranges that are shortened at both ends, then at each end.
 
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        ranges: `mse`, `minmax` or `percentile`.
+
+    Returns:
+        `(scale, zero point)`: `[1]`, and a number of 0..`2^bits - 1`.
+
+    Example:
         >>> scale, zero = affine_grid(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), 2, "minmax")
         >>> scale.tolist(), zero, codes(torch.tensor([[-1.0, 0.4, 2.0]]), scale, 2, zero).tolist()
         ([1.0], 1, [[-1.0, 0.0, 2.0]])
@@ -165,9 +181,13 @@ def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, int]:
 
 
 def codes(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `limits(bits, zero)`; the sign of 0 is 1.
+    """The integers of a weight, as floats: rounded half to even, saturated at `limits(bits, zero)`; the sign of 0 is 1.
 
-    scale: of each output channel, or one that broadcasts. zero: the zero point, from which codes are counted, or None.
+    Args:
+        weight: Output-first.
+        scale: `[outputs]`, or in a shape that broadcasts over the weight.
+        bits: The width of the codes.
+        zero: The zero point, from which codes are counted, or None.
     """
     return _nearest(weight / (per_output(scale, weight) if scale.ndim == 1 else scale), bits, zero)
 
@@ -184,11 +204,18 @@ def _nearest(quotient: Tensor, bits: int, zero: int | None) -> Tensor:
 
 
 class FakeQuantize(nn.Module):
-    """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
+    """A parametrization of a weight: zeros first, then quantization (none from 16 bits up).
 
-    scale: of each output channel, or group of one, or with a zero point of the whole weight; `weight_scales` of the masked
-    weight when None. pattern: of the mask, see `Sparsify`. norm: the BatchNorm that the weight will be folded with, where
-    there is a zero point.
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        mask: 1 and 0, as the weight, or None.
+        scale: Of each output channel, of each group of one, or with a zero point of the whole weight; None for the
+            `weight_scales` of the masked weight.
+        pattern: The pattern of the mask, see `Sparsify`.
+        group_size: As for `weight_scales`.
+        zero: The zero point of an affine grid, or None.
+        norm: The BatchNorm that the weight will be folded with, where there is a zero point.
     """
 
     mask: Tensor | None
@@ -216,7 +243,7 @@ class FakeQuantize(nn.Module):
 
     @property
     def factor(self) -> Tensor | None:
-        """What folding would multiply each output channel by just now, where that changes the grid."""
+        """What folding would multiply each output channel by at present, where that changes the grid."""
         return None if self._norm[0] is None else channel_factors(self._norm[0])
 
     def step(self, scale: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Accuracy won back by fine-tuning, with the original network as the teacher.
+"""Fine-tuning of a compressed network, with the original network as the teacher.
 
 Everything random comes from the seed, and the learning rate and the temperature are functions of the step, so that a
 training that was killed goes on from its last epoch (`State`) and ends with the same weights to the bit.
@@ -37,7 +37,17 @@ KEEP_EVERY = 10.0  # seconds of training that a kill may cost, beside the epoch 
 
 @dataclass
 class State:
-    """A training between two epochs. momentum: by parameter. best: the weights of the least loss on held-out samples."""
+    """A training between two epochs.
+
+    Attributes:
+        steps: How many steps are done.
+        random: The state of torch's generator.
+        model: The network's state.
+        momentum: By parameter the optimizer's momentum.
+        best: The weights of the lowest loss on held-out samples.
+        least: That loss.
+        waited: Epochs since then.
+    """
 
     steps: int = 0
     random: Tensor = field(default_factory=torch.get_rng_state)
@@ -86,13 +96,26 @@ def finetune(
     state: State | None = None,
     keep: Callable[[State], None] | None = None,
 ) -> None:
-    """Train for `step.epochs` (a fraction is a part of the training images) with SGD and a cosine schedule, in place.
+    """Train a network in place, with SGD and a cosine schedule.
 
     The loss is `distill * T^2 * KL(teacher || student)` at temperature T plus `(1 - distill)` times the task's loss
-    (Hinton et al. 2015) plus `features` times the distance of features; distillation of answers applies to outputs
-    `[n, classes]` and is left out for other shapes. answers: the teacher's to all training samples, from
-    `distill.answers`. Gradual zeros grow from none again, so they are for the first training. keep: is given the state between epochs, every ten seconds at most. state: to go on from one.
-    Raises `Diverged`, and `TrialError` when there is nothing to train.
+    (Hinton et al. 2015) plus `features` times the distance of features. Distillation of outputs applies to outputs
+    `[n, classes]` and is left out for other shapes. Gradual zeros grow from none again, so they are for the first training.
+
+    Args:
+        model: The student.
+        teacher: The original network.
+        step: How to train; `step.epochs` may be a fraction, for a part of the training samples.
+        task: Where samples and the loss come from.
+        seed: The seed of everything random.
+        progress: Is given a line every ten steps.
+        teacher_logits: The teacher's outputs for all training samples, from `distill.teacher_logits`.
+        state: Where to resume.
+        keep: Is given the state between epochs, every ten seconds at most.
+
+    Raises:
+        Diverged: The loss became NaN or infinity.
+        TrialError: There is nothing to train.
     """
     seen, held = _samples(task, step.patience)
     per_epoch = math.ceil(len(seen) / task.batch_size)
@@ -288,7 +311,7 @@ def _masks(model: nn.Module) -> dict[str, tuple[FakeQuantize, int]]:
 
 
 def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.SGD:
-    """For the trained parameters, in two groups, those that are no scales of quantization first; the others get no gradient."""
+    """SGD for the trained parameters in two groups, scales of quantization last; the others get no gradient."""
     scales = {id(module.scale) for module in model.modules() if isinstance(module, FakeQuantize)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -302,9 +325,15 @@ def _optimizer(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.o
 
 
 def trainable(model: nn.Module, what: str, x: Tensor) -> dict[str, nn.Parameter]:
-    """The parameters that `Recover.train` names, by name: `all`, `last` or `scales`; `x` is any input of the network.
+    """The parameters that `Recover.train` names, by name.
 
-    Raises `TrialError` when there are none.
+    Args:
+        model: The network.
+        what: `all`, `last` or `scales`.
+        x: Any inputs of the network.
+
+    Raises:
+        TrialError: There are none.
     """
     parameters = dict(model.named_parameters())
     if what == "scales":
