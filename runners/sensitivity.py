@@ -6,11 +6,12 @@ re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL 
 alone, nor the curvature of the loss: they rank the levels of a layer, but not the layers of a network.
 
 All that runs before the changed layer computes what it does in the original network, so it is run once and recorded.
-A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in which
-they begin; one that has ended before the changed layer is called returns what it returned before and runs nothing inside
-(`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer to layer. Recorded
-twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does not fit into memory
-is run again, and what is recorded counts only if the outputs with recorded calls are those without, on two images.
+A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in
+which they begin; one that has ended before the changed layer is called returns what it returned before and runs
+nothing inside (`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer
+to layer. Recorded twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does
+not fit into memory is run again, and what is recorded counts only if the outputs with recorded calls are those
+without, on two images.
 """
 
 from __future__ import annotations
@@ -324,7 +325,8 @@ class _Bench:
 class _Call:
     """One call of a module in a forward pass: `end` is the number of the next call that is not inside it.
 
-    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place later.
+    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place
+    later.
     """
 
     module: str
@@ -381,7 +383,8 @@ class Prefix:
     def advance(self, layer: str, switch: Callable[[bool], None]) -> None:
         """Record up to a layer that is called once; `switch(True)` begins mode 1, `switch(False)` ends it.
 
-        The network must be untouched. When the records would take more memory than they may, those of an earlier layer stay.
+        The network must be untouched. When the records would take more memory than they may, those of an earlier
+        layer stay.
         """
         stop = next((number for number, call in enumerate(self._calls) if call.module == layer), None)
         if stop is None:

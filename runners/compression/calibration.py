@@ -1,12 +1,13 @@
 """Statistics of each layer on the calibration images: the Hessian of its inputs and the gradients of its weights.
 
-Some methods of rounding and of choosing zeros need more than the weights. All of it comes from one pass of the network over
-the calibration images (several where the Hessians of all layers would not fit into memory), is stored in the layer library
-by content, and so shared by trials, studies and processes.
+Some methods of rounding and of choosing zeros need more than the weights. All of it comes from one pass of the
+network over the calibration images (several where the Hessians of all layers would not fit into memory), is stored in
+the layer library by content, and so shared by trials, studies and processes.
 
-Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed already: so a layer's
-result depends on the layer alone, and is made once. Where blocks or channels are gone, the narrowed network is the one that runs, with
-the statistics of its BatchNorms estimated anew, as they will be in the end.
+Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed
+already: so a layer's result depends on the layer alone, and is made once. Where blocks or channels are gone, the
+narrowed network is the one that runs, with the statistics of its BatchNorms estimated anew, as they will be in the
+end.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Statistics:
 
     @cached_property
     def key(self) -> str:
-        """Names the network and its images: its modules, its numbers, and its outputs, because code has no content to hash."""
+        """Names the network and its images: its modules, numbers and outputs, because code has no content to hash."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
         # The number of threads is the order of sums.
@@ -172,9 +173,9 @@ class Statistics:
     def _fisher(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The mean square of the gradients of a divergence from the network's own outputs.
 
-        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of the
-        loss at answers that are drawn from the network's own (Fisher information). So no labels are needed. Outputs that are
-        no class scores get answers with normal noise.
+        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of
+        the loss at answers that are drawn from the network's own (Fisher information). So no labels are needed.
+        Outputs that are no class scores get answers with normal noise.
         """
         weights = {name: parameter_of(self._layers[name]) for name in names}
         flags = {name: weight.requires_grad for name, weight in weights.items()}

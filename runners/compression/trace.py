@@ -59,8 +59,8 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
 
     Args:
         model: The network; it stays as it is.
-        example: Real inputs `[n >= 2, ...]`. More of them make the order of `blocks` (least important first) more reliable; 64
-            are enough.
+        example: Real inputs `[n >= 2, ...]`. More of them make the order of `blocks` (least important first) more
+            reliable; 64 are enough.
 
     Raises:
         TaskError: The network does not run on the inputs, returns something else than one tensor, or holds non-finite

@@ -1,21 +1,24 @@
 """The packed file: a whole ONNX model in as few bytes as its numbers need, restored bit for bit.
 
-`size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the ONNX
-model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`. Integer
-tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any tensor is
-stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there are, how many
-of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will weigh.
+`size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the
+ONNX model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`.
+Integer tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any
+tensor is stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there
+are, how many of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will
+weigh.
 
 - `zeros`: nothing at all.
-- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a bit each.
+- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a
+  bit each.
 - `bitmap`: a bit for each number, then those that are not zero. `index`: the positions of those that are not zero as
-  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With zero
-  out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
+  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With
+  zero out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
 
 Where the graph gives integers a zero point, that is what counts as zero: those of a sparse affine weight.
 
-Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and integers
-in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with zero points, and only files that hold some say so.
+Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and
+integers in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with
+zero points, and only files that hold some say so.
 
 The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
 its parts, written again, give the same bytes.
@@ -200,7 +203,9 @@ def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
 def _decode(
     kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool, zero: int = 0
 ) -> NDArray[Any]:
-    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among nonzeros."""
+    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among
+    nonzeros.
+    """
     integer = dtype == np.int8
     stored = np.uint8 if integer else dtype
     if kind == "zeros":
@@ -252,8 +257,8 @@ def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], i
     """The tensors that are stored outside the graph.
 
     Yields:
-        The position among the initializers, the numbers, and which of them counts as zero. Integers are int8, floats their bits as
-        unsigned integers.
+        The position among the initializers, the numbers, and which of them counts as zero. Integers are int8, floats
+        their bits as unsigned integers.
     """
     nibbles, zeros = _nibbles(model), _zero_points(model)
     for position, tensor in enumerate(model.graph.initializer):

@@ -1,7 +1,7 @@
 """A network as a float ONNX graph: exported, and tidied up so that equal networks give equal graphs in few bytes.
 
-The graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`) takes 3-16 s,
-which a search would pay in every trial. The newer one steps in where the first fails.
+The graph comes from torch's TorchScript exporter: 0.1-0.5 s per network, where the newer one (`dynamo=True`) takes
+3-16 s, which a search would pay in every trial. The newer one steps in where the first fails.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the pages that the older exporter prints, past Python, for a graph that it cannot convert; the newer one does it then."""
+    """Suppress the pages that the older exporter prints, past Python, for a graph that it cannot convert."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:

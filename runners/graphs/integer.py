@@ -1,17 +1,18 @@
 """Quantized layers as a runtime carries them out: integers between one Quantize and the next.
 
-A graph says that a convolution computes on floats between a Dequantize and a Quantize. A runtime adds up whole numbers there,
-and comes back to 8 bits with one product. Both mean the same, but not to the last bit: a sum that lies at the border of
-two steps falls to the other side, one time in a hundred thousand, and every fall moves some of the next layer's. After
-fifty layers that is 0.3% of the largest output, which is many answers of a network that is not sure of them. So
-`fuse` puts one node in the place of `Dequantize, operator, activation, Quantize`, with the points of requantisation and the
-rounding that ONNX Runtime's kernels have:
+A graph says that a convolution computes on floats between a Dequantize and a Quantize. A runtime adds up whole
+numbers there, and comes back to 8 bits with one product. Both mean the same, but not to the last bit: a sum that lies
+at the border of two steps falls to the other side, one time in a hundred thousand, and every fall moves some of the
+next layer's. After fifty layers that is 0.3% of the largest output, which is many answers of a network that is not
+sure of them. So `fuse` puts one node in the place of `Dequantize, operator, activation, Quantize`, with the points of
+requantisation and the rounding that ONNX Runtime's kernels have:
 
     layers       q = round(float(sum(x - x_zero) * (w - w_zero) + bias) * (x_scale * w_scale / y_scale)) + y_zero
-    Add          q = round(a * (a_scale / y_scale) + (b * (b_scale / y_scale) + rest)), rest of the zero points, two fused products
+    Add          q = round(a * (a_scale / y_scale) + (b * (b_scale / y_scale) + rest)), two fused products
     averages     q = round(float(sum(x - x_zero)) * (x_scale / (y_scale * count))) + y_zero
 
-in float32, half to even. Only what stands between quantized numbers on all sides is fused; the rest is computed as it is written.
+in float32, half to even; the rest of a sum is that of the zero points. Only what stands between quantized numbers on
+all sides is fused; all else is computed as it is written.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _CLAMPS = ("Relu", "Clip")
 
 @dataclass(frozen=True)
 class _Graph:
-    """What a graph says of its tensors. constants: with weights of 4 and 2 bits widened. makers, users: nodes by tensor."""
+    """What a graph says of its tensors: constants (weights of 4 and 2 bits widened), and nodes by tensor."""
 
     constants: Mapping[str, NDArray[Any]]
     makers: Mapping[str, onnx.NodeProto]
@@ -141,7 +142,9 @@ def _bias(node: onnx.NodeProto, graph: _Graph) -> list[str] | None:
 
 
 def _fits(node: onnx.NodeProto, weight: Sequence[str], constants: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether a layer has a weight of 8-bit whole numbers with one zero point for all, and is nothing but a product and a sum."""
+    """Whether a layer has a weight of 8-bit whole numbers with one zero point for all, and is nothing but a product
+    and a sum.
+    """
     values, scale, zero = (constants.get(name) for name in weight[:3])
     if values is None or values.dtype != np.int8 or scale is None or scale.ndim > 1 or zero is None or np.ptp(zero):
         return False
@@ -150,7 +153,9 @@ def _fits(node: onnx.NodeProto, weight: Sequence[str], constants: Mapping[str, N
 
 
 def _absorbed(clamp: onnx.NodeProto, end: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether a Relu or a Clip cuts off nothing that the Quantize after it would keep; else a runtime computes it on floats."""
+    """Whether a Relu or a Clip cuts off nothing that the Quantize after it would keep; else a runtime computes it on
+    floats.
+    """
     scale, zero = (constants[name] for name in end.input[1:3])
     limits = np.iinfo(zero.dtype)
     lowest, highest = (np.float32(scale) * np.float32(edge - int(zero)) for edge in (limits.min, limits.max))

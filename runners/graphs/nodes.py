@@ -30,8 +30,8 @@ def model_of(graph: onnx.GraphProto) -> onnx.ModelProto:
 class EditedGraph:
     """The nodes and tensors of a model's graph, free to be changed; the model itself stays as it is.
 
-    nodes: those of the network, changed in place. added: those beside them, in any order. tensors: by name. outputs: the
-    names of the graph's outputs.
+    nodes: those of the network, changed in place. added: those beside them, in any order. tensors: by name. outputs:
+    the names of the graph's outputs.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:

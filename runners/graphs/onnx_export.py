@@ -1,23 +1,24 @@
 """From a compressed torch network to the ONNX file that ships: where its activations are rounded.
 
 There is no simulation to disagree with: accuracy and latency on the front are those of this file in ONNX Runtime, and
-activation ranges are measured on this graph too. `float_graph` exports the network, `quantized_weights` stores its weights,
-`ranges` measures its activations; here Quantize and Dequantize (Q/DQ) are placed.
+activation ranges are measured on this graph too. `float_graph` exports the network, `quantized_weights` stores its
+weights, `ranges` measures its activations; here Quantize and Dequantize (Q/DQ) are placed.
 
 - A layer of 8-bit activations becomes QDQ in the one scheme that ONNX Runtime runs fast on x86: uint8 activations,
   int8 weights per channel, int32 bias, and Q/DQ on outputs too, through Add, pooling, Concat and reshapes, so that
   regions stay in int8.
-- Activations of 4 and 16 bits are written down in the same way, but with float biases: ONNX Runtime has no kernels for them,
-  and computes in floats what lies between (an accelerator may not). `_finish_layer` says how version 1.32 is kept to that. A
-  tensor has the width that its widest reader asks for.
-- Linear layers over tokens (MatMul, an Add for the bias) are an exception: they read uint8 and write floats, for what reads
-  them (LayerNorm, GELU, Softmax, the residual Add) computes in floats. An encoder of 4 x 256 runs 1.1 times as fast
-  without Q/DQ between product and bias, in OpenVINO 1.28 times (batch 32: 1.15), at half the error.
-- The products of attention (queries by keys, softmax by values) get Q/DQ on both operands only where the target says so
-  (`Target.int8_products`) and all layers in front of them run in int8. In OpenVINO it takes the same time to 0.75 of it (64 to
-  512 tokens); in ONNX Runtime 0.93 to 1.19 of it. There, too, what linear layers over tokens read is rounded ahead of reshapes,
-  so that these move bytes, and to int8 around zero where that costs at most half a bit: the kernels then have no zero point
-  to take out again (an encoder: 1.01 to 1.03 times as fast; ONNX Runtime 0.99 at batch 1, 1.03 at 32).
+- Activations of 4 and 16 bits are written down in the same way, but with float biases: ONNX Runtime has no kernels
+  for them, and computes in floats what lies between (an accelerator may not). `_finish_layer` says how version 1.32
+  is kept to that. A tensor has the width that its widest reader asks for.
+- Linear layers over tokens (MatMul, an Add for the bias) are an exception: they read uint8 and write floats, for what
+  reads them (LayerNorm, GELU, Softmax, the residual Add) computes in floats. An encoder of 4 x 256 runs 1.1 times as
+  fast without Q/DQ between product and bias, in OpenVINO 1.28 times (batch 32: 1.15), at half the error.
+- The products of attention (queries by keys, softmax by values) get Q/DQ on both operands only where the target says
+  so (`Target.int8_products`) and all layers in front of them run in int8. In OpenVINO it takes the same time to 0.75
+  of it (64 to 512 tokens); in ONNX Runtime 0.93 to 1.19 of it. There, too, what linear layers over tokens read is
+  rounded ahead of reshapes, so that these move bytes, and to int8 around zero where that costs at most half a bit:
+  the kernels then have no zero point to take out again (an encoder: 1.01 to 1.03 times as fast; ONNX Runtime 0.99 at
+  batch 1, 1.03 at 32).
 - ONNX Runtime's `WeightBiasQuantization` would quietly turn a float layer between two int8 layers into an int8 one;
   `session_options` turns it off, and so must any other program that runs a mixed file.
 """
@@ -103,9 +104,10 @@ def quantized_graph(
 class _Plan:
     """Which tensors get Q and DQ, all before a node is changed.
 
-    sources: by tensor the one whose range it shares. final: outputs of the graph that an int8 kernel writes. reads, writes: the
-    bits that the layers ask for that read a tensor, and have that write it. tokens: what linear layers over tokens read, before
-    all moves. factors: the operands of products of two activations that nothing else gives Q and DQ.
+    sources: by tensor the one whose range it shares. final: outputs of the graph that an int8 kernel writes. reads,
+    writes: the bits that the layers ask for that read a tensor, and have that write it. tokens: what linear layers
+    over tokens read, before all moves. factors: the operands of products of two activations that nothing else gives Q
+    and DQ.
     """
 
     sources: dict[str, str] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def _around_layers(
     readers: Mapping[str, list[int]],
     moves: Collection[str],
 ) -> None:
-    """What the layers themselves read and write; moves: ahead of which what linear layers over tokens read is rounded."""
+    """What the layers themselves read and write; ahead of `moves` what linear layers over tokens read is rounded."""
     makers = graph.makers()
     for number, layer in layers.items():
         node = graph.nodes[number]

@@ -1,24 +1,26 @@
 """A compressed layer's weight as an ONNX graph holds it: integers, scales, and the nodes that make floats of them.
 
-- 1 and 2 bits are stored as INT2 (ONNX has no narrower type; the packed file does) and 3 or 4 as INT4, both with a Cast to INT8,
-  5 to 8 bits as INT8; float16 with a Cast. ONNX Runtime folds the Cast when it loads the file, so the file is small and
-  runs at full speed. Codebooks are read by a Gather, which is folded too. A file with INT2 is of opset 25, all others are
-  of opset 21.
+- 1 and 2 bits are stored as INT2 (ONNX has no narrower type; the packed file does) and 3 or 4 as INT4, both with a
+  Cast to INT8, 5 to 8 bits as INT8; float16 with a Cast. ONNX Runtime folds the Cast when it loads the file, so the
+  file is small and runs at full speed. Codebooks are read by a Gather, which is folded too. A file with INT2 is of
+  opset 25, all others are of opset 21.
 - The scales of groups of a row are spread over the weight (Expand, Reshape), which is folded at loading as well.
-- An affine weight has one scale and one zero point, in the signed types too: 0..15 are stored as -8..7, for uint8 by int8 is what runs
-  fast. Products take the zero point at no cost; convolutions then run as products (ONNX Runtime's own kernel for them wants a
-  zero point of 0) and take 1.2 to 1.8 times as long, in OpenVINO as floats (`benchmarks/affine.py`). Such layers do not stay packed.
+- An affine weight has one scale and one zero point, in the signed types too: 0..15 are stored as -8..7, for uint8 by
+  int8 is what runs fast. Products take the zero point at no cost; convolutions then run as products (ONNX Runtime's
+  own kernel for them wants a zero point of 0) and take 1.2 to 1.8 times as long, in OpenVINO as floats
+  (`benchmarks/affine.py`). Such layers do not stay packed.
 - A layer of float activations gets its weight as Cast and Mul, folded to floats at loading.
-- A linear layer of dynamic activations becomes DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses into one
-  kernel that finds the range of its input in each call. All inputs of a call share that range: what a file of such layers
-  answers to an input depends, a little, on the others in its batch.
-- Large linear layers of 3 and 4 bits (8 million weights and more, float activations) become MatMulNBits:
-  their weights stay packed in memory and are multiplied as floats (accuracy_level 1), by the same scale per output channel
+- A linear layer of dynamic activations becomes DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses into
+  one kernel that finds the range of its input in each call. All inputs of a call share that range: what a file of
+  such layers answers to an input depends, a little, on the others in its batch.
+- Large linear layers of 3 and 4 bits (8 million weights and more, float activations) become MatMulNBits: their
+  weights stay packed in memory and are multiplied as floats (accuracy_level 1), by the same scale per output channel
   in every block. Where weights no longer fit into the caches, reading them is what takes the time: measured on one
-  thread, 2.2 to 2.6 times as fast as folded floats at batch 1, 1.1 to 1.3 at 8 and 32, in a fifth of the memory. Below, it
-  loses where inputs come in batches (4 million weights: 0.8 to 1.0 at batch 8; 1 million: 0.5), and at 8 and 2 bits it
-  loses everywhere (0.03 to 0.6). With accuracy_level 4 it is 2 to 5 times as fast, but rounds its inputs to 8 bits, 3% of
-  the outputs' deviation off: not what a recipe with float activations says. `benchmarks/matmulnbits.py` prints the table.
+  thread, 2.2 to 2.6 times as fast as folded floats at batch 1, 1.1 to 1.3 at 8 and 32, in a fifth of the memory.
+  Below, it loses where inputs come in batches (4 million weights: 0.8 to 1.0 at batch 8; 1 million: 0.5), and at 8
+  and 2 bits it loses everywhere (0.03 to 0.6). With accuracy_level 4 it is 2 to 5 times as fast, but rounds its
+  inputs to 8 bits, 3% of the outputs' deviation off: not what a recipe with float activations says.
+  `benchmarks/matmulnbits.py` prints the table.
 - A layer of static integer activations is finished by `onnx_export`, which knows the scale of its input.
 """
 
@@ -183,7 +185,7 @@ def _folded(weight: FrozenWeight, factor: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _transpose_weight(node: onnx.NodeProto) -> None:
-    """Let a node read its weight as it does without `transposed_by`: ONNX Runtime's int8 Gemm wants [inputs, outputs]."""
+    """Let a node read its weight as `[inputs, outputs]`, which ONNX Runtime's int8 Gemm wants."""
     kept = [a for a in node.attribute if not (a.name == ONNX[node.op_type].transposed_by and a.i)]
     if len(kept) < len(node.attribute):
         del node.attribute[:]

@@ -62,7 +62,8 @@ def _probe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
 
 
 def grid(low: float, high: float, bits: int, signed: bool) -> tuple[int, float, int]:
-    """Type, scale and zero point of a range: unsigned, or int8 around zero where `signed` and there are negative numbers.
+    """Type, scale and zero point of a range: unsigned, or int8 around zero where `signed` and there are negative
+    numbers.
 
     OpenVINO's kernels for products of activations know no zero point; with one they compute in floats.
 

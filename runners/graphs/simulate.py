@@ -1,13 +1,14 @@
 """What an exported graph means, computed without the runtime that ships it: the other side of the parity check.
 
 Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
-floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are (`integer`). What is
-left computes on floats, node by node, by ONNX's own reference implementation; the few operators that it takes minutes for are
-those of the torch target. ONNX Runtime optimizes the same graph in its own way, and `agreement` says how often both come to the
-same answer.
+floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are
+(`integer`). What is left computes on floats, node by node, by ONNX's own reference implementation; the few operators
+that it takes minutes for are those of the torch target. ONNX Runtime optimizes the same graph in its own way, and
+`agreement` says how often both come to the same answer.
 
-Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a number at the
-border of two steps falls to the other side. So answers are compared, and the size of the differences is told beside them.
+Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a
+number at the border of two steps falls to the other side. So answers are compared, and the size of the differences is
+told beside them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""AdaRound: whether each weight is rounded up or down is learned (Nagel, Amjad, van Baalen, Louizos, Blankevoort, ICML 2020).
+"""AdaRound: whether each weight is rounded up or down is learned.
 
-The rectified sigmoid of a variable per weight says how far up it is rounded; a regularizer, harder from step to step, drives
-it to 0 or 1. The paper minimises the error of the layer's outputs on batches of inputs. Without an activation behind the
-layer that error is quadratic in the weights, so here the Hessian gives it for all inputs at once: no noise, no inputs
-in memory, and some hundred steps in place of ten thousand.
+Nagel, Amjad, van Baalen, Louizos, Blankevoort: Up or Down? Adaptive Rounding, ICML 2020.
+
+The rectified sigmoid of a variable per weight says how far up it is rounded; a regularizer, harder from step to step,
+drives it to 0 or 1. The paper minimises the error of the layer's outputs on batches of inputs. Without an activation
+behind the layer that error is quadratic in the weights, so here the Hessian gives it for all inputs at once: no
+noise, no inputs in memory, and some hundred steps in place of ten thousand.
 """
 
 from __future__ import annotations

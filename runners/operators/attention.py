@@ -1,7 +1,7 @@
 """Attention whose projections are layers like any other, so that they can be quantized, sparsified and exported.
 
-`nn.MultiheadAttention` keeps the weights of its projections as parameters of its own and hands them to one function, past
-every hook and parametrization: a third of an encoder's weights would stay as they are. `open_attention` puts an
+`nn.MultiheadAttention` keeps the weights of its projections as parameters of its own and hands them to one function,
+past every hook and parametrization: a third of an encoder's weights would stay as they are. `open_attention` puts an
 equivalent module in its place.
 """
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """What `nn.MultiheadAttention` computes (Vaswani et al. 2017), with a linear layer for each projection.
 
-    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with. Of queries, keys
-    and values whole heads can be removed (`prune.prune_channels`), and `num_heads` says how many there are.
+    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with. Of
+    queries, keys and values whole heads can be removed (`prune.prune_channels`), and `num_heads` says how many there
+    are.
     """
 
     # torch's encoder layers look here to find out whether their fused path, which reads weights, may be taken.
@@ -94,7 +95,8 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
 def open_attention(model: nn.Module) -> nn.Module:
     """A copy of the model with `Attention` in the place of every `nn.MultiheadAttention`; the model itself without any.
 
-    Those with learned keys or zeros beside the input's stay as they are, and so do subclasses, which may compute something else.
+    Those with learned keys or zeros beside the input's stay as they are, and so do subclasses, which may compute
+    something else.
 
         >>> model = open_attention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> [name for name, part in model.named_modules() if isinstance(part, nn.Linear)][:4]

@@ -1,19 +1,21 @@
 """Cross-layer equalization: channels get similar ranges without a change of what the network computes.
 
-Where nothing but a positively homogeneous function (`f(s x) = s f(x)` for s > 0: ReLU, pooling) lies between a layer and those
-that read its outputs, a channel may be divided by any s > 0 at the one end and multiplied by it at the other (Nagel et
-al. 2019, data-free quantization through weight equalization, section 4.1). ReLU6 is no such function, nor are sigmoids and
-GELU, nor is a sum with another branch, which would need the same s.
+Where nothing but a positively homogeneous function (`f(s x) = s f(x)` for s > 0: ReLU, pooling) lies between a layer
+and those that read its outputs, a channel may be divided by any s > 0 at the one end and multiplied by it at the
+other (Nagel et al. 2019, data-free quantization through weight equalization, section 4.1). ReLU6 is no such function,
+nor are sigmoids and GELU, nor is a sum with another branch, which would need the same s.
 
-For each channel `s = sqrt(r1 / r2)`, with which both ranges become `sqrt(r1 r2)` (of values a multiple of it, the same for all). r2: its largest weight in what reads it. r1: its
-largest weight where it is made (the paper's, with a BatchNorm folded in), or the largest value that it takes on calibration
-images. Output channels have a scale of their own here, so that rows of a weight need no equalising; what is gained is that the columns of
-the next weight become alike, which share the scales of its rows, and the channels of an activation, which share one range. For
-activations the first r1 leaves out the bias: a channel that a BatchNorm makes of next to nothing but its bias becomes huge. The
+For each channel `s = sqrt(r1 / r2)`, with which both ranges become `sqrt(r1 r2)` (of values a multiple of it, the
+same for all). r2: its largest weight in what reads it. r1: its largest weight where it is made (the paper's, with a
+BatchNorm folded in), or the largest value that it takes on calibration images. Output channels have a scale of their
+own here, so that rows of a weight need no equalising; what is gained is that the columns of the next weight become
+alike, which share the scales of its rows, and the channels of an activation, which share one range. For activations
+the first r1 leaves out the bias: a channel that a BatchNorm makes of next to nothing but its bias becomes huge. The
 second is what SmoothQuant (Xiao et al. 2023) does at strength 1/2.
 
-Pairs are found by running the network once and writing down every function of torch that reads or makes a tensor. Whatever
-that does not see (scripted modules) shows when channels are scaled at random: a pair counts only if the outputs stay the same.
+Pairs are found by running the network once and writing down every function of torch that reads or makes a tensor.
+Whatever that does not see (scripted modules) shows when channels are scaled at random: a pair counts only if the
+outputs stay the same.
 """
 
 from __future__ import annotations
@@ -80,7 +82,11 @@ class _Call:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every function of torch that makes a tensor. owners: by `id` of a parameter, the name of its module."""
+    """Records every function of torch that makes a tensor.
+
+    Args:
+        owners: By `id` of a parameter, the name of its module.
+    """
 
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()
@@ -229,7 +235,7 @@ def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
 
 @torch.no_grad()
 def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> list[Tensor]:
-    """For each pair the largest magnitudes `[channels]` of what is read, a mean over the batches as for activation ranges."""
+    """For each pair the largest magnitudes `[channels]` of what is read, averaged over the batches."""
     modules = dict(model.named_modules())
     peaks: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
 
@@ -252,7 +258,8 @@ def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Ten
 def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[Tensor] | None = None) -> list[Tensor]:
     """For each pair what its channels are divided by where they are made, `[channels]`.
 
-    All pairs are updated in turn until nothing changes: a layer between two others has both its rows and its columns scaled.
+    All pairs are updated in turn until nothing changes: a layer between two others has both its rows and its columns
+    scaled.
 
     Args:
         model: The network.
@@ -305,10 +312,11 @@ def _kernel_peaks(weight: Tensor) -> Tensor:
 
 
 def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:
-    """The logarithm of `sqrt(r1 / r2)`; relative: up to a factor for all channels, where the two have no unit in common.
+    """The logarithm of `sqrt(r1 / r2)`; relative: up to a factor for all channels, where the two have no unit in
+    common.
 
-    A channel that has no range at one end (it is never active, or nothing reads it) gets what others have at the other end, or
-    it would decide alone on the scale there. One that has none at either stays.
+    A channel that has no range at one end (it is never active, or nothing reads it) gets what others have at the
+    other end, or it would decide alone on the scale there. One that has none at either stays.
     """
     has1, has2 = r1 > _DEAD * r1.max(), r2 > _DEAD * r2.max()
     one, two = torch.where(has1, r1, 1.0).log(), torch.where(has2, r2, 1.0).log()

@@ -80,15 +80,16 @@ def reestimate_batchnorms(
 ) -> None:
     """Replace the running statistics by their averages over the batches; all else stays in evaluation mode.
 
-    This repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh 2022).
+    This repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh
+    2022).
 
     Args:
         model: The network, changed in place.
         batches: Batches of inputs.
         bias: From `calibration_bias`; with it the statistics change only by what compression changed.
         only: The names of the BatchNorms to estimate; all when None.
-        one_factor: The names of those behind weights that have one scale for all channels. Their variances change by a common
-            factor (the geometric mean), and so does what folding multiplies the weight by.
+        one_factor: The names of those behind weights that have one scale for all channels. Their variances change by
+            a common factor (the geometric mean), and so does what folding multiplies the weight by.
     """
     norms = {name: norm for name, norm in batchnorms(model).items() if only is None or name in only}
     if not norms:
@@ -121,14 +122,15 @@ def reestimate_batchnorms(
 def calibration_bias(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """The difference between a network's own statistics and those of its calibration images, by BatchNorm.
 
-    A few hundred calibration images never have quite the statistics of the training that the network comes from: they are
-    few, and may be cropped otherwise. Re-estimation would take that for an effect of compression and cost the original
-    network 0.3 points (ResNet-20 on CIFAR-10, 512 training crops), 2.2 points (mobilenet_v2, random resized crops that it was
-    not trained with) or 4 points (ResNet-20, images without the crops it was trained with). With the bias taken out it costs
-    nothing, by construction.
+    A few hundred calibration images never have quite the statistics of the training that the network comes from: they
+    are few, and may be cropped otherwise. Re-estimation would take that for an effect of compression and cost the
+    original network 0.3 points (ResNet-20 on CIFAR-10, 512 training crops), 2.2 points (mobilenet_v2, random resized
+    crops that it was not trained with) or 4 points (ResNet-20, images without the crops it was trained with). With
+    the bias taken out it costs nothing, by construction.
 
     Returns:
-        By BatchNorm what to add to a mean over the batches, and what to multiply a variance by, to get the network's own.
+        By BatchNorm what to add to a mean over the batches, and what to multiply a variance by, to get the network's
+        own.
     """
     probe = copy.deepcopy(model)
     reestimate_batchnorms(probe, batches)

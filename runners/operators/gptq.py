@@ -28,7 +28,8 @@ def gptq(
 ) -> Tensor:
     """Round a weight to the grid `scale * codes` with a small error of the layer's outputs.
 
-    No row has a larger error than nearest rounding gives it: where the greedy order does worse, nearest rounding is used.
+    No row has a larger error than nearest rounding gives it: where the greedy order does worse, nearest rounding is
+    used.
 
     Args:
         weight: Output-first.

@@ -1,8 +1,8 @@
 """The Hessian of a layer's own error: `H = X X^T` over the calibration inputs, one for each group of a convolution.
 
-Changing a row of weights by `d` changes the layer's outputs by `d X`, whose squared sum is `d H d^T`. So with H alone the
-error of any change of weights can be computed and made small, without the inputs. It concerns what goes into the layer:
-BatchNorm behind it multiplies whole rows, and the best change of a row is the same with it and without.
+Changing a row of weights by `d` changes the layer's outputs by `d X`, whose squared sum is `d H d^T`. So with H alone
+the error of any change of weights can be computed and made small, without the inputs. It concerns what goes into the
+layer: BatchNorm behind it multiplies whole rows, and the best change of a row is the same with it and without.
 
 Weights come as rows `[groups, output channels of a group, inputs]`, where inputs are input channels times kernel
 positions; a depthwise convolution has as many groups as channels, and everything here works on all of them at once.
@@ -56,8 +56,8 @@ def damped(hessian: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular factor U of the inverse of the damped Hessian, `U^T U = H^-1`.
 
-    Row j of U, from its diagonal on, gives the best correction of the inputs after j for a change of input j, all inputs
-    before it being fixed (Frantar et al. 2023, section 3.3).
+    Row j of U, from its diagonal on, gives the best correction of the inputs after j for a change of input j, all
+    inputs before it being fixed (Frantar et al. 2023, section 3.3).
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -79,6 +79,6 @@ def output_error(change: Tensor, hessian: Tensor) -> Tensor:
 
 
 def better(first: Tensor, second: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
-    """Row by row, whichever of two weights has the smaller output error against `target`; `first` where they are equal."""
+    """Row by row, whichever weight has the smaller output error against `target`; `first` where they are equal."""
     errors = [output_error(choice - target, hessian) for choice in (first, second)]
     return torch.where((errors[1] < errors[0]).unsqueeze(-1), second, first)

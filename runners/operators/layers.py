@@ -3,9 +3,9 @@
 A `LayerKind` is plain data and a few functions. A new kind is one more entry of `KINDS`; no other module tests the type
 of a layer, names a layer class except to create one, or knows which axis of a stored weight holds the outputs.
 
-Everywhere else a weight is *output-first*, `[outputs, inputs of a group, kernel positions ...]`: `weight_of` gives it and
-`set_weight` takes it back, whatever the order in which the module stores it. What works on such a weight (rounding,
-zeros, ranges, low rank) uses `OUTPUT`, `INPUT` and the functions beside them.
+Everywhere else a weight is *output-first*, `[outputs, inputs of a group, kernel positions ...]`: `weight_of` gives it
+and `set_weight` takes it back, whatever the order in which the module stores it. What works on such a weight
+(rounding, zeros, ranges, low rank) uses `OUTPUT`, `INPUT` and the functions beside them.
 """
 
 from __future__ import annotations
@@ -62,15 +62,17 @@ class LayerKind:
     Attributes:
         types: The module classes.
         name: What `spaces.structure.Layer.kind` calls a layer of this kind.
-        output_axis, input_axis: The axes of the stored weight: 0 and 1, or 1 and 0. Output channels are ordered by group.
+        output_axis, input_axis: The axes of the stored weight: 0 and 1, or 1 and 0. Output channels are ordered by
+            group.
         channel_axis: The axis of the channels in inputs and outputs: 1, or -1.
         channels: Gives `(input channels, output channels)`.
         groups: Gives the number of groups: each group of outputs reads its own group of inputs.
         functions: The names of the functions of torch that compute it.
         macs: Gives the multiply-adds for one sample, from the shapes of a batch of inputs and of its outputs.
-        patches: Gives what each row of the weight is multiplied with, `[groups, inputs, positions]`, for a batch of inputs.
-        factors: Makes two layers with so many channels between them that may replace the layer, the second with a bias; None
-            where a layer of this kind cannot be factored.
+        patches: Gives what each row of the weight is multiplied with, `[groups, inputs, positions]`, for a batch of
+            inputs.
+        factors: Makes two layers with so many channels between them that may replace the layer, the second with a
+            bias; None where a layer of this kind cannot be factored.
         onnx: The operators that it is exported as.
         weight, bias: The names of its parameters.
     """
@@ -91,7 +93,7 @@ class LayerKind:
     bias: str = "bias"
 
     def output_first(self, stored: Tensor, groups: int = 1) -> Tensor:
-        """A stored weight (or what has its shape) as `[outputs, inputs of a group, ...]`, the tensor itself where it is."""
+        """A stored weight (or what has its shape) as `[outputs, inputs of a group, ...]`, a view if possible."""
         return stored if self.output_axis == OUTPUT else _turned(stored, groups)
 
     def stored(self, weight: Tensor, groups: int = 1) -> Tensor:
@@ -301,7 +303,7 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def samples(layer: nn.Module, x: Tensor) -> Tensor:
-    """A batch of inputs that may be split along its first axis; where channels come last, every position is a sample."""
+    """A batch of inputs that may be split along its first axis; with channels last every position is a sample."""
     return x.reshape(-1, x.shape[-1]) if kind_of(layer).channel_axis == -1 else x
 
 

@@ -1,11 +1,11 @@
 """A layer as two thinner ones: the best approximation of its weight by a matrix of low rank.
 
-The weight is read as the matrix `[outputs, inputs * kernel]`. A linear layer becomes two linear layers, a convolution its
-own kernel from the inputs to `rank` channels and then a 1 x 1 convolution to the outputs (Zhang et al., TPAMI 2016). The
-other usual cut, k x 1 and then 1 x k (Jaderberg et al., 2014), is not made: it needs more per rank where there are many
-channels, does nothing for 1 x 1 convolutions, and runs as kernels that runtimes are not written for. This one is exact at
-full rank for every stride, padding and dilation, and the second layer has the outputs, the bias and the BatchNorm of the
-old one.
+The weight is read as the matrix `[outputs, inputs * kernel]`. A linear layer becomes two linear layers, a convolution
+its own kernel from the inputs to `rank` channels and then a 1 x 1 convolution to the outputs (Zhang et al., TPAMI
+2016). The other usual cut, k x 1 and then 1 x k (Jaderberg et al., 2014), is not made: it needs more per rank where
+there are many channels, does nothing for 1 x 1 convolutions, and runs as kernels that runtimes are not written for.
+This one is exact at full rank for every stride, padding and dilation, and the second layer has the outputs, the bias
+and the BatchNorm of the old one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Factored(nn.Sequential):
 def basis(weight: Tensor) -> Tensor:
     """The singular vectors of a weight on its shorter side, those of the largest singular values first.
 
-    They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in float32 for
-    512 x 4608. One basis serves all ranks.
+    They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in
+    float32 for 512 x 4608. One basis serves all ranks.
 
     Args:
         weight: Output-first.
@@ -46,8 +46,8 @@ def factors(weight: Tensor, rank: int, vectors: Tensor | None = None) -> tuple[T
     """Two matrices of a rank whose product is nearest to a weight.
 
     `second @ first` is the weight's projection on the first `rank` vectors of its basis: the truncated singular value
-    decomposition, the nearest matrix of this rank in the Frobenius norm (Eckart & Young 1936). Each factor has the square
-    root of the singular values.
+    decomposition, the nearest matrix of this rank in the Frobenius norm (Eckart & Young 1936). Each factor has the
+    square root of the singular values.
 
     Args:
         weight: Output-first; all axes but the first are taken together.

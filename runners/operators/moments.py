@@ -76,9 +76,9 @@ def match_moments(
 ) -> dict[str, Tensor]:
     """Give layers the moments that `output_moments` measured in the original network, in place.
 
-    One pass over the batches, as for the re-estimation of BatchNorm: within a batch a layer is corrected before the next one
-    runs; the correction that is stored is the one for all batches together. Layers that are missing or lost channels stay
-    as they are.
+    One pass over the batches, as for the re-estimation of BatchNorm: within a batch a layer is corrected before the
+    next one runs; the correction that is stored is the one for all batches together. Layers that are missing or lost
+    channels stay as they are.
 
     Args:
         model: The compressed network.

@@ -1,15 +1,15 @@
 """Optimal brain surgeon: zeros are chosen by their cost after the other weights have been adjusted to them.
 
-Exact OBS (Hassibi & Stork 1992, as Frantar & Alistarh, NeurIPS 2022, do it row by row): the weight that costs least becomes zero, the
-others of its row are adjusted, and so on until none is left. Rows do not touch each other's outputs, so their sequences
-merge into one order of all weights, of which every level of sparsity is the beginning: one sweep serves them all. The weights
-that stay are then solved for at each level. On layers of ResNet-20, at 30 to 90% zeros, that leaves 1% to 23% of the output error
-of zeros by magnitude.
+Exact OBS (Hassibi & Stork 1992, as Frantar & Alistarh, NeurIPS 2022, do it row by row): the weight that costs least
+becomes zero, the others of its row are adjusted, and so on until none is left. Rows do not touch each other's
+outputs, so their sequences merge into one order of all weights, of which every level of sparsity is the beginning:
+one sweep serves them all. The weights that stay are then solved for at each level. On layers of ResNet-20, at 30 to
+90% zeros, that leaves 1% to 23% of the output error of zeros by magnitude.
 
-A sweep takes `rows * inputs^3 / 3` multiply-adds. A layer too large for that gets SparseGPT's mask (Frantar & Alistarh, ICML 2023), level by
-level: one pass over the inputs with one Cholesky factor for all rows, in which only the inputs that follow are adjusted to a zero.
-Then some zeros change places with others that now cost less (iterative hard thresholding, Blumensath & Davies 2009). That leaves
-1.1 to 3 times the error.
+A sweep takes `rows * inputs^3 / 3` multiply-adds. A layer too large for that gets SparseGPT's mask (Frantar &
+Alistarh, ICML 2023), level by level: one pass over the inputs with one Cholesky factor for all rows, in which only
+the inputs that follow are adjusted to a zero. Then some zeros change places with others that now cost less (iterative
+hard thresholding, Blumensath & Davies 2009). That leaves 1.1 to 3 times the error.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
 
 
 def _blocks(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
-    """By input the number of its block, and how many zeros each block may have; without a pattern there is one block."""
+    """By input the number of its block, and how many zeros each block may have; one block without a pattern."""
     channels, positions = row_shape(weight)
     if not pattern:
         return torch.zeros(channels * positions, dtype=torch.long), torch.tensor([channels * positions])
@@ -80,10 +80,11 @@ def _blocks(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(weight: Tensor, inverse: Tensor, blocks: Tensor, room: Tensor, cost: Tensor, part: Tensor) -> None:
-    """Exact OBS on some rows at once, `[rows, inputs]`, each with its inverse Hessian; writes what each zero costs to `cost[part]`.
+    """Exact OBS on some rows at once, `[rows, inputs]`, each with its inverse Hessian; writes what each zero costs to
+    `cost[part]`.
 
-    A zero's cost is more than all before it in its row, if by a hair, so that costs put a row's zeros in their order. Inputs that are zero in a
-    row leave its inverse, which shrinks.
+    A zero's cost is more than all before it in its row, if by a hair, so that costs put a row's zeros in their order.
+    Inputs that are zero in a row leave its inverse, which shrinks.
     """
     here = torch.arange(len(weight))
     left = torch.arange(weight.shape[1]).expand_as(weight)  # the inputs that are not zero yet, of each row

@@ -73,9 +73,10 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
 
 
 def _outgrows(graph: tp.DependencyGraph, module: nn.Module) -> bool:
-    """Whether a layer's channels become ever more on their way through reshapes that Torch-Pruning takes for another thing.
+    """Whether a layer's channels multiply without end on their way through reshapes that Torch-Pruning misreads.
 
-    It would list them all, without an end where they come round again (the shifted windows of Swin). Here they are only counted.
+    It would list them all, without an end where they come round again (the shifted windows of Swin). Here they are
+    only counted.
     """
     pruner = graph.get_pruner_of_module(module)
     waiting = [(graph.module2node[module], pruner.prune_out_channels, pruner.get_out_channels(module))]
@@ -132,7 +133,7 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
 
 
 def importance(group: Any) -> Tensor:
-    """The importance of each channel of a group: the L2 norm of all its weights, in and out, averaged over the layers."""
+    """The importance of each channel of a group: the L2 norm of its weights, in and out, averaged over the layers."""
     scores = tp.importance.GroupMagnitudeImportance(p=2)(group)
     assert isinstance(scores, Tensor)
     return scores
@@ -141,7 +142,8 @@ def importance(group: Any) -> Tensor:
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:
     """Remove all but the `keep` most important channels of each named group, in place; of an attention whole heads.
 
-    Importance is taken from the weights before any channel is removed; of equally important channels the later ones stay.
+    Importance is taken from the weights before any channel is removed; of equally important channels the later ones
+    stay.
 
     Args:
         model: The network.

@@ -1,15 +1,17 @@
-"""Weights as integers: symmetric, one scale per output channel, rounded to the nearest (`gptq` and `adaround` round otherwise).
+"""Weights as integers: symmetric, one scale per output channel, rounded to nearest.
 
 One bit is a sign: -1 or 1, and never 0.
 
-Or affine: one scale and one zero point for the whole weight, and all 2^bits codes (Jacob et al., CVPR 2018, section 2.1). Codes are
-counted from the zero point here too, so that 0 is zero, and only their limits differ. Such a grid is laid over the weight as it
-ships, BatchNorm folded into it; or else what ships would have a scale per channel again. So the step of a channel of the unfolded
-weight is `scale / factor`, by whatever the BatchNorm's factor is at the moment.
+Or affine: one scale and one zero point for the whole weight, and all 2^bits codes (Jacob et al., CVPR 2018, section
+2.1). Codes are counted from the zero point here too, so that 0 is zero, and only their limits differ. Such a grid is
+laid over the weight as it ships, BatchNorm folded into it; or else what ships would have a scale per channel again.
+So the step of a channel of the unfolded weight is `scale / factor`, by whatever the BatchNorm's factor is at the
+moment.
 
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
-2020) but for the factor in front; a zero point stays what it was. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
+2020) but for the factor in front; a zero point stays what it was. BatchNorm folded into the layer multiplies whole
+output channels, so it changes scales and not integers.
 """
 
 from __future__ import annotations
@@ -46,15 +48,16 @@ def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
 def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: int = 0) -> Tensor:
     """The scale of each output channel, by one of `RANGES`.
 
-    mse minimizes the squared error of the weights; for signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
-    equation 6). minmax makes the largest weight the largest code, percentile the 99th percentile of the magnitudes. entropy
-    minimizes the KL divergence of their histogram (Migacz 2017).
+    mse minimizes the squared error of the weights; for signs that is their mean magnitude (Rastegari et al. 2016,
+    XNOR-Net, equation 6). minmax makes the largest weight the largest code, percentile the 99th percentile of the
+    magnitudes. entropy minimizes the KL divergence of their histogram (Migacz 2017).
 
     Args:
         weight: Output-first.
         bits: The width of the codes.
         ranges: One of `RANGES`.
-        group_size: A scale for every so many weights of a row, the last group being what is left; 0 for one scale per row.
+        group_size: A scale for every so many weights of a row, the last group being what is left; 0 for one scale per
+            row.
 
     Returns:
         `[outputs]`, or `[outputs, groups]`.
@@ -140,8 +143,9 @@ RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 def affine_grid(weight: Tensor, bits: int, ranges: str = "mse") -> tuple[Tensor, int]:
     """The scale and the zero point of a whole weight, by one of `RANGES` but entropy.
 
-    minmax covers the smallest to the largest weight and zero, as torch's `MinMaxObserver` does. percentile leaves out half a per
-    cent at either end. mse minimizes the squared error, over ranges that are shortened at both ends, then at each end.
+    minmax covers the smallest to the largest weight and zero, as torch's `MinMaxObserver` does. percentile leaves out
+    half a per cent at either end. mse minimizes the squared error, over ranges that are shortened at both ends, then
+    at each end.
 
     Args:
         weight: Output-first.

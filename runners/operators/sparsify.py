@@ -1,7 +1,7 @@
 """Sparsity: masks of weights that become zero, anywhere in a layer or in a pattern N:M.
 
-In a pattern, of every M neighbouring input channels (at the same position of a convolution's kernel) N stay, which is what
-sparse matrix units read. Of what is left over at the end, r < M channels, `ceil(r N / M)` stay.
+In a pattern, of every M neighbouring input channels (at the same position of a convolution's kernel) N stay, which is
+what sparse matrix units read. Of what is left over at the end, r < M channels, `ceil(r N / M)` stay.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def growing_mask(weight: Tensor, count: int, pattern: str, grown: float) -> Tens
 
 
 def cubic(done: float) -> float:
-    """The share of the final zeros that are there at `done` (0..1) of the ramp (Zhu & Gupta 2017, equation 1, from none).
+    """The share of the final zeros that are there at `done` (0..1) of the ramp (Zhu & Gupta 2017, equation 1, from
+    none).
 
     >>> cubic(0.0), cubic(0.5), cubic(1.0)
     (0.0, 0.875, 1.0)
@@ -88,8 +89,8 @@ def _least(scores: Tensor, count: int) -> Tensor:
 def activation_scores(weight: Tensor, hessian: Tensor) -> Tensor:
     """Wanda (Sun et al., ICLR 2024): a weight's magnitude times the norm of the input that it is multiplied with.
 
-    The paper compares the weights of one output; here those of the whole layer are compared, as for the other criteria: 80.3% instead of
-    78.6% on 2,000 test images (ResNet-20 on CIFAR-10, 70% zeros, BatchNorm re-estimated).
+    The paper compares the weights of one output; here those of the whole layer are compared, as for the other
+    criteria: 80.3% instead of 78.6% on 2,000 test images (ResNet-20 on CIFAR-10, 70% zeros, BatchNorm re-estimated).
     """
     return weight.detach().abs() * input_norms(weight, hessian)
 

@@ -90,8 +90,8 @@ def teacher_logits(task: Task, teacher: nn.Module, limit: int = TEACHER_LOGITS_B
         limit: Bytes that they may take.
 
     Returns:
-        `[samples, classes]`, or None where they cannot be reused: samples are augmented or left out of batches, outputs are
-        not `[n, classes]`, or they take more than `limit` bytes.
+        `[samples, classes]`, or None where they cannot be reused: samples are augmented or left out of batches,
+        outputs are not `[n, classes]`, or they take more than `limit` bytes.
     """
     count = len(dataset(task, "train"))  # type: ignore[arg-type]  # torch gives Dataset no length
     if not repeatable(task):
@@ -132,9 +132,9 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 def pairs(student: nn.Module, teacher: nn.Module, x: Tensor) -> list[str]:
     """The modules whose features are compared: for each shape of outputs the last one that both networks have.
 
-    In a network of stages these are the ends of the stages. A module counts when it has parameters, runs once and returns
-    the same shape in both, so one that lost channels or was left out has no counterpart. Outputs of the shape of the
-    network's own are left to `soft_loss`.
+    In a network of stages these are the ends of the stages. A module counts when it has parameters, runs once and
+    returns the same shape in both, so one that lost channels or was left out has no counterpart. Outputs of the shape
+    of the network's own are left to `soft_loss`.
     """
     own, theirs = _shapes(student, x), _shapes(teacher, x)
     last = {shape: name for name, shape in theirs.items() if own.get(name) == shape}

@@ -100,7 +100,8 @@ def finetune(
 
     The loss is `distill * T^2 * KL(teacher || student)` at temperature T plus `(1 - distill)` times the task's loss
     (Hinton et al. 2015) plus `features` times the distance of features. Distillation of outputs applies to outputs
-    `[n, classes]` and is left out for other shapes. Gradual zeros grow from none again, so they are for the first training.
+    `[n, classes]` and is left out for other shapes. Gradual zeros grow from none again, so they are for the first
+    training.
 
     Args:
         model: The student.
