@@ -103,7 +103,7 @@ def pack_ternary(values: NDArray[np.int8]) -> bytes:
     """Numbers of {-1, 0, 1}, five to a byte: its digits to base 3, the first the lowest.
 
     >>> pack_ternary(np.array([1, 0, -1, -1, 1, 0], np.int8)).hex()
-    'a501'
+    'a779'
     """
     digits = np.ones(-(-len(values) // 5) * 5, np.int8)
     digits[: len(values)] += values
