@@ -24,8 +24,8 @@ from paretorch import Recipe, Task
 from paretorch.configs.digits import splits
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner
+from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import Quantize, Recover, Sparsify, Step
 from paretorch.spaces.structure import Structure
 

@@ -15,11 +15,11 @@ from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
 from .compression.compress import check_fits
 from .files.packing import unpack
-from .graphs.onnx_export import session
 from .local import LocalRunner
 from .record import Record, RecordRow, rows
 from .runner import Progress
 from .settings import MeasurementSettings
+from .targets.runtime import session
 
 
 def read_recipe(path: Path) -> tuple[Recipe, Path | None]:

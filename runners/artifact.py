@@ -27,8 +27,8 @@ from ..objectives.display import show, spread
 from ..spaces.recipe import Recipe
 from .files import packing
 from .files.atomic import write_atomic
-from .graphs.onnx_export import DISABLED_OPTIMIZERS, session
 from .record import Record
+from .targets.runtime import DISABLED_OPTIMIZERS, session
 
 VERSION = 2
 _FILES_1 = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md")
@@ -77,7 +77,7 @@ def write(
     """
     directory = directory.absolute()
     check_free(directory)
-    model = packing.unpack(packed).SerializeToString(deterministic=True)
+    model = packing.onnx_bytes(packed)
     contents = {
         "model.onnx": model,
         "weights.safetensors": packed,
@@ -196,7 +196,7 @@ def inspect(directory: str | Path) -> VerifiedArtifact:
                 f"{folder} holds {', '.join(foreign)}, which artifact.json does not list; move that elsewhere"
             )
         packed, model = contents["weights.safetensors"], contents["model.onnx"]
-        if packing.unpack(packed).SerializeToString(deterministic=True) != model:
+        if packing.onnx_bytes(packed) != model:
             raise ArtifactError(f"{folder}: weights.safetensors and model.onnx are two different models")
         onnx.checker.check_model(model)
         recipe = Recipe.from_dict(yaml.safe_load(contents["recipe.yaml"]))

@@ -154,7 +154,7 @@ def fastest(
 
     clock: seconds, from any start.
     """
-    graphs = [packing.unpack(data).SerializeToString() for data in files]
+    graphs = [packing.onnx_bytes(data) for data in files]
     images = _some(graphs, batches, load, seconds, clock)
     count = sum(len(x) for x, _ in images)
     first = obvious()

@@ -1,17 +1,17 @@
-"""How much each layer minds each level of compression: alone in the otherwise untouched network.
+"""The sensitivity of each layer to each level of compression, alone in the otherwise original network.
 
-The score is the divergence of the outputs from the untouched network's, on calibration images, after BatchNorm
+The score is the divergence of the outputs from the original network's, on calibration images, after BatchNorm
 re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL divergence of the softmax (temperature
 1), for any other the mean squared difference relative to the outputs' variance. It is never the error of the weights
 alone, nor the curvature of the loss: they rank the levels of a layer, but not the layers of a network.
 
-All that runs before the changed layer computes what it does in the untouched network, so it is run once and recorded.
-A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in which
-they begin; one that has ended before the changed layer is called returns what it returned before and runs nothing inside
-(`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer to layer. Recorded
-twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does not fit into memory
-is run again, and whatever a network does that this does not foresee is found out on two images, where the outputs with
-recorded calls must be the outputs without.
+All that runs before the changed layer computes what it does in the original network, so it is run once and recorded.
+A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in
+which they begin; one that has ended before the changed layer is called returns what it returned before and runs
+nothing inside (`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer
+to layer. Recorded twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does
+not fit into memory is run again, and what is recorded counts only if the outputs with recorded calls are those
+without, on two images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from ..spaces.structure import Layer, Structure
 from .compression.build import Builder
 from .compression.compress import compress, freeze, one_factor
 from .operators.fold import batchnorms, reestimate_batchnorms
+from .operators.layers import set_weight, weight_of
 
 if TYPE_CHECKING:
     import pandas
@@ -44,7 +45,7 @@ KL, SQUARED = "KL divergence (nats)", "squared difference / variance"
 VERSION = 1
 Level = tuple[int, float | str]  # weight bits, and the share of zeros or their pattern
 UNTOUCHED: Level = (32, 0.0)
-# What hears of the progress: rows that are done, rows in all, and the layer at work.
+# Is given the progress: rows that are done, rows in all, and the layer at work.
 Progress = Callable[[int, int, str], None]
 
 
@@ -63,10 +64,14 @@ class SensitivityRow:
 class Sensitivity:
     """The divergence of every layer at every level, alone; infinite where outputs are not finite.
 
-    unit: what a divergence is, `KL` or `SQUARED`. images: on how many calibration images it was measured.
+    Attributes:
+        rows: One for each layer and level.
+        unit: What a divergence is, `KL` or `SQUARED`.
+        images: On how many calibration images it was measured.
 
-        >>> found = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
-        >>> found.divergence("fc", 4), found.divergence("fc")
+    Example:
+        >>> sensitivity = Sensitivity((SensitivityRow("fc", 4, 0.0, 0.02, 36),), KL, 512)
+        >>> sensitivity.divergence("fc", 4), sensitivity.divergence("fc")
         (0.02, 0.0)
     """
 
@@ -75,16 +80,23 @@ class Sensitivity:
     images: int
 
     def divergence(self, layer: str, weight_bits: int = 32, sparsity: float | str = 0.0) -> float:
-        """Of one layer at one level, 0 for the untouched one; raises `RecipeError` for what was not measured."""
+        """Of one layer at one level, 0 for the original one.
+
+        Raises:
+            RecipeError: The level was not measured.
+        """
         if (weight_bits, sparsity) == UNTOUCHED:
             return 0.0
-        if (layer, weight_bits, sparsity) not in self._found:
-            raise RecipeError(f"the sensitivity of layer {layer!r} at {weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros was not measured; "
-                              "measure it again with this network and space")  # fmt: skip
-        return self._found[layer, weight_bits, sparsity]
+        if (layer, weight_bits, sparsity) not in self._by_level:
+            level = f"{weight_bits} bits and {100 * zeros_of(sparsity):g}% zeros"
+            raise RecipeError(
+                f"the sensitivity of layer {layer!r} at {level} was not measured; "
+                "measure it again with this network and space"
+            )
+        return self._by_level[layer, weight_bits, sparsity]
 
     @cached_property
-    def _found(self) -> dict[tuple[str, int, float | str], float]:
+    def _by_level(self) -> dict[tuple[str, int, float | str], float]:
         return {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in self.rows}
 
     def by_axis(self, space: Space, structure: Structure) -> dict[str, tuple[float, ...]]:
@@ -92,7 +104,7 @@ class Sensitivity:
 
         Divergences of layers add up well while they are small. Raises `RecipeError` for a choice that was not measured.
         """
-        found = {}
+        divergences = {}
         for axis in space.axes(structure):
             if axis.student != "":
                 continue
@@ -102,10 +114,10 @@ class Sensitivity:
                 levels = [(32, ratio) for ratio in axis.choices]
             else:
                 continue
-            found[axis.name] = tuple(
+            divergences[axis.name] = tuple(
                 math.fsum(self.divergence(target, *level) for target in axis.targets) for level in levels
             )
-        return found
+        return divergences
 
     def table(self) -> pandas.DataFrame:
         """A row per layer and level; `unit` is a column, so that a CSV file says what it holds."""
@@ -117,7 +129,9 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; JSON has no infinity, so that one is None."""
-        rows = [asdict(row) | {"divergence": row.divergence if math.isfinite(row.divergence) else None} for row in self.rows]  # fmt: skip
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["divergence"] = row["divergence"] if math.isfinite(row["divergence"]) else None
         return {"version": VERSION, "unit": self.unit, "images": self.images, "rows": rows}
 
     def to_json(self) -> str:
@@ -130,7 +144,7 @@ class Sensitivity:
             if data["version"] > VERSION:
                 raise ArtifactError(f"a sensitivity of version {data['version']}; this paretorch reads up to {VERSION}")
             rows = [SensitivityRow(**row) for row in data["rows"]]
-            rows = [SensitivityRow(**asdict(row) | {"divergence": math.inf if row.divergence is None else float(row.divergence)}) for row in rows]  # fmt: skip
+            rows = [replace(row, divergence=_from_json(row.divergence)) for row in rows]
             return cls(tuple(rows), str(data["unit"]), int(data["images"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"not a sensitivity: {error!r}") from error
@@ -144,19 +158,25 @@ class Sensitivity:
             raise ArtifactError(f"not a sensitivity: {error}") from error
 
 
+def _from_json(divergence: float | None) -> float:
+    """JSON has no infinity, so that one is None there."""
+    return math.inf if divergence is None else float(divergence)
+
+
 def order(level: Level) -> tuple[float, str, int]:
-    """What levels are sorted by: more and more zeros, and then fewer and fewer bits."""
+    """The sort key of a level: increasing zeros, then decreasing bits."""
     bits, zeros = level
     return zeros_of(zeros), str(zeros), -bits
 
 
 def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
-    """By layer, in order: every combination of its choices, and each choice alone, without the untouched level.
+    """By layer, in order: every combination of its choices, and each choice alone, without the original's level.
 
-    Raises `ConfigError` when the space leaves nothing to measure.
+    Raises:
+        ConfigError: The space leaves nothing to measure.
     """
     axes = [axis for axis in space.axes(structure) if axis.student == ""]
-    found: dict[str, list[Level]] = {}
+    by_layer: dict[str, list[Level]] = {}
     for layer in structure.layers:
         bits, ratios = (
             next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
@@ -166,19 +186,24 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
         distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:
-            found[layer.name] = distinct
-    if not found:
-        raise ConfigError("space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
-                          "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out")  # fmt: skip
-    return found
+            by_layer[layer.name] = distinct
+    if not by_layer:
+        raise ConfigError(
+            "space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
+            "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out"
+        )
+    return by_layer
 
 
 def divergence(dense: Tensor, outputs: Tensor) -> float:
-    """How far outputs lie from the untouched network's, a mean over the images; infinite when they are not finite.
+    """How far outputs are from the original network's, a mean over the images; infinite when they are not finite.
 
-    dense, outputs: `[n, classes]` with at least two classes gives KL(softmax(dense) || softmax(outputs)) in nats, any
-    other shape the mean squared difference over the variance of `dense`.
+    Args:
+        dense: The original network's outputs. `[n, classes]` with at least two classes gives KL(softmax(dense) ||
+            softmax(outputs)) in nats, any other shape the mean squared difference over the variance of `dense`.
+        outputs: As `dense`.
 
+    Example:
         >>> round(divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])), 4)
         0.1201
     """
@@ -193,7 +218,7 @@ def divergence(dense: Tensor, outputs: Tensor) -> float:
 
 
 def unit_of(outputs: Tensor) -> str:
-    """What a divergence of such outputs is: `KL` of `[n, classes]`, else `SQUARED`."""
+    """What a divergence of such outputs is: `KL` for `[n, classes]`, else `SQUARED`."""
     return KL if outputs.ndim == 2 and outputs.shape[1] > 1 else SQUARED
 
 
@@ -205,12 +230,19 @@ def measure_sensitivity(
     reuse: bool = True,
     memory: int = 1 << 30,
 ) -> Sensitivity:
-    """Every layer at every level of the space, alone in the runner's network, on all its calibration images.
+    """Measure every layer at every level of the space, alone in the runner's network, on all its calibration images.
 
-    Zeros are chosen, ranges found and weights rounded by the first choice of the space.
+    Zeros, ranges and rounding are chosen by the first methods of the space.
 
-    reuse: record what runs before a layer instead of running it again; memory: bytes of records at most. Both change
-    the time it takes and nothing else. Raises `ConfigError` when the space leaves nothing to measure.
+    Args:
+        runner: The runner whose network is measured.
+        space: The space that names the levels.
+        progress: Is given rows that are done, rows in all, and the layer being measured.
+        reuse: Whether what runs before a layer is recorded instead of run again; it changes the time alone.
+        memory: Bytes of records at most; it changes the time alone.
+
+    Raises:
+        ConfigError: The space leaves nothing to measure.
     """
     structure = runner.structure
     wanted = levels(space, structure)
@@ -259,11 +291,11 @@ class _Bench:
         self.prefix = Prefix(self.model, self.parts, memory, modes=2 if self.norms else 1)
 
     def restore(self, layer: str | None = None) -> None:
-        """The untouched network again: the statistics, and the weight of a layer."""
+        """Restore the original network: the statistics, and the weight of a layer."""
         for name, norm in self.norms.items():
             norm.load_state_dict(self.statistics[name])
         if layer:
-            self.model.get_submodule(layer).weight.copy_(self.runner.model.get_submodule(layer).weight)  # type: ignore[operator,union-attr,arg-type]
+            set_weight(self.model.get_submodule(layer), weight_of(self.runner.model.get_submodule(layer)))
 
     @torch.no_grad()
     def advance(self, layer: str) -> None:
@@ -293,7 +325,8 @@ class _Bench:
 class _Call:
     """One call of a module in a forward pass: `end` is the number of the next call that is not inside it.
 
-    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place later.
+    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place
+    later.
     """
 
     module: str
@@ -307,14 +340,18 @@ class _Reached(Exception):
 
 
 class _Astray(Exception):
-    """The forward pass takes another way than the one that was recorded."""
+    """The forward pass differs from the one that was recorded."""
 
 
 class Prefix:
     """The calls of a network's modules before one layer, recorded for some batches.
 
-    model: is given forward methods that record and replay; between `advance` calls it may change from the layer on, but
-    not before it. modes: in how many ways it is run, told apart by a number. memory: bytes of records at most.
+    Args:
+        model: Is given forward methods that record and replay. Between `advance` calls it may change from the layer on,
+            but not before it.
+        batches: The batches of inputs.
+        memory: Bytes of records at most.
+        modes: In how many ways it is run, told apart by a number.
 
     After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. `replayed` are the names of the
     modules that are not run then.
@@ -346,7 +383,8 @@ class Prefix:
     def advance(self, layer: str, switch: Callable[[bool], None]) -> None:
         """Record up to a layer that is called once; `switch(True)` begins mode 1, `switch(False)` ends it.
 
-        The network must be untouched. When the records would take more memory than they may, those of an earlier layer stay.
+        The network must be untouched. When the records would take more memory than they may, those of an earlier
+        layer stay.
         """
         stop = next((number for number, call in enumerate(self._calls) if call.module == layer), None)
         if stop is None:
@@ -367,7 +405,8 @@ class Prefix:
                     return
         switch(False)
         self._records = records
-        self.replayed = frozenset(self._calls[i].module for number in frontier for i in range(number, self._calls[number].end))  # fmt: skip
+        inside = (i for number in frontier for i in range(number, self._calls[number].end))
+        self.replayed = frozenset(self._calls[i].module for i in inside)
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of a module's forward method."""
@@ -433,12 +472,12 @@ class Prefix:
         finally:
             for module in watched:
                 del module.forward
-        found = []
+        seen = []
         for number, call in enumerate(calls):
             assert call is not None
             frail = number in outputs and _version(outputs[number][0]) != outputs[number][1]
-            found.append(_Call(call.module, call.end, call.bytes, frail))
-        return found
+            seen.append(_Call(call.module, call.end, call.bytes, frail))
+        return seen
 
     def _frontier(self, stop: int) -> frozenset[int]:
         """The outermost calls that have ended before the call `stop` and can be recorded.
@@ -451,15 +490,15 @@ class Prefix:
             call.module for call in self._calls[:stop]
         }:
             stop = next(number for number, call in enumerate(self._calls) if call.module in shared)
-        found, number = [], 0
+        outermost, number = [], 0
         while number < stop:
             call = self._calls[number]
             if call.end <= stop and call.bytes:
-                found.append(number)
+                outermost.append(number)
                 number = call.end
             else:
                 number += 1
-        return frozenset(found)
+        return frozenset(outermost)
 
     def _agrees(self, stop: int, frontier: frozenset[int]) -> bool:
         """Whether the outputs with recorded calls are those without, on two images."""

@@ -1,12 +1,13 @@
-"""What the calibration images say of each layer: the Hessian of its inputs and the gradients of its weights.
+"""Statistics of each layer on the calibration images: the Hessian of its inputs and the gradients of its weights.
 
-Some ways to round and to choose zeros ask for more than the weights. All of it comes from one pass of the network over
-the calibration images (several where the Hessians of all layers would not fit into memory), is stored in the layer library
-by content, and so shared by trials, studies and processes.
+Some methods of rounding and of choosing zeros need more than the weights. All of it comes from one pass of the
+network over the calibration images (several where the Hessians of all layers would not fit into memory), is stored in
+the layer library by content, and so shared by trials, studies and processes.
 
-Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed already: so a layer's
-result depends on the layer alone, and is made once. Where blocks or channels are gone, the narrowed network is the one that runs, with
-the statistics of its BatchNorms estimated anew, as they will be in the end.
+Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed
+already: so a layer's result depends on the layer alone, and is made once. Where blocks or channels are gone, the
+narrowed network is the one that runs, with the statistics of its BatchNorms estimated anew, as they will be in the
+end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 
 from ...errors import Diverged
 from ..operators.fold import reestimate_batchnorms
-from ..operators.hessian import gram, groups_of
+from ..operators.hessian import gram
 from ..operators.hooks import attached
+from ..operators.layers import groups_of, layers_of, output_first, parameter_of, rows, weight_of
 from ..task import Criterion
 from .library import LayerLibrary, LayerStatistics, digest
 
@@ -34,10 +36,14 @@ HESSIAN, FISHER = "hessian", "fisher"
 
 
 class Calibration:
-    """A network and its calibration images, in parts that are run at once.
+    """A network and its calibration images.
 
-    library: where what is computed is kept; nowhere but here when None. seed: of all that is drawn. criteria: functions of the
-    user's, see `Task`.
+    Args:
+        model: The network, in evaluation mode.
+        parts: The images, in batches that are run at once.
+        library: Where results are kept; None keeps them in memory.
+        seed: The seed of everything random.
+        criteria: The user's functions by name, see `Task`.
     """
 
     def __init__(
@@ -57,37 +63,38 @@ class Calibration:
 
     @cached_property
     def untouched(self) -> Statistics:
-        """Of the network itself."""
+        """Statistics of the network itself."""
         return Statistics(self.model, self)
 
     def of(self, model: nn.Module) -> Statistics:
-        """Of another network that computes the same; it stays as it is."""
+        """Statistics of another network that computes the same; it stays as it is."""
         return Statistics(copy.deepcopy(model), self)
 
     def after(self, model: nn.Module) -> Statistics:
-        """Of a network that was cut down; it stays as it is."""
+        """Statistics of a network that lost channels, blocks or ranks; it stays as it is."""
         operated = copy.deepcopy(model)
         reestimate_batchnorms(operated, self.parts)
         return Statistics(operated, self)
 
 
 class Statistics:
-    """Hessians and gradients of one network's layers on calibration images, computed at the first question for all of them.
+    """Hessians and gradients of a network's layers on calibration images, computed when first asked for.
 
-    Layers: all convolutions and linear layers that run exactly once. `[layer]` raises `KeyError` for any other.
+    Layers are all that run exactly once; `[layer]` raises `KeyError` for any other.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration) -> None:
         self.model, self.calibration = model.eval(), calibration
-        self._found: dict[tuple[str, str], Tensor] = {}
+        self._in_memory: dict[tuple[str, str], Tensor] = {}
 
     @cached_property
     def key(self) -> str:
-        """Names the network and its images: its modules, its numbers, and what it answers, for code has no content."""
+        """Names the network and its images: its modules, numbers and outputs, because code has no content to hash."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
         # The number of threads is the order of sums.
-        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), list(self.model.state_dict()), self.calibration.seed)  # fmt: skip
+        names, seed = list(self.model.state_dict()), self.calibration.seed
+        about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), names, seed)
         numbers = digest(*self.model.state_dict().values(), answer)
         return hashlib.sha256(repr((*about, numbers, self.calibration.images)).encode()).hexdigest()
 
@@ -103,36 +110,36 @@ class Statistics:
 
     @cached_property
     def _layers(self) -> dict[str, nn.Module]:
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, kinds)}
+        return layers_of(self.model)
 
     def _get(self, kind: str, layer: str) -> Tensor:
         """From the library, or else computed, together with those of other layers as far as they fit into memory."""
-        found = self._stored(kind, layer)
-        return self._compute(kind, layer) if found is None else found
+        stored = self._stored(kind, layer)
+        return self._compute(kind, layer) if stored is None else stored
 
     def _stored(self, kind: str, layer: str) -> Tensor | None:
-        if (kind, layer) in self._found:
-            return self._found[kind, layer]
+        if (kind, layer) in self._in_memory:
+            return self._in_memory[kind, layer]
         if self.calibration.library is None:
             return None
-        found = self.calibration.library.find(
+        entry = self.calibration.library.find(
             self._name(kind, layer), {kind: (torch.float32, self._shape(kind, layer))}
         )
-        return None if found is None else found[kind]
+        return None if entry is None else entry[kind]
 
     def _keep(self, kind: str, layer: str, value: Tensor) -> None:
         library = self.calibration.library
         if library is None or not library.put(self._name(kind, layer), {kind: value}):
-            self._found[kind, layer] = value  # there is no disk to keep it
+            self._in_memory[kind, layer] = value  # there is no disk to keep it
 
     def _name(self, kind: str, layer: str) -> str:
         return hashlib.sha256(f"{self.key}/{layer}/{kind}".encode()).hexdigest()
 
     def _shape(self, kind: str, layer: str) -> tuple[int, ...]:
-        weight = self._layers[layer].get_parameter("weight")
-        inputs = weight[0].numel()
-        return (groups_of(self._layers[layer]), inputs, inputs) if kind == HESSIAN else tuple(weight.shape)
+        module = self._layers[layer]
+        weight = weight_of(module)
+        inputs = rows(weight).shape[1]
+        return (groups_of(module), inputs, inputs) if kind == HESSIAN else tuple(weight.shape)
 
     def _compute(self, kind: str, layer: str) -> Tensor:
         names, size = [layer], 0
@@ -141,18 +148,18 @@ class Statistics:
             if name != layer and size + need <= _MEMORY and self._stored(kind, name) is None:
                 names.append(name)
                 size += need
-        found = self._hessians(names) if kind == HESSIAN else self._fisher(names)
-        for name, value in found.items():
+        values = self._hessians(names) if kind == HESSIAN else self._fisher(names)
+        for name, value in values.items():
             self._keep(kind, name, value)
-        return found[layer]
+        return values[layer]
 
     @torch.no_grad()
     def _hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
 
         def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found = gram(module, args[0])
-            totals[name] = totals[name] + found if name in totals else found
+            product = gram(module, args[0])
+            totals[name] = totals[name] + product if name in totals else product
 
         hooks = [self._layers[name].register_forward_pre_hook(partial(watch, name)) for name in names]
         with attached(hooks):
@@ -166,11 +173,11 @@ class Statistics:
     def _fisher(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The mean square of the gradients of a divergence from the network's own outputs.
 
-        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of the
-        loss at answers that are drawn from the network's own (Fisher information). So no labels are needed. Outputs that are
-        no class scores get answers with normal noise.
+        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of
+        the loss at answers that are drawn from the network's own (Fisher information). So no labels are needed.
+        Outputs that are no class scores get answers with normal noise.
         """
-        weights = {name: self._layers[name].get_parameter("weight") for name in names}
+        weights = {name: parameter_of(self._layers[name]) for name in names}
         flags = {name: weight.requires_grad for name, weight in weights.items()}
         totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         generator = torch.Generator().manual_seed(self.calibration.seed)
@@ -180,8 +187,8 @@ class Statistics:
             with torch.enable_grad():
                 for images in (few for part in self.calibration.parts for few in torch.split(part, _TOGETHER)):
                     loss = _own_loss(self.model(images), generator)
-                    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                    for name, gradient in zip(names, found, strict=True):
+                    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                    for name, gradient in zip(names, gradients, strict=True):
                         if gradient is not None:
                             # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of squares.
                             totals[name] += (gradient * len(images)).square()
@@ -189,11 +196,11 @@ class Statistics:
             for name, weight in weights.items():
                 weight.requires_grad_(flags[name])
         count = sum(map(len, self.calibration.parts))
-        return {name: (total / count).contiguous() for name, total in totals.items()}
+        return {name: output_first(self._layers[name], total / count).contiguous() for name, total in totals.items()}
 
 
 def _own_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """The mean loss against answers drawn from the outputs themselves."""
+    """The mean loss against targets drawn from the outputs themselves."""
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         drawn = torch.multinomial(outputs.detach().softmax(1), 1, generator=generator)
         return F.cross_entropy(outputs, drawn.squeeze(1))

@@ -1,9 +1,9 @@
-"""Looks at a live network and writes down its `Structure`: layers, dependency groups, blocks, and what is refused.
+"""The `Structure` of a live network: its layers, dependency groups and blocks, and what cannot be compressed.
 
 Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
 dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
 after all of them were really pruned in a copy that still gives outputs of the same shape, and a block only after the
-copy without it had the shapes that `spaces.structure.shapes` foretells.
+copy without it had the shapes that `spaces.structure.shapes` predicts.
 """
 
 from __future__ import annotations
@@ -23,29 +23,48 @@ from ...spaces.structure import Group, Layer, Structure, inside, kept_channels, 
 from ..operators.equalize import find_pairs
 from ..operators.fold import fold_batchnorms
 from ..operators.hooks import attached
+from ..operators.layers import (
+    BATCHNORMS,
+    NORMALIZATIONS,
+    TYPES,
+    bias_of,
+    is_layer,
+    kind_of,
+    parameter_of,
+    weight_of,
+)
 from ..operators.prune import channel_groups
 from .compress import Skip, compress
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _Part = TypeVar("_Part")
-_NORMS = (*BATCHNORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises `TaskError` that names the first parameter or buffer with a NaN or an infinity."""
+    """Check that all parameters and buffers are finite.
+
+    Raises:
+        TaskError: One holds NaN or infinity; it is named.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
-            raise TaskError(f"the network's {name} holds NaN or infinity in {bad} of {tensor.numel()} numbers; "
-                            "check the checkpoint that your model function loads")  # fmt: skip
+            raise TaskError(
+                f"the network's {name} holds NaN or infinity in {bad} of {tensor.numel()} numbers; "
+                "check the checkpoint that your model function loads"
+            )
 
 
 def trace(model: nn.Module, example: Tensor) -> Structure:
-    """The structure of a network in evaluation mode, from a batch of real inputs `[n >= 2, ...]`.
+    """The structure of a network in evaluation mode.
 
-    More inputs make the order of `blocks` (least important first) more reliable; 64 are plenty. Raises `TaskError`
-    when the network does not run on the inputs, gives something else than one tensor, or holds non-finite weights.
+    Args:
+        model: The network; it stays as it is.
+        example: Real inputs `[n >= 2, ...]`. More of them make the order of `blocks` (least important first) more
+            reliable; 64 are enough.
+
+    Raises:
+        TaskError: The network does not run on the inputs, returns something else than one tensor, or holds non-finite
+            weights.
     """
     check_weights(model)
     model = copy.deepcopy(model).eval()
@@ -56,15 +75,15 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     layers: list[Layer] = []
     refused: list[tuple[str, str]] = []
     for module, (x, y) in calls.items():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            layers.append(_layer(names[module], module, y, len(x)))
+        if is_layer(module):
+            layers.append(_layer(names[module], module, x, y))
     counts = _counts(model, example)
     kept = []
     for layer in layers:
         module = model.get_submodule(layer.name)
         if counts[module] > 1:
             refused.append((layer.name, f"is used {counts[module]} times in one forward pass"))
-        elif tied[id(module.weight)] > 1:
+        elif tied[id(parameter_of(module))] > 1:
             refused.append((layer.name, "shares its weights with another module"))
         else:
             kept.append(layer)
@@ -80,9 +99,14 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
 
     pairs, unpaired = find_pairs(model, example[:2])
     structure = Structure(
-        tuple(kept), (), _blocks(model, example, calls, names), tuple(refused), folds, tuple(example.shape[1:]),
-        pairs=tuple((pair.maker, pair.readers) for pair in pairs), unpaired=tuple(unpaired.items()),
-    )  # fmt: skip
+        tuple(kept),
+        blocks=_blocks(model, example, calls, names),
+        refused=tuple(refused),
+        folds=folds,
+        input_shape=tuple(example.shape[1:]),
+        pairs=tuple((pair.maker, pair.readers) for pair in pairs),
+        unpaired=tuple(unpaired.items()),
+    )
     return _with_groups(model, example, output, structure)
 
 
@@ -99,8 +123,10 @@ def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tenso
         with torch.no_grad(), attached(hooks):
             output = model(example)
     except Exception as error:  # whatever the user's network raises on the user's own inputs
-        raise TaskError(f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
-                        f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise TaskError(
+            f"the network does not run on its validation inputs of shape {tuple(example.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != len(example):
         kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise TaskError(
@@ -119,35 +145,30 @@ def _counts(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     return counts
 
 
-def _layer(name: str, module: nn.Module, output: Tensor, batch: int) -> Layer:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, nn.Linear):
-        kind, positions = "linear", output.numel() // batch // module.out_features
-    else:
-        assert isinstance(module, CONVOLUTIONS)
-        positions = output.numel() // batch // module.out_channels
-        kind = "conv" if module.groups == 1 else "depthwise" if module.groups == module.in_channels else "grouped"
-    return Layer(name, kind, tuple(weight.shape), weight.numel() * positions, bias=module.bias is not None)
+def _layer(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> Layer:
+    kind, shape = kind_of(layer), tuple(weight_of(layer).shape)
+    macs = kind.macs(layer, x.shape, y.shape)
+    return Layer(name, kind.name(layer), shape, macs, bias=bias_of(layer) is not None)
 
 
 def _refused(
     model: nn.Module, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
 ) -> list[tuple[str, str]]:
     """What carries parameters and is left as it is, each with the reason."""
-    found = []
+    refused = []
+    supported = ", ".join(one.__name__ for one in TYPES)
     for module, name in names.items():
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        if not own or isinstance(module, _NORMS):
+        if not own or isinstance(module, NORMALIZATIONS):
             continue
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if is_layer(module):
             if module not in calls:
-                found.append((name, "is not called as a module in the forward pass"))
+                refused.append((name, "is not called as a module in the forward pass"))
         elif type(module).__module__.partition(".")[0] == "torch":
-            found.append((name, f"{type(module).__name__} is not supported; supported: Conv1d, Conv2d, Linear"))
+            refused.append((name, f"{type(module).__name__} is not supported; supported: {supported}"))
         else:
-            found.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
-    return found
+            refused.append((name or "(the network)", f"{own} parameters of its own, outside any layer"))
+    return refused
 
 
 def _folds(
@@ -168,7 +189,7 @@ def _folds(
 
     hooks = []
     for module in model.modules():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if is_layer(module):
             hooks.append(module.register_forward_hook(after))
         elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # or it has nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
@@ -181,9 +202,9 @@ def _folds(
         with torch.no_grad():
             return torch.allclose(other(example[:2]), output[:2], rtol=1e-3, atol=1e-4 * float(output.abs().max()))
 
-    found = list(pairs.items())
+    folds = list(pairs.items())
     # The layer's output may have a second reader, which hooks cannot see; folding would then change the network.
-    return tuple(found if same(found) else [pair for pair in found if same([pair])])
+    return tuple(folds if same(folds) else [pair for pair in folds if same([pair])])
 
 
 def _blocks(
@@ -199,14 +220,14 @@ def _blocks(
 
     def parts(within: Sequence[str]) -> list[str]:
         """The outermost of them; what holds most of the network is no block of it, but may hold some."""
-        found = []
+        outermost = []
         for name in within:
             if any(name.startswith(f"{other}.") for other in within):
                 continue
             inner = [other for other in change if other.startswith(f"{name}.")]
             large = sum(p.numel() for p in model.get_submodule(name).parameters()) > total / 2
-            found += parts(inner) if large and len(inner) > 1 else [name]
-        return found
+            outermost += parts(inner) if large and len(inner) > 1 else [name]
+        return outermost
 
     def removable(name: str) -> bool:
         other = copy.deepcopy(model)
@@ -226,14 +247,14 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
     """The structure with the dependency groups that can really be narrowed."""
     order = {layer.name: position for position, layer in enumerate(structure.layers)}
     try:
-        found = channel_groups(model, example[:2])
+        groups_there = channel_groups(model, example[:2])
     except TrialError as error:
         return replace(structure, refused=(*structure.refused, ("(channels)", str(error))))
     refused = list(structure.refused)
     candidates: list[Group] = []
     made: dict[str, str] = {}
     read: dict[str, list[tuple[str, int]]] = {}
-    for members in found:
+    for members in groups_there:
         makers = [name for name in members.makers if name in order]
         if len(makers) < len(members.makers) or not makers:
             continue  # a member that is refused itself
@@ -283,12 +304,13 @@ def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: S
         refused.append(("(channels)", "the groups can be narrowed in parts but not together"))
         groups = []
     blocks = _sound(structure.blocks, lambda chosen: works(groups, tuple(chosen)))
-    refused += [(name, "cannot be left out: the channels around it would not fit together") for name in structure.blocks if name not in blocks]  # fmt: skip
+    unfit = "cannot be left out: the channels around it would not fit together"
+    refused += [(name, unfit) for name in structure.blocks if name not in blocks]
     return assembled(groups, tuple(blocks))
 
 
 def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> bool:
-    """Whether a copy without any block, its groups at their narrowest, still runs and has the shapes that were foretold."""
+    """Whether a copy without any block, its groups at their narrowest, still runs and has the predicted shapes."""
     blocks = (Student(structure.blocks),) if structure.blocks else ()
     made = {layer.output for layer in structure.layers if not inside(layer.name, structure.blocks)}
     narrow = [Prune(g.name, kept_channels(g.channels, 0.0, g.round_to)) for g in structure.groups if g.name in made]
@@ -302,13 +324,13 @@ def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Stru
         # What a network raises after surgery that it does not survive; the answer is the finding.
         return False
     return all(
-        tuple(other.get_submodule(name).weight.shape[:2]) == shape  # type: ignore[union-attr,index]
+        tuple(weight_of(other.get_submodule(name)).shape[:2]) == shape
         for name, shape in shapes(structure, recipe).items()
     )
 
 
 def _sound(parts: Sequence[_Part], works: Callable[[Sequence[_Part]], bool]) -> list[_Part]:
-    """Those of the parts that work, found by halving: a culprit is rare and an attempt is dear."""
+    """Those of the parts that work, found by bisection: parts that do not work are rare and a trial is expensive."""
     if not parts or works(parts):
         return list(parts)
     if len(parts) == 1:

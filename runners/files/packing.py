@@ -1,21 +1,24 @@
 """The packed file: a whole ONNX model in as few bytes as its numbers need, restored bit for bit.
 
-`size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the ONNX
-model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`. Integer
-tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any tensor is
-stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there are, how many
-of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will weigh.
+`size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the
+ONNX model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`.
+Integer tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any
+tensor is stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there
+are, how many of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will
+weigh.
 
 - `zeros`: nothing at all.
-- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a bit each.
+- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a
+  bit each.
 - `bitmap`: a bit for each number, then those that are not zero. `index`: the positions of those that are not zero as
-  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With zero
-  out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
+  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With
+  zero out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
 
 Where the graph gives integers a zero point, that is what counts as zero: those of a sparse affine weight.
 
-Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and integers
-in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with zero points, and only files that hold some say so.
+Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and
+integers in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with
+zero points, and only files that hold some say so.
 
 The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
 its parts, written again, give the same bytes.
@@ -31,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
@@ -100,7 +103,7 @@ def pack_ternary(values: NDArray[np.int8]) -> bytes:
     """Numbers of {-1, 0, 1}, five to a byte: its digits to base 3, the first the lowest.
 
     >>> pack_ternary(np.array([1, 0, -1, -1, 1, 0], np.int8)).hex()
-    'a501'
+    'a779'
     """
     digits = np.ones(-(-len(values) // 5) * 5, np.int8)
     digits[: len(values)] += values
@@ -142,8 +145,8 @@ def unpack_positions(data: bytes, count: int, nonzero: int) -> NDArray[np.int64]
     middle = -(-nonzero * low // 8)
     upper = _values(data[middle:], 1, nonzero + (count - 1 >> low), np.uint8)
     high = np.flatnonzero(upper) - np.arange(nonzero)
-    found: NDArray[np.int64] = (high << low) | _values(data[:middle], low, nonzero, np.uint8)
-    return found
+    positions: NDArray[np.int64] = (high << low) | _values(data[:middle], low, nonzero, np.uint8)
+    return positions
 
 
 # How long each way is, of `count` numbers of `bits` bits of which `nonzero` are not zero.
@@ -158,25 +161,30 @@ _SIZES: dict[str, Callable[[int, int, int], Any]] = {
 
 
 def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
-    """A tensor's numbers in the fewest bytes, after the way, the bits of a number, and how many are not zero if it matters.
+    """A tensor's numbers in the fewest bytes.
 
-    raw: int8, or the bits of floats as unsigned integers. zero: the one that counts as zero.
+    Args:
+        raw: int8, or the bits of floats as unsigned integers.
+        zero: The number that counts as zero.
+
+    Returns:
+        The encoding, the bits of a number and, where it matters, how many are not zero; and the bytes.
     """
     integer = raw.dtype == np.int8
     places = np.flatnonzero(raw != zero)
-    found = raw[places]
-    if not len(found):
+    nonzero = raw[places]
+    if not len(nonzero):
         return ["zeros", 1], b""
     wide = narrow = raw.dtype.itemsize * 8
     if integer:
-        wide, narrow = width(raw), width(found - (found > zero))
-        found = (found - (found > zero)).view(np.uint8) & np.uint8(2**narrow - 1)
+        wide, narrow = width(raw), width(nonzero - (nonzero > zero))
+        nonzero = (nonzero - (nonzero > zero)).view(np.uint8) & np.uint8(2**narrow - 1)
     bits = {"dense": wide, "bitmap": narrow, "index": narrow}
     if integer and raw.min() >= -1 and raw.max() <= 1:
         bits["ternary"] = 2
     if integer and signs(raw):
         bits["sign"] = 1
-    sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(found)) for kind in bits}
+    sizes = {kind: _SIZES[kind](len(raw), bits[kind], len(nonzero)) for kind in bits}
     kind = min(sizes, key=sizes.__getitem__)
     match kind:
         case "dense":
@@ -186,16 +194,18 @@ def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
         case "sign":
             data = pack_bits((raw > 0).astype(np.uint8), 1)
         case "bitmap":
-            data = pack_bits((raw != zero).astype(np.uint8), 1) + _body(found, narrow)
+            data = pack_bits((raw != zero).astype(np.uint8), 1) + _body(nonzero, narrow)
         case _:
-            data = pack_positions(places, len(raw)) + _body(found, narrow)
-    return [kind, bits[kind], *([len(found)] if kind in ("bitmap", "index") else [])], data
+            data = pack_positions(places, len(raw)) + _body(nonzero, narrow)
+    return [kind, bits[kind], *([len(nonzero)] if kind in ("bitmap", "index") else [])], data
 
 
 def _decode(
     kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool, zero: int = 0
 ) -> NDArray[Any]:
-    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among nonzeros."""
+    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among
+    nonzeros.
+    """
     integer = dtype == np.int8
     stored = np.uint8 if integer else dtype
     if kind == "zeros":
@@ -213,12 +223,12 @@ def _decode(
     else:
         head = dense_bytes(count, 1)
         places = np.flatnonzero(unpack_bits(data[:head], 1, count))
-    found = _values(data[head:], bits, len(places), stored)
+    nonzeros = _values(data[head:], bits, len(places), stored)
     if integer:
-        found = _signed(found, bits)
-        found = found + (found >= zero) if moved else found
+        nonzeros = _signed(nonzeros, bits)
+        nonzeros = nonzeros + (nonzeros >= zero) if moved else nonzeros
     values = np.full(count, zero, dtype)
-    values[places] = found
+    values[places] = nonzeros
     return values
 
 
@@ -244,9 +254,11 @@ def _version(index: Sequence[Any], zeros: Mapping[str, int]) -> int:
 
 
 def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], int]]:
-    """The tensors that are stored outside the graph: position, the numbers, and which of them counts as zero.
+    """The tensors that are stored outside the graph.
 
-    Integers are int8, floats their bits as unsigned integers.
+    Yields:
+        The position among the initializers, the numbers, and which of them counts as zero. Integers are int8, floats
+        their bits as unsigned integers.
     """
     nibbles, zeros = _nibbles(model), _zero_points(model)
     for position, tensor in enumerate(model.graph.initializer):
@@ -264,12 +276,12 @@ def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], i
 def tensor_bytes(data: bytes) -> dict[bytes, int]:
     """What each tensor that a packed file stores outside its graph takes, by a hash of its type, shape and numbers."""
     model = unpack(data)
-    found = {}
+    sizes = {}
     for position, raw, zero in large_tensors(model):
         tensor = model.graph.initializer[position]
         about = f"{tensor.data_type} {list(tensor.dims)} ".encode()
-        found[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw, zero)[1])
-    return found
+        sizes[hashlib.sha256(about + tensor.raw_data).digest()] = len(_encode(raw, zero)[1])
+    return sizes
 
 
 def _nibbles(model: onnx.ModelProto) -> set[str]:
@@ -286,14 +298,14 @@ def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     single = {name: numpy_helper.to_array(t).item() for name, t in tensors.items() if t.dims in ([], [1])}
     cast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
-    found = {}
+    zeros = {}
     for node in model.graph.node:
         what, by = _SUBTRACT.get(node.op_type, (0, len(node.input)))
         zero = single.get(node.input[by], 0) if by < len(node.input) else 0
         name = cast.get(node.input[what], node.input[what]) if zero else ""
         if name in tensors and tensors[name].data_type in _CODES and zero in range(-128, 128):
-            found[name] = int(zero)
-    return found
+            zeros[name] = int(zero)
+    return zeros
 
 
 def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:
@@ -334,12 +346,20 @@ def _parts(data: bytes) -> tuple[dict[str, bytes], int]:
 
 
 def payload_size(data: bytes) -> int:
-    """The bytes of the tensors that are stored outside the graph; raises `ArtifactError`."""
+    """The bytes of the tensors that are stored outside the graph.
+
+    Raises:
+        ArtifactError: `pack` did not write the file.
+    """
     return len(_parts(data)[0]["payload"])
 
 
 def unpack(data: bytes) -> onnx.ModelProto:
-    """The model of a packed file; raises `ArtifactError` for anything that `pack` did not write."""
+    """The model of a packed file.
+
+    Raises:
+        ArtifactError: `pack` did not write it.
+    """
     parts, version = _parts(data)
     model = onnx.ModelProto()
     try:
@@ -352,8 +372,13 @@ def unpack(data: bytes) -> onnx.ModelProto:
 
 
 def onnx_bytes(packed: bytes) -> bytes:
-    """The ONNX file in a packed one; raises `ArtifactError` as `unpack` does."""
-    return unpack(packed).SerializeToString()  # type: ignore[no-any-return]  # protobuf's messages have no types
+    """The ONNX file of a packed one, which runtimes load. Equal packed files give equal bytes.
+
+    Raises:
+        ArtifactError: `pack` did not write it.
+    """
+    data: bytes = unpack(packed).SerializeToString(deterministic=True)
+    return data
 
 
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:

@@ -3,10 +3,11 @@
 The graphs stand side by side in one file, on the same input, and one `Mean` is added; so it runs wherever they run, and
 everything that is done with a file (packing, measuring, its simulation, production) is done with this one.
 
-The outputs are averaged as they are: of a classifier the logits, not the probabilities. The file then gives what every other
-candidate of the study gives, and the same operation is right for outputs that are no class scores. In accuracy the two are
-alike: of all 561 pairs of 34 candidates of the digits quickstart the logits are 0.010 points better on the 359 validation
-images and 0.014 worse on the 360 of the test split, and fewer than 1 answer in 1,000 differs.
+The outputs are averaged as they are: of a classifier the logits, not the probabilities. The file then gives what
+every other candidate of the study gives, and the same operation is right for outputs that are no class scores. In
+accuracy the two are alike: of all 561 pairs of 34 candidates of the digits quickstart the logits are 0.010 points
+better on the 359 validation images and 0.014 worse on the 360 of the test split, and fewer than 1 answer in 1,000
+differs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ...errors import ExportFailed
 
 
 def merge(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """One graph of several with the same input, whose output is the mean of theirs; tensors that are equal are stored once.
+    """One graph of several with the same input, whose output is the mean of theirs; tensors that are equal are stored
+    once.
 
     Names of the networks' tensors begin with the place of the network: `0/`, `1/`, ... Raises `ExportFailed` when the
     networks do not fit together.
@@ -33,8 +35,10 @@ def merge(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     outputs = []
     for place, model in enumerate(models):
         if len(model.graph.input) != 1 or model.graph.input[0] != given:
-            raise ExportFailed(f"network {place} of the ensemble has not the input of the first: {_shape(model.graph.input[0])} "
-                               f"and {_shape(given)}")  # fmt: skip
+            raise ExportFailed(
+                f"network {place} of the ensemble has not the input of the first: {_shape(model.graph.input[0])} "
+                f"and {_shape(given)}"
+            )
         graph = compose.add_prefix(model, f"{place}/", rename_inputs=False).graph
         same: dict[str, str] = {}
         for tensor in graph.initializer:

@@ -1,13 +1,14 @@
 """What an exported graph means, computed without the runtime that ships it: the other side of the parity check.
 
 Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
-floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are (`integer`). What is
-left computes on floats, node by node, by ONNX's own reference implementation; the few operators that it takes minutes for are
-those of the torch target. ONNX Runtime optimizes the same graph in its own way, and `agreement` says how often both come to the
-same answer.
+floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are
+(`integer`). What is left computes on floats, node by node, by ONNX's own reference implementation; the few operators
+that it takes minutes for are those of the torch target. ONNX Runtime optimizes the same graph in its own way, and
+`agreement` says how often both come to the same answer.
 
-Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a number at the
-border of two steps falls to the other side. So answers are compared, and the size of the differences is told beside them.
+Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a
+number at the border of two steps falls to the other side. So answers are compared, and the size of the differences is
+told beside them.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from .integer import OPS, fuse
 _BATCH = 16  # the reference keeps every tensor of the network until the end
 
 
-class _ByTorch(OpRun):  # type: ignore[misc]
+class _ByTorch(OpRun):  # type: ignore[misc]  # ONNX has no types
     """An operator as the torch target computes it."""
 
     op_domain = ""
 
-    def _run(self, *inputs, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, *inputs, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         return _by_torch(type(self).__name__, inputs, attributes)
 
 
@@ -60,24 +61,24 @@ class MatMulInteger(_ByTorch):
     """Matrix product of integers: ONNX's own takes minutes."""
 
 
-class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+class MaxPool(ReferenceMaxPool):  # type: ignore[misc]  # ONNX has no types
     """Max pooling: by torch where it can, which the reference of ONNX 1.23 cannot where sizes are rounded up."""
 
     op_domain = ""
 
-    def _run(self, x, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         if x.dtype == np.float32 and len(self.output) == 1:
             with contextlib.suppress(NotHere):
                 return _by_torch("MaxPool", [x], attributes)
         return super()._run(x, **attributes)
 
 
-class MatMulNBits(OpRun):  # type: ignore[misc]
+class MatMulNBits(OpRun):  # type: ignore[misc]  # ONNX has no types
     """ONNX Runtime's product with packed 4-bit weights, which ONNX does not know, by torch on the unpacked ones."""
 
     op_domain = "com.microsoft"
 
-    def _run(self, a, b, scales, *rest, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, a, b, scales, *rest, **attributes):  # type: ignore[no-untyped-def]  # ONNX reads its names
         outputs, block = attributes["N"], attributes["block_size"]
         if attributes["bits"] != 4 or any(given is not None for given in rest[:2]):
             raise NotImplementedError("MatMulNBits with other bits than 4, with zero points or groups")
@@ -89,8 +90,8 @@ class MatMulNBits(OpRun):  # type: ignore[misc]
 
 def _by_torch(name: str, inputs: Sequence[NDArray[Any] | None], attributes: Mapping[str, Any]) -> tuple[NDArray[Any]]:
     """What the torch target makes of an operator, with the attributes as the file holds them."""
-    found: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
-    return (found.numpy(),)
+    result: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
+    return (result.numpy(),)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -115,7 +116,9 @@ class Simulation:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        parts = [self._evaluator.run(None, {self._input: part.numpy()})[0] for part in x.contiguous().split(_BATCH)]  # type: ignore[no-untyped-call]
+        parts = [
+            self._evaluator.run(None, {self._input: part.numpy()})[0] for part in torch.split(x.contiguous(), _BATCH)
+        ]
         return torch.from_numpy(np.concatenate(parts))
 
 
@@ -149,17 +152,17 @@ def agreement(
     # Where ranges are found at run time, both must see the same inputs at once.
     dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
     simulated: list[Tensor] = []
-    found: list[Tensor] = []
+    returned: list[Tensor] = []
     left = limit
     for x in inputs:
         part = x[:left].contiguous()
         simulated.append(simulation(part))
-        for few in part.split(_BATCH if dynamic else len(part)):  # type: ignore[no-untyped-call]
-            found.append(torch.from_numpy(runtime.run(None, {name: few.numpy()})[0]))
+        for few in torch.split(part, _BATCH if dynamic else len(part)):
+            returned.append(torch.from_numpy(runtime.run(None, {name: few.numpy()})[0]))
         left -= len(part)
         if left <= 0:
             break
-    expected, outputs = torch.cat(simulated), torch.cat(found)
+    expected, outputs = torch.cat(simulated), torch.cat(returned)
     return compared(expected, outputs), expected, outputs
 
 

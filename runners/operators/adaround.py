@@ -1,9 +1,11 @@
-"""AdaRound: whether each weight is rounded up or down is learned (Nagel, Amjad, van Baalen, Louizos, Blankevoort, ICML 2020).
+"""AdaRound: whether each weight is rounded up or down is learned.
 
-The rectified sigmoid of a variable per weight says how far up it is rounded; a regularizer, harder from step to step, drives
-it to 0 or 1. The paper minimises the error of the layer's outputs on batches of inputs. Without an activation behind the
-layer that error is quadratic in the weights, so here the Hessian gives it for all inputs at once: no noise, no inputs
-in memory, and some hundred steps in place of ten thousand.
+Nagel, Amjad, van Baalen, Louizos, Blankevoort: Up or Down? Adaptive Rounding, ICML 2020.
+
+The rectified sigmoid of a variable per weight says how far up it is rounded; a regularizer, harder from step to step,
+drives it to 0 or 1. The paper minimises the error of the layer's outputs on batches of inputs. Without an activation
+behind the layer that error is quadratic in the weights, so here the Hessian gives it for all inputs at once: no
+noise, no inputs in memory, and some hundred steps in place of ten thousand.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hessian import better, damped, output_error, rows
-from .quantize import codes, limits, spread
+from .hessian import better, damped, output_error
+from .layers import as_matrix, from_matrix, per_output
+from .quantize import codes, limits
 
 # Found on the layers of ResNet-20 at 2 and 3 bits; twice the steps give a twentieth less error.
 STEPS, RATE, REGULARIZER = 500, 0.1, 10.0
@@ -23,18 +26,28 @@ _LOW, _HIGH = -0.1, 1.1  # the sigmoid is stretched to these and cut off at 0 an
 def adaround(
     weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, mask: Tensor | None = None, zero: int | None = None
 ) -> Tensor:
-    """The weight on the grid `scale * codes`, every code beside the exact quotient, chosen for the layer's outputs.
+    """Round a weight to the grid `scale * codes`, each code up or down, with a small error of the layer's outputs.
 
-    Shapes as for `gptq`. Nothing is drawn: the same arguments give the same weight. Each row has at most the error that
-    nearest rounding gives it.
+    Deterministic. No row has a larger error than nearest rounding gives it.
+
+    Args:
+        weight: Output-first.
+        scale: `[outputs]`, or in a shape that broadcasts over the weight.
+        bits: The width of the codes.
+        hessian: `[groups, inputs, inputs]`.
+        mask: 1 and 0, as the weight; weights with 0 stay zero.
+        zero: The zero point, as for `codes`.
+
+    Returns:
+        The rounded weight, as the weight.
     """
     groups, gap = len(hessian), 2 if bits == 1 else 1  # from -1 the next sign is 1
     low, high = limits(bits, zero)
-    target = rows(weight, groups).float()
-    wide = (spread(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
-    steps = rows(wide, groups).float()
-    keep = torch.ones_like(target) if mask is None else rows(mask, groups).float()
-    near = rows(codes(weight, scale, bits, zero) * wide, groups).float() * keep
+    target = as_matrix(weight, groups).float()
+    wide = (per_output(scale, weight) if scale.ndim == 1 else scale).expand_as(weight)
+    steps = as_matrix(wide, groups).float()
+    keep = torch.ones_like(target) if mask is None else as_matrix(mask, groups).float()
+    near = as_matrix(codes(weight, scale, bits, zero) * wide, groups).float() * keep
     curvature = damped(hessian).float()
     quotient = (target / steps).clamp(low, high)
     floor = quotient.floor().clamp(low, high - gap)
@@ -62,4 +75,4 @@ def adaround(
         variable -= RATE * direction
     up = (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
     solved = (floor + gap * (up >= 0.5)) * steps * keep
-    return better(near, solved, target, hessian).reshape(weight.shape).to(weight.dtype)
+    return from_matrix(better(near, solved, target, hessian), weight.shape).to(weight.dtype)

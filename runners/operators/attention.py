@@ -1,7 +1,7 @@
 """Attention whose projections are layers like any other, so that they can be quantized, sparsified and exported.
 
-`nn.MultiheadAttention` keeps the weights of its projections as parameters of its own and hands them to one function, past
-every hook and parametrization: a third of an encoder's weights would stay as they are. `open_attention` puts an
+`nn.MultiheadAttention` keeps the weights of its projections as parameters of its own and hands them to one function,
+past every hook and parametrization: a third of an encoder's weights would stay as they are. `open_attention` puts an
 equivalent module in its place.
 """
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """What `nn.MultiheadAttention` computes (Vaswani et al. 2017), with a linear layer for each projection.
 
-    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with. Of queries, keys
-    and values whole heads can be removed (`prune.prune_channels`), and `num_heads` says how many there are.
+    Arguments and results are those of `nn.MultiheadAttention`. A head has the size that it was built with. Of
+    queries, keys and values whole heads can be removed (`prune.prune_channels`), and `num_heads` says how many there
+    are.
     """
 
     # torch's encoder layers look here to find out whether their fused path, which reads weights, may be taken.
@@ -29,12 +30,11 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.batch_first = source.num_heads, source.head_dim, source.batch_first
         self.dropout = nn.Dropout(source.dropout)
-        width = source.embed_dim
         if source._qkv_same_embed_dim:
-            weights = source.in_proj_weight.detach().split(width)  # type: ignore[no-untyped-call]
+            weights = source.in_proj_weight.detach().tensor_split(3)
         else:
             weights = tuple(w.detach() for w in (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight))
-        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().split(width)  # type: ignore[no-untyped-call]
+        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().tensor_split(3)
         self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         out = source.out_proj
         self.out_proj = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach())
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return x.reshape(-1, int(x.shape[1]), self.num_heads, self.head_dim)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight)
@@ -95,7 +95,8 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
 def open_attention(model: nn.Module) -> nn.Module:
     """A copy of the model with `Attention` in the place of every `nn.MultiheadAttention`; the model itself without any.
 
-    Those with learned keys or zeros beside the input's stay as they are, and so do subclasses, which may compute something else.
+    Those with learned keys or zeros beside the input's stay as they are, and so do subclasses, which may compute
+    something else.
 
         >>> model = open_attention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> [name for name, part in model.named_modules() if isinstance(part, nn.Linear)][:4]

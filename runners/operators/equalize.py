@@ -1,19 +1,21 @@
-"""Cross-layer equalisation: channels of very different range made alike, without changing what the network computes.
+"""Cross-layer equalization: channels get similar ranges without a change of what the network computes.
 
-Where nothing but a positively homogeneous function (`f(s x) = s f(x)` for s > 0: ReLU, pooling) lies between a layer and those
-that read its outputs, a channel may be divided by any s > 0 at the one end and multiplied by it at the other (Nagel et
-al. 2019, data-free quantization through weight equalization, section 4.1). ReLU6 is no such function, nor are sigmoids and
-GELU, nor is a sum with another branch, which would need the same s.
+Where nothing but a positively homogeneous function (`f(s x) = s f(x)` for s > 0: ReLU, pooling) lies between a layer
+and those that read its outputs, a channel may be divided by any s > 0 at the one end and multiplied by it at the
+other (Nagel et al. 2019, data-free quantization through weight equalization, section 4.1). ReLU6 is no such function,
+nor are sigmoids and GELU, nor is a sum with another branch, which would need the same s.
 
-For each channel `s = sqrt(r1 / r2)`, with which both ranges become `sqrt(r1 r2)` (of values a multiple of it, the same for all). r2: its largest weight in what reads it. r1: its
-largest weight where it is made (the paper's, with a BatchNorm folded in), or the largest value that it takes on calibration
-images. Output channels have a scale of their own here, so that rows of a weight need no equalising; what is gained is that the columns of
-the next weight become alike, which share the scales of its rows, and the channels of an activation, which share one range. For
-activations the first r1 leaves out the bias: a channel that a BatchNorm makes of next to nothing but its bias becomes huge. The
+For each channel `s = sqrt(r1 / r2)`, with which both ranges become `sqrt(r1 r2)` (of values a multiple of it, the
+same for all). r2: its largest weight in what reads it. r1: its largest weight where it is made (the paper's, with a
+BatchNorm folded in), or the largest value that it takes on calibration images. Output channels have a scale of their
+own here, so that rows of a weight need no equalising; what is gained is that the columns of the next weight become
+alike, which share the scales of its rows, and the channels of an activation, which share one range. For activations
+the first r1 leaves out the bias: a channel that a BatchNorm makes of next to nothing but its bias becomes huge. The
 second is what SmoothQuant (Xiao et al. 2023) does at strength 1/2.
 
-Pairs are found by running the network once and writing down every function of torch that reads or makes a tensor. Whatever
-that does not see (scripted modules) shows when channels are scaled at random: a pair counts only if the outputs stay the same.
+Pairs are found by running the network once and writing down every function of torch that reads or makes a tensor.
+Whatever that does not see (scripted modules) shows when channels are scaled at random: a pair counts only if the
+outputs stay the same.
 """
 
 from __future__ import annotations
@@ -32,16 +34,29 @@ from torch.utils._pytree import tree_leaves
 
 from .fold import fold_factors
 from .hooks import attached
+from .layers import (
+    FUNCTIONS,
+    bias_of,
+    channels_last,
+    channels_of,
+    groups_of,
+    layers_of,
+    parameter_of,
+    per_output,
+    row_shape,
+    rows,
+    set_weight,
+    weight_of,
+)
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_THEIRS = ("conv1d", "conv2d", "linear", "batch_norm")  # the functions that these run as
+_THEIRS = FUNCTIONS | {"batch_norm"}  # the functions that layers and these run as
 # Functions of torch, by name, with f(s x) = s f(x) for a positive s of each channel.
 _HOMOGENEOUS = {
     "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "dropout1d", "dropout2d", "relu",
     "relu_", "leaky_relu", "leaky_relu_", "rrelu", "prelu", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "mean",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "sum", "amax", "interpolate",
-}  # fmt: skip
+}  # fmt: skip  # a name a line is 25 lines
 _SHOWN = {"hardtanh": "ReLU6 (hardtanh)"}
 _DEAD = 1e-6  # of the largest range: what weight decay has left of a channel is no range to go by
 _ROUNDS, _CONVERGED = 100, 1e-3  # of the iteration: how many at most, and the largest |log s| at which it ends
@@ -67,7 +82,11 @@ class _Call:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every function of torch that makes a tensor. owners: by `id` of a parameter, the name of its module."""
+    """Records every function of torch that makes a tensor.
+
+    Args:
+        owners: By `id` of a parameter, the name of its module.
+    """
 
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()
@@ -92,17 +111,23 @@ class _Recorder(TorchFunctionMode):
 
 @torch.no_grad()
 def find_pairs(model: nn.Module, example: Tensor) -> tuple[list[Pair], dict[str, str]]:
-    """All pairs of a network in evaluation mode, and by layer why its channels cannot be scaled.
+    """All pairs of a network in evaluation mode. Only layers that run once count.
 
-    example: a few inputs. Only layers that run once count.
+    Args:
+        model: The network.
+        example: A few inputs.
+
+    Returns:
+        The pairs, and by layer why its channels cannot be scaled.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    layers = layers_of(model)
     norms = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _NORMS) and module.affine and module.running_mean is not None
     }
-    owners = {id(module.weight): name for name, module in (layers | norms).items()}
+    owners = {id(parameter_of(layer)): name for name, layer in layers.items()}
+    owners |= {id(norm.weight): name for name, norm in norms.items()}
     recorder = _Recorder(owners)
     with recorder:
         expected = model.eval()(example)
@@ -112,19 +137,19 @@ def find_pairs(model: nn.Module, example: Tensor) -> tuple[list[Pair], dict[str,
             readers.setdefault(number, []).append(call)
     uses = Counter(call.owner for call in recorder.calls)
     once = {call.owner for call in recorder.calls if call.function in _THEIRS and uses[call.owner] == 1}
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     reasons: dict[str, str] = {}
     for call in recorder.calls:
         if call.owner in layers and call.owner in once:
             pair = _followed(call, readers, layers, {name for name in norms if name in once}, once)
             if isinstance(pair, Pair):
-                found.append(pair)
+                pairs.append(pair)
             else:
                 reasons[call.owner] = pair
-    if not found or _same(model, found, example, expected):
-        return found, reasons
-    kept = [pair for pair in found if _same(model, [pair], example, expected)]
-    reasons |= {pair.maker: "the outputs do not stay the same" for pair in found if pair not in kept}
+    if not pairs or _same(model, pairs, example, expected):
+        return pairs, reasons
+    kept = [pair for pair in pairs if _same(model, [pair], example, expected)]
+    reasons |= {pair.maker: "the outputs do not stay the same" for pair in pairs if pair not in kept}
     return kept, reasons
 
 
@@ -136,8 +161,8 @@ def _followed(
     once: Iterable[str],
 ) -> Pair | str:
     """The pair of the layer that made a tensor, or why there is none."""
-    channels, norm, waiting = len(layers[start.owner].weight), "", list(start.makes)  # type: ignore[arg-type]
-    found: list[str] = []
+    channels, norm, waiting = channels_of(layers[start.owner])[1], "", list(start.makes)
+    readers_behind: list[str] = []
     while waiting:
         number = waiting.pop()
         behind = readers.get(number, ())
@@ -147,9 +172,9 @@ def _followed(
             if call.owner in layers:
                 if call.owner not in once:
                     return f"{call.owner} reads them, whose weight has other uses"
-                if _inputs(layers[call.owner]) % channels:
+                if channels_of(layers[call.owner])[0] % channels:
                     return f"{call.owner} reads them with others"
-                found.append(call.owner)
+                readers_behind.append(call.owner)
             elif call.owner in norms and number in start.makes and len(behind) == 1:
                 norm = call.owner
                 waiting += call.makes
@@ -157,11 +182,7 @@ def _followed(
                 waiting += call.makes
             else:
                 return f"{_SHOWN.get(call.function, call.function)} reads them"
-    return Pair(start.owner, tuple(dict.fromkeys(found)), norm)
-
-
-def _inputs(layer: nn.Module) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[return-value]
+    return Pair(start.owner, tuple(dict.fromkeys(readers_behind)), norm)
 
 
 def _same(model: nn.Module, pairs: Sequence[Pair], example: Tensor, expected: Tensor) -> bool:
@@ -169,7 +190,7 @@ def _same(model: nn.Module, pairs: Sequence[Pair], example: Tensor, expected: Te
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for pair in pairs:
-        count = len(other.get_submodule(pair.maker).weight)  # type: ignore[arg-type]
+        count = channels_of(other.get_submodule(pair.maker))[1]
         scale_channels(other, pair, torch.exp2(2 * torch.rand(count, generator=generator) - 1))
     return torch.allclose(other(example), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -181,42 +202,53 @@ def _by_input(weight: Tensor, groups: int) -> Tensor:
 
 def _spread(scales: Tensor, layer: nn.Module) -> Tensor:
     """A number per channel as one per input of a layer that reads it, `[groups, 1, inputs / groups]`."""
-    count = _inputs(layer)
-    groups = 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # type: ignore[arg-type]
+    count, groups = channels_of(layer)[0], groups_of(layer)
     return scales.repeat_interleave(count // len(scales)).view(groups, 1, count // groups)
 
 
 @torch.no_grad()
 def scale_channels(model: nn.Module, pair: Pair, scales: Tensor) -> None:
-    """Divide the channels of a pair by `scales [channels]` where they are made and multiply them where they are read, in place."""
-    source = model.get_submodule(pair.norm or pair.maker)
-    for parameter in (source.weight, source.bias):
-        if isinstance(parameter, Tensor):
-            parameter.div_(scales.view(-1, *[1] * (parameter.ndim - 1)))
+    """Divide the channels of a pair where they are made and multiply them where they are read, in place.
+
+    Args:
+        model: The network.
+        pair: The pair.
+        scales: `[channels]`.
+    """
+    maker = model.get_submodule(pair.maker)
+    if pair.norm:
+        norm = model.get_submodule(pair.norm)
+        vectors: list[object] = [norm.weight, norm.bias]
+    else:
+        weight = weight_of(maker)
+        set_weight(maker, weight / per_output(scales, weight))
+        vectors = [bias_of(maker)]
+    for vector in vectors:
+        if isinstance(vector, Tensor):
+            vector.div_(scales)
     for name in pair.readers:
         layer = model.get_submodule(name)
-        wide = _spread(scales, layer)
-        assert isinstance(layer.weight, Tensor)
-        _by_input(layer.weight, len(wide)).mul_(wide.view(*wide.shape, *[1] * (layer.weight.ndim - 2)))
+        weight, wide = weight_of(layer), _spread(scales, layer)
+        scaled = _by_input(weight, len(wide)) * wide.view(*wide.shape, *[1] * (weight.ndim - 2))
+        set_weight(layer, scaled.reshape(weight.shape))
 
 
 @torch.no_grad()
 def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of each pair the largest magnitudes `[channels]` of what is read, a mean over the batches (as ranges of activations are)."""
+    """For each pair the largest magnitudes `[channels]` of what is read, averaged over the batches."""
     modules = dict(model.named_modules())
-    found: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
+    peaks: dict[str, list[Tensor]] = {name: [] for pair in pairs for name in pair.readers}
 
     def keep(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs = arguments[0] if isinstance(layer, nn.Linear) else arguments[0].movedim(1, -1)
-        found[name].append(inputs.abs().flatten(0, -2).amax(0))
+        peaks[name].append(channels_last(layer, arguments[0]).abs().flatten(0, -2).amax(0))
 
-    with attached([modules[name].register_forward_pre_hook(partial(keep, name)) for name in found]):
+    with attached([modules[name].register_forward_pre_hook(partial(keep, name)) for name in peaks]):
         for batch in batches:
             model.eval()(batch)
-    mean = {name: torch.stack(values).mean(0) for name, values in found.items()}
+    mean = {name: torch.stack(values).mean(0) for name, values in peaks.items()}
 
     def of(pair: Pair) -> Tensor:
-        channels = len(modules[pair.maker].weight)  # type: ignore[arg-type]
+        channels = channels_of(modules[pair.maker])[1]
         return torch.stack([mean[name].view(channels, -1).amax(1) for name in pair.readers]).amax(0)
 
     return [of(pair) for pair in pairs]
@@ -226,9 +258,15 @@ def channel_peaks(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Ten
 def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[Tensor] | None = None) -> list[Tensor]:
     """For each pair what its channels are divided by where they are made, `[channels]`.
 
-    peaks: from `channel_peaks`, taken for r1 in the place of the weights. All pairs in turn, again and again, until nothing
-    moves: a layer between two others has both its rows and its columns scaled.
+    All pairs are updated in turn until nothing changes: a layer between two others has both its rows and its columns
+    scaled.
 
+    Args:
+        model: The network.
+        pairs: Its pairs.
+        peaks: From `channel_peaks`, used for r1 in place of the weights.
+
+    Example:
         >>> first, last = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = first.weight.data.copy_(torch.tensor([[4.0], [1.0]])), last.weight.data.copy_(torch.tensor([[1.0, 4.0]]))
         >>> equalizing_scales(nn.Sequential(first, last), [Pair("0", ("1",))])[0].tolist()
@@ -237,7 +275,7 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
     names = {name for pair in pairs for name in (pair.maker, *pair.readers)}
     modules = {name: model.get_submodule(name) for name in names}
     # The largest magnitude of each kernel is all that ranges hang on.
-    largest = {name: module.weight.abs().flatten(2).amax(2) if module.weight.ndim > 2 else module.weight.abs() for name, module in modules.items()}  # type: ignore[operator,union-attr]  # fmt: skip
+    largest = {name: _kernel_peaks(weight_of(layer)) for name, layer in modules.items()}
     for pair in pairs:
         if pair.norm:
             largest[pair.maker] = largest[pair.maker] * fold_factors(model.get_submodule(pair.norm))[0].abs()[:, None]
@@ -267,11 +305,18 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
     return total
 
 
-def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:
-    """The logarithm of `sqrt(r1 / r2)`; relative: up to a factor for all channels, where the two have no unit in common.
+def _kernel_peaks(weight: Tensor) -> Tensor:
+    """The largest magnitude of each kernel, `[outputs, inputs of a group]`."""
+    channels, positions = row_shape(weight)
+    return rows(weight).abs().reshape(-1, channels, positions).amax(2)
 
-    A channel that has no range at one end (it is never active, or nothing reads it) gets what others have at the other end, or
-    it would decide alone on the scale there. One that has none at either stays.
+
+def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:
+    """The logarithm of `sqrt(r1 / r2)`; relative: up to a factor for all channels, where the two have no unit in
+    common.
+
+    A channel that has no range at one end (it is never active, or nothing reads it) gets what others have at the
+    other end, or it would decide alone on the scale there. One that has none at either stays.
     """
     has1, has2 = r1 > _DEAD * r1.max(), r2 > _DEAD * r2.max()
     one, two = torch.where(has1, r1, 1.0).log(), torch.where(has2, r2, 1.0).log()

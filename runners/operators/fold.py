@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .layers import bias_of, per_output, replace_bias, set_weight, weight_of
 from .lowrank import parts
 
 
@@ -16,7 +17,9 @@ def fold_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
-    factor = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+    eps = norm.eps
+    assert isinstance(eps, int | float)
+    factor = torch.rsqrt(variance + eps)
     if isinstance(norm.weight, Tensor):
         factor = factor * norm.weight.detach()
     shift = -mean * factor
@@ -33,9 +36,16 @@ def channel_factors(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """Fold each `(layer, batchnorm)` pair in place; returns by layer the factor its output channels were scaled by.
+    """Fold each `(layer, batchnorm)` pair, in place.
 
-    Of a layer of low rank the second factor has the output channels, and it is the one that is named.
+    In a layer of low rank the second factor has the output channels, and its name is the one that is returned.
+
+    Args:
+        model: The network, in evaluation mode.
+        folds: Pairs of names; pairs in a block that was left out are ignored.
+
+    Returns:
+        By layer the factor `[channels]` that its output channels were multiplied by.
     """
     factors = {}
     modules = dict(model.named_modules())
@@ -46,19 +56,18 @@ def fold_batchnorms(model: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[
         layer_name = parts(model, layer_name)[-1]
         layer = model.get_submodule(layer_name)
         factor, shift = fold_factors(norm)
-        assert isinstance(layer.weight, Tensor)
-        layer.weight.copy_(layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1)))
-        bias = shift if layer.bias is None else layer.bias * factor + shift  # type: ignore[operator]
-        layer.bias = nn.Parameter(bias.clone())
+        weight, bias = weight_of(layer), bias_of(layer)
+        set_weight(layer, weight * per_output(factor, weight))
+        replace_bias(layer, shift if bias is None else bias * factor + shift)
         model.set_submodule(norm_name, nn.Identity())
         factors[layer_name] = factor
     return factors
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """By name, the BatchNorms that have statistics of their own."""
-    found = model.named_modules()
-    return {n: m for n, m in found if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+    """By name, the BatchNorms that track statistics."""
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
 
 
 @torch.no_grad()
@@ -69,18 +78,24 @@ def reestimate_batchnorms(
     only: Collection[str] | None = None,
     one_factor: Collection[str] = (),
 ) -> None:
-    """Replace the running statistics by the averages over the batches; all else stays in evaluation mode.
+    """Replace the running statistics by their averages over the batches; all else stays in evaluation mode.
 
-    It repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh 2022).
-    bias: from `calibration_bias`; with it the statistics move only by what compression changed. only: the names of the
-    BatchNorms that are estimated; all when None. one_factor: the names of those behind weights that have one scale for all
-    channels; their variances move by a common factor (the geometric mean), and so does what folding multiplies the weight by.
+    This repairs most of what quantization and pruning shift (Li et al. 2018, AdaBN; used by OBC, Frantar & Alistarh
+    2022).
+
+    Args:
+        model: The network, changed in place.
+        batches: Batches of inputs.
+        bias: From `calibration_bias`; with it the statistics change only by what compression changed.
+        only: The names of the BatchNorms to estimate; all when None.
+        one_factor: The names of those behind weights that have one scale for all channels. Their variances change by
+            a common factor (the geometric mean), and so does what folding multiplies the weight by.
     """
     norms = {name: norm for name, norm in batchnorms(model).items() if only is None or name in only}
     if not norms:
         return
     model.eval()
-    before = {name: norm.running_var + norm.eps for name, norm in norms.items()}  # type: ignore[operator]
+    before = {name: norm.running_var + norm.eps for name, norm in norms.items() if norm.running_var is not None}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()
@@ -105,22 +120,26 @@ def reestimate_batchnorms(
 
 
 def calibration_bias(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """By BatchNorm: what to add to a mean over the batches, and what to multiply a variance by, to get the network's own.
+    """The difference between a network's own statistics and those of its calibration images, by BatchNorm.
 
-    A few hundred calibration images never have quite the statistics of the training that the network comes from: there
-    are few of them, and they may be cropped otherwise. Re-estimation would take that for an effect of compression and
-    cost the *untouched* network 0.3 points (ResNet-20 on CIFAR-10, 512 training crops), 2.2 points (mobilenet_v2,
-    random resized crops that it was not trained with) or 4 points (ResNet-20, images without the crops it was trained
-    with). With the bias taken out it costs it nothing, by construction.
+    A few hundred calibration images never have quite the statistics of the training that the network comes from: they
+    are few, and may be cropped otherwise. Re-estimation would take that for an effect of compression and cost the
+    original network 0.3 points (ResNet-20 on CIFAR-10, 512 training crops), 2.2 points (mobilenet_v2, random resized
+    crops that it was not trained with) or 4 points (ResNet-20, images without the crops it was trained with). With
+    the bias taken out it costs nothing, by construction.
+
+    Returns:
+        By BatchNorm what to add to a mean over the batches, and what to multiply a variance by, to get the network's
+        own.
     """
     probe = copy.deepcopy(model)
     reestimate_batchnorms(probe, batches)
-    found = {}
+    bias = {}
     for (name, own), estimated in zip(batchnorms(model).items(), batchnorms(probe).values(), strict=True):
         assert own.running_mean is not None
         assert own.running_var is not None
         assert estimated.running_mean is not None
         assert estimated.running_var is not None
         factor = own.running_var / estimated.running_var.clamp_min(1e-12)
-        found[name] = (own.running_mean - estimated.running_mean, factor)
-    return found
+        bias[name] = (own.running_mean - estimated.running_mean, factor)
+    return bias

@@ -1,8 +1,8 @@
 """The Hessian of a layer's own error: `H = X X^T` over the calibration inputs, one for each group of a convolution.
 
-Changing a row of weights by `d` changes the layer's outputs by `d X`, whose squared sum is `d H d^T`. So with H alone the
-error of any change of weights can be computed and made small, without the inputs. It concerns what goes into the layer:
-BatchNorm behind it multiplies whole rows, and the best change of a row is the same with it and without.
+Changing a row of weights by `d` changes the layer's outputs by `d X`, whose squared sum is `d H d^T`. So with H alone
+the error of any change of weights can be computed and made small, without the inputs. It concerns what goes into the
+layer: BatchNorm behind it multiplies whole rows, and the best change of a row is the same with it and without.
 
 Weights come as rows `[groups, output channels of a group, inputs]`, where inputs are input channels times kernel
 positions; a depthwise convolution has as many groups as channels, and everything here works on all of them at once.
@@ -12,64 +12,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .layers import channels_of, groups_of, patches, rows, samples, weight_of
 
 DAMPING = 0.01  # of the mean of the diagonal (Frantar et al. 2023)
 _BLOCK = 1 << 23  # unfolded inputs at a time: 32 MiB
 
 
-def rows(weight: Tensor, groups: int) -> Tensor:
-    """A weight as `[groups, rows, inputs]`, a view where it can be."""
-    return weight.detach().reshape(groups, len(weight) // groups, -1)
-
-
-def groups_of(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))
-
-
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """What each row of the layer's weight is multiplied with: `[groups, inputs, positions]`.
-
-    >>> layer, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 7, 7)
-    >>> outputs = rows(layer.weight, 2) @ patches(layer, x) + layer.bias.view(2, 3, 1)
-    >>> torch.allclose(outputs.view(6, 5, 25).transpose(0, 1).reshape(5, 6, 5, 5), layer(x), atol=1e-5)
-    True
-    """
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    unfolded = F.unfold(x, kernel, dilation, 0, stride)  # [images, channels * kernel, positions]
-    images, inputs, positions = unfolded.shape
-    grouped = unfolded.view(images, layer.groups, inputs // layer.groups, positions)
-    return grouped.permute(1, 2, 0, 3).reshape(layer.groups, inputs // layer.groups, images * positions)
-
-
 @torch.no_grad()
 def gram(layer: nn.Module, x: Tensor) -> Tensor:
-    """`X X^T` of a batch of inputs, `[groups, inputs, inputs]` in double precision, with bounded memory."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    inputs = weight[0].numel()
-    groups = groups_of(layer)
+    """`X X^T` of a batch of inputs, accumulated in double precision and bounded memory.
+
+    Args:
+        layer: The layer that reads the inputs.
+        x: A batch of its inputs.
+
+    Returns:
+        `[groups, inputs, inputs]`, float64.
+    """
+    inputs, groups = rows(weight_of(layer)).shape[1], groups_of(layer)
     total = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-    if isinstance(layer, nn.Linear):
-        x = x.reshape(-1, x.shape[-1])
-        each = inputs
-    else:  # about as many positions as the input has, and many fewer where the stride is large
-        each = groups * inputs * x[0, 0].numel()
-    for part in x.split(max(1, _BLOCK // max(1, each))):  # type: ignore[no-untyped-call]
-        found = patches(layer, part.float())
-        total += torch.bmm(found, found.transpose(1, 2))
+    x = samples(layer, x)
+    # About as many positions as the input has, and many fewer where the stride is large.
+    each = groups * inputs * (x[0].numel() // channels_of(layer)[0])
+    for part in torch.split(x, max(1, _BLOCK // max(1, each))):
+        inputs_of_part = patches(layer, part.float())
+        total += torch.bmm(inputs_of_part, inputs_of_part.transpose(1, 2))
     return total
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """The Hessian in double precision with its diagonal raised, so that it can be inverted; an input that is always zero gets 1."""
+    """The Hessian in double precision with a raised diagonal, so that it can be inverted.
+
+    An input that is always zero gets 1 on the diagonal.
+    """
     hessian = hessian.double().clone()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
@@ -78,10 +54,10 @@ def damped(hessian: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper factor U of the damped inverse, `U^T U = H^-1`.
+    """The upper triangular factor U of the inverse of the damped Hessian, `U^T U = H^-1`.
 
-    Row j of U, from its diagonal on, says how the inputs after j best make good for a change of input j once all before
-    it are fixed (Frantar et al. 2023, section 3.3).
+    Row j of U, from its diagonal on, gives the best correction of the inputs after j for a change of input j, all
+    inputs before it being fixed (Frantar et al. 2023, section 3.3).
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -89,12 +65,20 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def output_error(change: Tensor, hessian: Tensor) -> Tensor:
-    """The squared error of each row's outputs for a change of weights: `[groups, rows, inputs]` -> `[groups, rows]`."""
+    """The squared error of each row's outputs for a change of weights.
+
+    Args:
+        change: `[groups, rows, inputs]`.
+        hessian: `[groups, inputs, inputs]`.
+
+    Returns:
+        `[groups, rows]`, float64.
+    """
     change, hessian = change.double(), hessian.double()
     return (torch.bmm(change, hessian) * change).sum(-1)
 
 
 def better(first: Tensor, second: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
-    """Row by row whichever of two weights has the lesser output error against `target`; the first where they are equal."""
+    """Row by row, whichever weight has the smaller output error against `target`; `first` where they are equal."""
     errors = [output_error(choice - target, hessian) for choice in (first, second)]
     return torch.where((errors[1] < errors[0]).unsqueeze(-1), second, first)

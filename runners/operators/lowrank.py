@@ -1,17 +1,19 @@
 """A layer as two thinner ones: the best approximation of its weight by a matrix of low rank.
 
-The weight is read as the matrix `[outputs, inputs * kernel]`. A linear layer becomes two linear layers, a convolution its
-own kernel from the inputs to `rank` channels and then a 1 x 1 convolution to the outputs (Zhang et al., TPAMI 2016). The
-other usual cut, k x 1 and then 1 x k (Jaderberg et al., 2014), is not made: it needs more per rank where there are many
-channels, does nothing for 1 x 1 convolutions, and runs as kernels that runtimes are not written for. This one is exact at
-full rank for every stride, padding and dilation, and the second layer has the outputs, the bias and the BatchNorm of the
-old one.
+The weight is read as the matrix `[outputs, inputs * kernel]`. A linear layer becomes two linear layers, a convolution
+its own kernel from the inputs to `rank` channels and then a 1 x 1 convolution to the outputs (Zhang et al., TPAMI
+2016). The other usual cut, k x 1 and then 1 x k (Jaderberg et al., 2014), is not made: it needs more per rank where
+there are many channels, does nothing for 1 x 1 convolutions, and runs as kernels that runtimes are not written for.
+This one is exact at full rank for every stride, padding and dilation, and the second layer has the outputs, the bias
+and the BatchNorm of the old one.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from .layers import bias_of, kind_of, replace_bias, replace_weight, rows, weight_of
 
 
 class Factored(nn.Sequential):
@@ -20,12 +22,18 @@ class Factored(nn.Sequential):
 
 @torch.no_grad()
 def basis(weight: Tensor) -> Tensor:
-    """The singular vectors of a weight on its shorter side, `[side, side]` in float64, those of the largest values first.
+    """The singular vectors of a weight on its shorter side, those of the largest singular values first.
 
-    They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in float32 for
-    512 x 4608. All ranks come out of one basis.
+    They are the eigenvectors of the smaller Gram matrix, which takes a fifth of the time of a decomposition in
+    float32 for 512 x 4608. One basis serves all ranks.
+
+    Args:
+        weight: Output-first.
+
+    Returns:
+        `[side, side]`, float64.
     """
-    matrix = weight.detach().flatten(1).double()
+    matrix = rows(weight).double()
     matrix = matrix if _wide(matrix) else matrix.T
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
     # A vector may come with either sign; the sign of its largest component makes it one of the two.
@@ -35,18 +43,26 @@ def basis(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def factors(weight: Tensor, rank: int, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`(first, second)` of shapes `[rank, columns]` and `[rows, rank]` whose product is nearest to a weight.
+    """Two matrices of a rank whose product is nearest to a weight.
 
-    weight: `[rows, ...]`, all axes but the first taken together. vectors: its `basis`, where that is known. `second @
-    first` is the weight's projection on the first `rank` of them: the truncated singular value decomposition, which no
-    matrix of this rank is nearer to in the Frobenius norm (Eckart & Young 1936). Each factor has the square root of the
-    singular values.
+    `second @ first` is the weight's projection on the first `rank` vectors of its basis: the truncated singular value
+    decomposition, the nearest matrix of this rank in the Frobenius norm (Eckart & Young 1936). Each factor has the
+    square root of the singular values.
 
+    Args:
+        weight: Output-first; all axes but the first are taken together.
+        rank: The inner dimension.
+        vectors: The weight's `basis`, where it is known.
+
+    Returns:
+        `(first, second)`, `[rank, columns]` and `[rows, rank]`.
+
+    Example:
         >>> first, second = factors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
         >>> (second @ first).round(decimals=5).abs().tolist()
         [[3.0, 0.0], [0.0, 0.0]]
     """
-    matrix = weight.detach().flatten(1).double()
+    matrix = rows(weight).double()
     wide = _wide(matrix)
     kept = (basis(weight) if vectors is None else vectors)[:, :rank]
     rest = kept.T @ (matrix if wide else matrix.T)
@@ -60,34 +76,21 @@ def _wide(matrix: Tensor) -> bool:
 
 
 def factored(layer: nn.Module, rank: int, vectors: Tensor | None = None) -> Factored:
-    """Two layers that compute what a convolution (of one group) or a linear layer does with its weight at `rank`.
+    """Two layers that compute what a layer of one group does with its weight at `rank`.
 
-    vectors: the weight's `basis`, where that is known.
+    Args:
+        layer: The layer; it stays as it is.
+        rank: The channels between the two.
+        vectors: The weight's `basis`, where it is known.
     """
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
-    first, second = factors(layer.weight, rank, vectors)
-    pair: tuple[nn.Module, nn.Module]
-    if isinstance(layer, nn.Linear):
-        pair = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
-    else:
-        kind = type(layer)
-        pair = (
-            kind(
-                layer.in_channels,
-                rank,
-                layer.kernel_size,  # type: ignore[arg-type]
-                layer.stride,  # type: ignore[arg-type]
-                layer.padding,  # type: ignore[arg-type]
-                layer.dilation,  # type: ignore[arg-type]
-                bias=False,
-                padding_mode=layer.padding_mode,
-            ),
-            kind(rank, layer.out_channels, 1),
-        )
-    one, other = pair
-    one.weight = nn.Parameter(first.view(rank, *layer.weight.shape[1:]))
-    other.weight = nn.Parameter(second.view(len(second), rank, *[1] * (layer.weight.ndim - 2)))
-    other.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    new = kind_of(layer).factors
+    assert new is not None, f"a {type(layer).__name__} has no factors"
+    first, second = factors(weight_of(layer), rank, vectors)
+    pair = new(layer, rank)
+    for part, factor in zip(pair, (first, second), strict=True):
+        replace_weight(part, factor.view(weight_of(part).shape))
+    bias = bias_of(layer)
+    replace_bias(pair[1], None if bias is None else bias.detach())
     return Factored(*pair).train(layer.training)
 
 

@@ -1,4 +1,4 @@
-"""Statistics put right where no BatchNorm follows: mean and variance of every output channel are the original's again.
+"""Moment matching where no BatchNorm follows: every output channel gets the original's mean and variance back.
 
 Rounded and missing weights shift what a layer gives and shrink its spread, and nothing behind it takes that out as
 BatchNorm's statistics do. The shift goes into the bias (bias correction: Nagel et al. 2019, data-free quantization,
@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import attached
+from .layers import (
+    bias_of,
+    channels_last,
+    layers_of,
+    per_channel,
+    per_output,
+    set_weight,
+    weight_of,
+)
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # A channel that hardly varies any more has lost its input; blown up it would be noise.
 _MOST = 2.0
 DIVIDED = "divided_by"  # the buffer of a layer whose output channels were divided, by what (`equalize`)
@@ -25,66 +33,78 @@ Moments = dict[str, tuple[Tensor, Tensor]]  # by layer: mean and variance of eac
 
 
 def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each output channel: `[n, channels, ...]` of a convolution, `[..., channels]` of a linear layer."""
-    channels = (output if isinstance(layer, nn.Linear) else output.movedim(1, -1)).flatten(0, -2)
+    """`(mean, variance)` of each output channel."""
+    channels = channels_last(layer, output).flatten(0, -2)
     variance, mean = torch.var_mean(channels, 0, correction=0)
     return mean, variance
 
 
 @torch.no_grad()
 def output_moments(model: nn.Module, batches: Sequence[Tensor], without: Collection[str] = ()) -> list[Moments]:
-    """For each batch the moments of all layers that have a bias and run once, but those in `without`."""
+    """For each batch the output moments of all layers that have a bias and run once.
+
+    Args:
+        model: The network, which is put into evaluation mode.
+        batches: Batches of inputs.
+        without: Names of layers to leave out.
+
+    Returns:
+        For each batch, by layer the mean and variance `[channels]`.
+    """
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and module.bias is not None and name not in without
+        name: layer for name, layer in layers_of(model).items() if bias_of(layer) is not None and name not in without
     }
-    found: list[Moments] = []
+    by_batch: list[Moments] = []
     again: set[str] = set()
 
     def keep(name: str, layer: nn.Module, arguments: object, output: Tensor) -> None:
-        if name in found[-1]:
+        if name in by_batch[-1]:
             again.add(name)
-        found[-1][name] = _moments(layer, output)
+        by_batch[-1][name] = _moments(layer, output)
 
     handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
     with attached(handles):
         for batch in batches:
-            found.append({})
+            by_batch.append({})
             model.eval()(batch)
-    return [{name: value for name, value in moments.items() if name not in again} for moments in found]
+    return [{name: value for name, value in moments.items() if name not in again} for moments in by_batch]
 
 
 @torch.no_grad()
 def match_moments(
     model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Moments], one_factor: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Give layers the moments that `output_moments` found in the original network, in place.
+    """Give layers the moments that `output_moments` measured in the original network, in place.
 
-    In one pass over the batches, as BatchNorm is re-estimated: within each a layer is put right before the next one runs,
-    and what remains is put right for all of them together. Returns by layer the factor that its output channels, and so
-    its weights, were multiplied by. Layers that are missing or lost channels are left as they are. one_factor: layers whose
-    weights have one scale for all channels, which are then multiplied by the same (the geometric mean).
+    One pass over the batches, as for the re-estimation of BatchNorm: within a batch a layer is corrected before the
+    next one runs; the correction that is stored is the one for all batches together. Layers that are missing or lost
+    channels stay as they are.
+
+    Args:
+        model: The compressed network.
+        batches: The batches of inputs that `expected` was measured on.
+        expected: What `output_moments` returned for the original network.
+        one_factor: Layers whose weights have one scale for all channels; all their channels are multiplied by the same
+            factor (the geometric mean).
+
+    Returns:
+        By layer the factor `[channels]` that its output channels, and so its weights, were multiplied by.
     """
-    modules = dict(model.named_modules())
+    there = layers_of(model)
     layers = {
-        name: modules[name]
+        name: there[name]
         for name, (mean, _) in (expected[0] if expected else {}).items()
-        if name in modules
-        and isinstance(modules[name], _LAYERS)
-        and getattr(modules[name], "bias", None) is not None
-        and modules[name].bias.shape == mean.shape  # type: ignore[union-attr]
+        if name in there and (bias := bias_of(there[name])) is not None and bias.shape == mean.shape
     }
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    own_moments: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted: Moments = {}
 
-    def put_right(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        found[name].append(_moments(layer, output))
-        factor, shift = _affine([found[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
-        shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else output.ndim - 2))
-        return output * factor.view(shape) + shift.view(shape)
+    def correct(name: str, layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        own_moments[name].append(_moments(layer, output))
+        factor, shift = _affine([own_moments[name][-1]], [_divided(layer, wanted[name])], name in one_factor)
+        return output * per_channel(layer, factor, output) + per_channel(layer, shift, output)
 
-    handles = [layer.register_forward_hook(partial(put_right, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(correct, name)) for name, layer in layers.items()]
     with attached(handles):
         for batch, moments in zip(batches, expected, strict=True):
             wanted = moments
@@ -92,28 +112,27 @@ def match_moments(
     factors = {}
     for name, layer in layers.items():
         own = [_divided(layer, moments[name]) for moments in expected]
-        factor, shift = _affine(found[name], own, name in one_factor)
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
-        assert isinstance(bias, Tensor)
-        weight.mul_(factor.view(-1, *[1] * (weight.ndim - 1)))
+        factor, shift = _affine(own_moments[name], own, name in one_factor)
+        weight, bias = weight_of(layer), bias_of(layer)
+        assert bias is not None
+        set_weight(layer, weight * per_output(factor, weight))
         bias.copy_(bias * factor + shift)
         factors[name] = factor
     return factors
 
 
 def _divided(layer: nn.Module, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the moments of the original's channels are in a layer whose channels were divided."""
+    """The moments that the original's channels have in a layer whose channels were divided."""
     mean, variance = moments
     by = getattr(layer, DIVIDED, torch.ones(()))
     return mean / by, variance / by.square()
 
 
 def _affine(
-    found: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]], together: bool
+    given: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[tuple[Tensor, Tensor]], together: bool
 ) -> tuple[Tensor, Tensor]:
     """`(factor, shift)` per channel that turn the found moments into the wanted ones, on average over batches."""
-    mean, variance = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+    mean, variance = (torch.stack(values).mean(0) for values in zip(*given, strict=True))
     target, spread = (torch.stack(values).mean(0) for values in zip(*wanted, strict=True))
     factor = (spread / variance.clamp_min(1e-12)).sqrt().clamp(1 / _MOST, _MOST)
     if together:

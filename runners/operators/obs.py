@@ -1,15 +1,15 @@
-"""Optimal brain surgeon: zeros chosen by what they cost after the other weights have made good for them.
+"""Optimal brain surgeon: zeros are chosen by their cost after the other weights have been adjusted to them.
 
-Exact OBS (Hassibi & Stork 1992, as Frantar & Alistarh, NeurIPS 2022, do it row by row): the weight that costs least becomes zero, the
-others of its row are adjusted, and so on until none is left. Rows do not touch each other's outputs, so their sequences
-merge into one order of all weights, of which every level of sparsity is the beginning: one sweep serves them all. The weights
-that stay are then solved for at each level. On layers of ResNet-20, at 30 to 90% zeros, that leaves 1% to 23% of the output error
-of zeros by magnitude.
+Exact OBS (Hassibi & Stork 1992, as Frantar & Alistarh, NeurIPS 2022, do it row by row): the weight that costs least
+becomes zero, the others of its row are adjusted, and so on until none is left. Rows do not touch each other's
+outputs, so their sequences merge into one order of all weights, of which every level of sparsity is the beginning:
+one sweep serves them all. The weights that stay are then solved for at each level. On layers of ResNet-20, at 30 to
+90% zeros, that leaves 1% to 23% of the output error of zeros by magnitude.
 
-A sweep takes `rows * inputs^3 / 3` multiply-adds. A layer too large for that gets SparseGPT's mask (Frantar & Alistarh, ICML 2023), level by
-level: one pass over the inputs with one Cholesky factor for all rows, in which only the inputs that follow make good for a zero.
-Then some zeros change places with others that now cost less (iterative hard thresholding, Blumensath & Davies 2009). That leaves
-1.1 to 3 times the error.
+A sweep takes `rows * inputs^3 / 3` multiply-adds. A layer too large for that gets SparseGPT's mask (Frantar &
+Alistarh, ICML 2023), level by level: one pass over the inputs with one Cholesky factor for all rows, in which only
+the inputs that follow are adjusted to a zero. Then some zeros change places with others that now cost less (iterative
+hard thresholding, Blumensath & Davies 2009). That leaves 1.1 to 3 times the error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...spaces.recipe import pattern_of
-from .hessian import better, damped, inverse_factor, output_error, rows
+from .hessian import better, damped, inverse_factor, output_error
+from .layers import as_matrix, from_matrix, row_shape, rows
 from .sparsify import mask_of
 
 _SWEEP = 1e11  # multiply-adds of a sweep: seconds
@@ -30,29 +31,36 @@ _EFFORT = 2e11  # multiply-adds of conjugate gradients: 100 steps for a layer of
 
 
 def sweepable(weight: Tensor) -> bool:
-    """Whether `order` takes seconds for such a weight."""
-    return len(weight) * weight[0].numel() ** 3 / 3 <= _SWEEP
+    """Whether `order` takes only seconds for such a weight."""
+    outputs, inputs = rows(weight).shape
+    return outputs * inputs**3 / 3 <= _SWEEP
 
 
 @torch.no_grad()
 def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
-    """The place of each weight, as the weight, in the order in which exact OBS sets them to zero: the first is 0.
+    """The position of each weight in the order in which exact OBS sets them to zero; the first is 0.
 
-    weight: as the layer's. hessian: `[groups, inputs, inputs]`. pattern: weights whose neighbours go before them, so that
-    they must stay, come last.
+    Args:
+        weight: Output-first.
+        hessian: `[groups, inputs, inputs]`.
+        pattern: `N:M`, or "". Weights that must stay because their neighbours are removed before them come last.
 
+    Returns:
+        Positions as floats, as the weight.
+
+    Example:
         >>> weight, hessian = torch.tensor([[3.0, 1.0, 2.0], [0.5, 4.0, 5.0]]), torch.eye(3)[None]
         >>> order(weight, hessian)
         tensor([[3., 1., 2.],
                 [0., 4., 5.]])
     """
     groups, inputs = hessian.shape[:2]
-    target = rows(weight, groups).flatten(0, 1).double()
+    target = rows(weight).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     blocks, room = _blocks(weight, pattern)
     each = len(target) // groups
     cost = torch.full_like(target, torch.inf)
-    for part in torch.arange(len(target)).split(max(1, _INVERSES // inputs**2)):  # type: ignore[no-untyped-call]
+    for part in torch.split(torch.arange(len(target)), max(1, _INVERSES // inputs**2)):
         _sweep(target[part].clone(), inverse[part // each], blocks, room, cost, part)
     place = torch.empty(cost.numel())
     place[torch.argsort(cost.flatten(), stable=True)] = torch.arange(len(place), dtype=place.dtype)
@@ -60,23 +68,23 @@ def order(weight: Tensor, hessian: Tensor, pattern: str = "") -> Tensor:
 
 
 def _blocks(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
-    """By input the number of its block, and how many zeros each block has room for; without a pattern one block has room for all."""
-    shape = weight.shape[1:]
+    """By input the number of its block, and how many zeros each block may have; one block without a pattern."""
+    channels, positions = row_shape(weight)
     if not pattern:
-        return torch.zeros(shape.numel(), dtype=torch.long), torch.tensor([shape.numel()])
+        return torch.zeros(channels * positions, dtype=torch.long), torch.tensor([channels * positions])
     keep, of = pattern_of(pattern)
-    positions = shape[1:].numel()
-    block = torch.arange(shape[0])[:, None] // of * positions + torch.arange(positions)
+    block = torch.arange(channels)[:, None] // of * positions + torch.arange(positions)
     blocks = block.flatten()
     sizes = torch.bincount(blocks)
     return blocks, sizes - (sizes * keep + of - 1) // of
 
 
 def _sweep(weight: Tensor, inverse: Tensor, blocks: Tensor, room: Tensor, cost: Tensor, part: Tensor) -> None:
-    """Exact OBS on some rows at once, `[rows, inputs]`, each with its inverse Hessian; writes what each zero costs to `cost[part]`.
+    """Exact OBS on some rows at once, `[rows, inputs]`, each with its inverse Hessian; writes what each zero costs to
+    `cost[part]`.
 
-    A zero's cost is more than all before it in its row, if by a hair, so that costs put a row's zeros in their order. Inputs that are zero in a
-    row leave its inverse, which shrinks.
+    A zero's cost is more than all before it in its row, if by a hair, so that costs put a row's zeros in their order.
+    Inputs that are zero in a row leave its inverse, which shrinks.
     """
     here = torch.arange(len(weight))
     left = torch.arange(weight.shape[1]).expand_as(weight)  # the inputs that are not zero yet, of each row
@@ -112,49 +120,59 @@ def _sweep(weight: Tensor, inverse: Tensor, blocks: Tensor, room: Tensor, cost: 
 def obs(
     weight: Tensor, hessian: Tensor, ratio: float, pattern: str = "", order: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`(mask, weight)`: exactly `round(ratio * n)` zeros (or those of the pattern) and the other weights adjusted to them.
+    """Choose zeros and adjust the other weights to them.
 
-    weight: as the layer's. hessian: `[groups, inputs, inputs]`. order: what the function `order` gives; without it zeros are
-    chosen as for a layer too large for that. Each row has at most the error that the mask without any adjustment gives it.
+    No row has a larger output error than the mask without any adjustment gives it.
+
+    Args:
+        weight: Output-first.
+        hessian: `[groups, inputs, inputs]`.
+        ratio: The share of zeros; exactly `round(ratio * n)` weights become zero.
+        pattern: `N:M`, whose zeros are taken in place of the share, or "".
+        order: What `order` returns; None for a layer too large for that (see `sweepable`).
+
+    Returns:
+        `(mask, weight)`, both as the weight.
     """
-    target = rows(weight, len(hessian))
+    target = as_matrix(weight, len(hessian))
     if order is None:
-        mask, found = _exchanged(weight, hessian, ratio, pattern)
+        mask, solved = _exchanged(weight, hessian, ratio, pattern)
     else:
-        mask = rows(mask_of(order, ratio, pattern), len(hessian)).to(weight)
-        found = refit(target, mask, hessian)
-    found = better(target * mask, found, target, hessian)
-    return mask.reshape(weight.shape).clone(), found.reshape(weight.shape)
+        mask = as_matrix(mask_of(order, ratio, pattern), len(hessian)).to(weight)
+        solved = refit(target, mask, hessian)
+    solved = better(target * mask, solved, target, hessian)
+    return from_matrix(mask, weight.shape).clone(), from_matrix(solved, weight.shape)
 
 
 def _exchanged(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> tuple[Tensor, Tensor]:
     """SparseGPT's mask with some zeros in other places, and the weights, both `[groups, rows, inputs]`."""
     groups, shape = len(hessian), weight.shape
-    target, curvature = rows(weight, groups), damped(hessian)
-    mask = rows(_first(weight, hessian, ratio, pattern), groups)
-    found = refit(target, mask, hessian)
-    least = output_error(found - target, curvature).sum()
+    target, curvature = as_matrix(weight, groups), damped(hessian)
+    mask = as_matrix(_first(weight, hessian, ratio, pattern), groups)
+    current = refit(target, mask, hessian)
+    least = output_error(current - target, curvature).sum()
     for _ in range(_ROUNDS):
-        downhill = torch.bmm((target - found).double(), curvature) / curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-        step = (found + 0.5 * downhill).square() * curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-        other = rows(mask_of(step.float().reshape(shape), ratio, pattern), groups).to(mask)
+        downhill = torch.bmm((target - current).double(), curvature) / curvature.diagonal(dim1=-2, dim2=-1)[:, None]
+        step = (current + 0.5 * downhill).square() * curvature.diagonal(dim1=-2, dim2=-1)[:, None]
+        other = as_matrix(mask_of(from_matrix(step.float(), shape), ratio, pattern), groups).to(mask)
         if torch.equal(other, mask):
             break
         solved = refit(target, other, hessian)
         left = output_error(solved - target, curvature).sum()
         if left > 0.999 * least:
             break
-        mask, found, least = other, solved, left
-    return mask, found
+        mask, current, least = other, solved, left
+    return mask, current
 
 
 def _first(weight: Tensor, hessian: Tensor, ratio: float, pattern: str) -> Tensor:
     """SparseGPT's mask."""
     # Input channels side by side, so that a pattern's neighbours are neighbours here.
-    order = torch.arange(weight[0].numel()).view(weight.shape[1:]).movedim(0, -1).flatten()
-    target, permuted = rows(weight, len(hessian))[..., order], hessian[:, order][:, :, order]
-    mask = _mask(target, inverse_factor(permuted), ratio, pattern, weight.shape[1])
-    return mask[..., torch.argsort(order)].reshape(weight.shape)
+    channels, positions = row_shape(weight)
+    order = torch.arange(channels * positions).view(channels, positions).T.flatten()
+    target, permuted = as_matrix(weight, len(hessian))[..., order], hessian[:, order][:, :, order]
+    mask = _mask(target, inverse_factor(permuted), ratio, pattern, channels)
+    return from_matrix(mask[..., torch.argsort(order)], weight.shape)
 
 
 def _mask(target: Tensor, factor: Tensor, ratio: float, pattern: str, channels: int) -> Tensor:
@@ -191,14 +209,22 @@ def _mask(target: Tensor, factor: Tensor, ratio: float, pattern: str, channels: 
 
 @torch.no_grad()
 def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
-    """Of all weights with these zeros those of least (damped) output error against `target`, all `[groups, rows, inputs]`.
+    """The weights with the given zeros that have the smallest (damped) output error against `target`.
 
-    Conjugate gradients on all rows at once, preconditioned with the diagonal; every step lessens the error of every row.
+    Conjugate gradients on all rows at once, preconditioned with the diagonal; each step reduces the error of every row.
+
+    Args:
+        target: `[groups, rows, inputs]`.
+        mask: 1 and 0, as `target`.
+        hessian: `[groups, inputs, inputs]`.
+
+    Returns:
+        The weights, as `target`.
     """
     curvature, keep = damped(hessian), mask.double()
     scale = curvature.diagonal(dim1=-2, dim2=-1)[:, None]
-    found = target.double() * keep
-    residual = torch.bmm(target.double() - found, curvature) * keep
+    solution = target.double() * keep
+    residual = torch.bmm(target.double() - solution, curvature) * keep
     direction = residual / scale
     size = (residual * direction).sum(-1, keepdim=True)
     start = size.clone()
@@ -209,10 +235,10 @@ def refit(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
             break
         along = torch.bmm(direction, curvature) * keep
         step = torch.where(going, size / (direction * along).sum(-1, keepdim=True).clamp_min(1e-300), 0.0)
-        found += step * direction
+        solution += step * direction
         residual -= step * along
         preconditioned = residual / scale
         grown = (residual * preconditioned).sum(-1, keepdim=True)
         direction = preconditioned + torch.where(going, grown / size.clamp_min(1e-300), 0.0) * direction
         size = grown
-    return found.to(target.dtype)
+    return solution.to(target.dtype)

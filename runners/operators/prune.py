@@ -17,10 +17,10 @@ from torch_pruning.dependency import index_mapping
 
 from ...errors import ExportFailed, RecipeError
 from .attention import Attention
+from .layers import TYPES, is_layer, kind_of
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _MOST = 1 << 18  # indices of a group; VGG's 512 channels are 25,088 inputs of its first linear layer
-_MEMBERS = (*_LAYERS, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
+_MEMBERS: tuple[type[nn.Module], ...] = (*TYPES, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class GroupMembers:
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
-    """All groups of a network, the last first; raises `ExportFailed` when the graph cannot be read."""
+    """All dependency groups of a network, the last first.
+
+    Raises:
+        ExportFailed: The graph cannot be read.
+    """
     gradients = {p: p.requires_grad for p in model.parameters()}
     for parameter in gradients:
         parameter.requires_grad_(True)  # the graph is read off autograd
@@ -52,8 +56,8 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
             warnings.simplefilter("ignore")  # parameters outside layers: `_members` refuses what depends on them
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
             index_mapping.update_index_mapping(graph)
-            lost = [m for m in graph.module2node if isinstance(m, _LAYERS) and _outgrows(graph, m)]
-            groups = list(graph.get_all_groups(lost, root_module_types=list(_LAYERS)))
+            lost = [m for m in graph.module2node if is_layer(m) and _outgrows(graph, m)]
+            groups = list(graph.get_all_groups(lost, root_module_types=list(TYPES)))
     except Exception as error:  # Torch-Pruning reports what it cannot trace by whatever fails inside
         raise ExportFailed(
             f"the dependencies of its channels cannot be traced: {type(error).__name__}: {error}"
@@ -62,15 +66,17 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[GroupMembers]:
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
     names = {module: name for name, module in model.named_modules()}
-    unread = [GroupMembers(None, (names[m],), (), "they cannot be followed through the reshapes behind it") for m in lost if m in names]  # fmt: skip
+    problem = "they cannot be followed through the reshapes behind it"
+    unread = [GroupMembers(None, (names[module],), (), problem) for module in lost if module in names]
     attentions = [module for module in names if isinstance(module, Attention)]
     return [*(_with_heads(_members(group, names), names, attentions) for group in groups), *unread]
 
 
 def _outgrows(graph: tp.DependencyGraph, module: nn.Module) -> bool:
-    """Whether a layer's channels become ever more on their way through reshapes that Torch-Pruning takes for another thing.
+    """Whether a layer's channels multiply without end on their way through reshapes that Torch-Pruning misreads.
 
-    It would list them all, without an end where they come round again (the shifted windows of Swin). Here they are only counted.
+    It would list them all, without an end where they come round again (the shifted windows of Swin). Here they are
+    only counted.
     """
     pruner = graph.get_pruner_of_module(module)
     waiting = [(graph.module2node[module], pruner.prune_out_channels, pruner.get_out_channels(module))]
@@ -80,13 +86,13 @@ def _outgrows(graph: tp.DependencyGraph, module: nn.Module) -> bool:
         for dependency in node.dependencies:
             if not dependency.is_triggered_by(change):
                 continue
-            found = count
+            reached = count
             for mapping in dependency.index_mapping:
                 if isinstance(mapping, index_mapping._FlattenIndexMapping):
-                    found = -(-found // mapping._stride) if mapping.reverse else found * mapping._stride
-            if found > _MOST:
+                    reached = -(-reached // mapping._stride) if mapping.reverse else reached * mapping._stride
+            if reached > _MOST:
                 return True
-            if (here := (dependency.target, dependency.handler, found)) not in seen:
+            if (here := (dependency.target, dependency.handler, reached)) not in seen:
                 seen.add(here)
                 waiting.append(here)
     return False
@@ -115,11 +121,11 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
             continue  # an operation without weights
         elif not isinstance(module, _MEMBERS):
             problem = f"{names[module]} ({type(module).__name__}) depends on them"
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.in_channels:
-            problem = f"{names[module]} is a grouped convolution"
-        elif isinstance(module, _LAYERS):
-            depthwise = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
-            if action == "prune_out_channels" or depthwise:
+        elif is_layer(module):
+            kind = kind_of(module).name(module)
+            if kind == "grouped":
+                problem = f"{names[module]} is a grouped convolution"
+            elif action == "prune_out_channels" or kind == "depthwise":
                 makers.append(names[module])
             else:
                 readers.append((names[module], len(set(indices))))
@@ -127,18 +133,26 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> GroupMembers:
 
 
 def importance(group: Any) -> Tensor:
-    """How much each channel of a group matters: the L2 norm of all its weights, in and out, averaged over the layers."""
-    found = tp.importance.GroupMagnitudeImportance(p=2)(group)
-    assert isinstance(found, Tensor)
-    return found
+    """The importance of each channel of a group: the L2 norm of its weights, in and out, averaged over the layers."""
+    scores = tp.importance.GroupMagnitudeImportance(p=2)(group)
+    assert isinstance(scores, Tensor)
+    return scores
 
 
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:
     """Remove all but the `keep` most important channels of each named group, in place; of an attention whole heads.
 
-    `group_of` says by layer which group makes its output, so that a group has one name whatever blocks were left out.
-    Importance is taken from the weights before any channel is removed; of equal channels the later ones stay. Raises
-    `RecipeError` when a group is not there (any more).
+    Importance is taken from the weights before any channel is removed; of equally important channels the later ones
+    stay.
+
+    Args:
+        model: The network.
+        keep: By group the number of channels that stay.
+        group_of: By layer the group that makes its output, so that a group has one name whatever blocks were left out.
+        example: A few inputs.
+
+    Raises:
+        RecipeError: A group is not there.
     """
     if not keep:
         return

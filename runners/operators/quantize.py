@@ -1,15 +1,17 @@
-"""Weights as integers: symmetric, one scale per output channel, rounded to the nearest (`gptq` and `adaround` round otherwise).
+"""Weights as integers: symmetric, one scale per output channel, rounded to nearest.
 
 One bit is a sign: -1 or 1, and never 0.
 
-Or affine: one scale and one zero point for the whole weight, and all 2^bits codes (Jacob et al., CVPR 2018, section 2.1). Codes are
-counted from the zero point here too, so that 0 is zero, and only their limits differ. Such a grid is laid over the weight as it
-ships, BatchNorm folded into it; or else what ships would have a scale per channel again. So the step of a channel of the unfolded
-weight is `scale / factor`, by whatever the BatchNorm's factor is at the moment.
+Or affine: one scale and one zero point for the whole weight, and all 2^bits codes (Jacob et al., CVPR 2018, section
+2.1). Codes are counted from the zero point here too, so that 0 is zero, and only their limits differ. Such a grid is
+laid over the weight as it ships, BatchNorm folded into it; or else what ships would have a scale per channel again.
+So the step of a channel of the unfolded weight is `scale / factor`, by whatever the BatchNorm's factor is at the
+moment.
 
 A parametrization keeps the float weights for training and shows the network the quantized ones. Its scale is a
 parameter, and since rounding passes gradients straight through, its gradient is the one of LSQ (Esser et al., ICLR
-2020) but for the factor in front; a zero point stays what it was. BatchNorm folded into the layer multiplies whole output channels, so it changes scales and not integers.
+2020) but for the factor in front; a zero point stays what it was. BatchNorm folded into the layer multiplies whole
+output channels, so it changes scales and not integers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fold import channel_factors
+from .layers import INPUT, per_output, rows
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
@@ -28,12 +31,12 @@ _BINS = 1024  # of the histogram of a channel's magnitudes
 
 
 def largest(bits: int) -> int:
-    """The largest code: `2^(bits-1) - 1`, of a sign 1; its negative is the smallest."""
+    """The largest code, `2^(bits-1) - 1` (1 for a sign); its negative is the smallest."""
     return max(1, (1 << (bits - 1)) - 1)
 
 
 def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
-    """The smallest and the largest code; with a zero point 0 and `2^bits - 1`, counted from there.
+    """The smallest and the largest code; with a zero point 0 and `2^bits - 1`, counted from the zero point.
 
     >>> limits(4), limits(4, 5)
     ((-7, 7), (-5, 10))
@@ -43,60 +46,68 @@ def limits(bits: int, zero: int | None = None) -> tuple[int, int]:
 
 @torch.no_grad()
 def weight_scales(weight: Tensor, bits: int, ranges: str = "mse", group_size: int = 0) -> Tensor:
-    """The scale of each output channel (first axis), `[output channels]`, by one of `RANGES`.
+    """The scale of each output channel, by one of `RANGES`.
 
-    group_size: of every so many weights of a row, `[output channels, groups]`, the last group what is left; 0: of the row.
+    mse minimizes the squared error of the weights; for signs that is their mean magnitude (Rastegari et al. 2016,
+    XNOR-Net, equation 6). minmax makes the largest weight the largest code, percentile the 99th percentile of the
+    magnitudes. entropy minimizes the KL divergence of their histogram (Migacz 2017).
 
-    mse: the least squared error of the weights; of signs that is their mean magnitude (Rastegari et al. 2016, XNOR-Net,
-    equation 6). minmax: the largest weight is the largest code. percentile: the 99th
-    percentile of the magnitudes is. entropy: the least KL divergence of their histogram (Migacz 2017).
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        ranges: One of `RANGES`.
+        group_size: A scale for every so many weights of a row, the last group being what is left; 0 for one scale per
+            row.
+
+    Returns:
+        `[outputs]`, or `[outputs, groups]`.
     """
-    rows = weight.detach().flatten(1)
+    numbers = rows(weight)
     if group_size:
-        groups = list(rows.split(group_size, 1))  # type: ignore[no-untyped-call]
+        groups = torch.split(numbers, group_size, 1)
         return torch.stack([weight_scales(part, bits, ranges) for part in groups], 1)
-    peak = rows.abs().amax(1).clamp_min(1e-12)
-    return RANGES[ranges](rows, peak, bits)
+    peak = numbers.abs().amax(1).clamp_min(1e-12)
+    return RANGES[ranges](numbers, peak, bits)
 
 
 def spread(scale: Tensor, weight: Tensor, group_size: int = 0) -> Tensor:
-    """Scales as `weight_scales` gives them, in a shape that broadcasts over the weight.
+    """Scales as `weight_scales` returns them, in a shape that broadcasts over the weight.
 
     >>> spread(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 3), 2)
     tensor([[1., 1., 2.]])
     """
     if group_size:
-        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[1]]
-    return scale.view(-1, *[1] * (weight.ndim - 1))
+        return scale.repeat_interleave(group_size, 1)[:, : weight.shape[INPUT]]
+    return per_output(scale, weight)
 
 
-def _minmax(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _minmax(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     return peak / largest(bits)
 
 
-def _percentile(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
-    high = torch.quantile(rows.abs(), 0.99, dim=1)
+def _percentile(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
+    high = torch.quantile(numbers.abs(), 0.99, dim=1)
     return torch.where(high > 0, high, peak) / largest(bits)  # a channel of few weights that are not zero
 
 
-def _mse(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _mse(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     if bits == 1:
-        return rows.abs().mean(1).clamp_min(1e-12)
+        return numbers.abs().mean(1).clamp_min(1e-12)
     best_error = torch.full_like(peak, torch.inf)
     best = peak / largest(bits)
     for share in _CLIPPED:
         scale = peak * share / largest(bits)
-        error = (codes(rows, scale, bits) * scale[:, None] - rows).square().sum(1)
+        error = (codes(numbers, scale, bits) * scale[:, None] - numbers).square().sum(1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 
 
-def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
+def _entropy(numbers: Tensor, peak: Tensor, bits: int) -> Tensor:
     """P: the histogram of the magnitudes, what is clipped in its last bin. Q: the same without it, a mean per code."""
     levels = largest(bits) + 1
-    bins = (rows.abs() / peak[:, None] * _BINS).long().clamp_max(_BINS - 1)
-    counts = torch.zeros(len(rows), _BINS, dtype=torch.float64)
+    bins = (numbers.abs() / peak[:, None] * _BINS).long().clamp_max(_BINS - 1)
+    counts = torch.zeros(len(numbers), _BINS, dtype=torch.float64)
     counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
     counts[:, 0] = 0  # zeros are exact at every scale, and of a sparse weight they would be all there is to see
     best_divergence = torch.full_like(peak, torch.inf, dtype=torch.float64)
@@ -106,9 +117,9 @@ def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
         p, q = counts[:, :width].clone(), counts[:, :width]
         p[:, -1] += counts[:, width:].sum(1)
         # Code k stands for what is rounded to it: its neighbourhood of one step, and half a step at either end.
-        code = ((torch.arange(width) + 0.5) / width * (levels - 1)).round().long().expand(len(rows), -1)
+        code = ((torch.arange(width) + 0.5) / width * (levels - 1)).round().long().expand(len(numbers), -1)
         there = (q > 0).double()
-        total = torch.zeros(len(rows), levels, dtype=torch.float64).scatter_add_(1, code, q)
+        total = torch.zeros(len(numbers), levels, dtype=torch.float64).scatter_add_(1, code, q)
         number = torch.zeros_like(total).scatter_add_(1, code, there)
         q = (total / number.clamp_min(1)).gather(1, code) * there
         p = p / p.sum(1, keepdim=True).clamp_min(1e-12)
@@ -121,17 +132,30 @@ def _entropy(rows: Tensor, peak: Tensor, bits: int) -> Tensor:
 
 
 RANGES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "mse": _mse, "minmax": _minmax, "percentile": _percentile, "entropy": _entropy
-}  # fmt: skip
+    "mse": _mse,
+    "minmax": _minmax,
+    "percentile": _percentile,
+    "entropy": _entropy,
+}
 
 
 @torch.no_grad()
 def affine_grid(weight: Tensor, bits: int, ranges: str = "mse") -> tuple[Tensor, int]:
-    """`(scale, zero point)` of a whole weight, `[1]` and a number of 0..`2^bits - 1`, by one of `RANGES` but entropy.
+    """The scale and the zero point of a whole weight, by one of `RANGES` but entropy.
 
-    minmax: from the smallest to the largest weight and zero, as torch's `MinMaxObserver` has it. percentile: between half a per cent
-    at either end. mse: the least squared error, of ranges that are shortened at both ends, then at each.
+    minmax covers the smallest to the largest weight and zero, as torch's `MinMaxObserver` does. percentile leaves out
+    half a per cent at either end. mse minimizes the squared error, over ranges that are shortened at both ends, then
+    at each end.
 
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        ranges: `mse`, `minmax` or `percentile`.
+
+    Returns:
+        `(scale, zero point)`: `[1]`, and a number of 0..`2^bits - 1`.
+
+    Example:
         >>> scale, zero = affine_grid(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), 2, "minmax")
         >>> scale.tolist(), zero, codes(torch.tensor([[-1.0, 0.4, 2.0]]), scale, 2, zero).tolist()
         ([1.0], 1, [[-1.0, 0.0, 2.0]])
@@ -161,11 +185,15 @@ def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, int]:
 
 
 def codes(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
-    """The integers (as floats) of a weight: rounded half to even, saturated at `limits(bits, zero)`; the sign of 0 is 1.
+    """The integers of a weight, as floats: rounded half to even, saturated at `limits(bits, zero)`; the sign of 0 is 1.
 
-    scale: of each output channel, or one that broadcasts. zero: the zero point, from which codes are counted, or None.
+    Args:
+        weight: Output-first.
+        scale: `[outputs]`, or in a shape that broadcasts over the weight.
+        bits: The width of the codes.
+        zero: The zero point, from which codes are counted, or None.
     """
-    return _nearest(weight / (spread(scale, weight) if scale.ndim == 1 else scale), bits, zero)
+    return _nearest(weight / (per_output(scale, weight) if scale.ndim == 1 else scale), bits, zero)
 
 
 def rounded(weight: Tensor, scale: Tensor, bits: int, zero: int | None = None) -> Tensor:
@@ -180,11 +208,18 @@ def _nearest(quotient: Tensor, bits: int, zero: int | None) -> Tensor:
 
 
 class FakeQuantize(nn.Module):
-    """A parametrization of a weight: `mask` (1 and 0) first, then quantization to `bits` (no quantization from 16 up).
+    """A parametrization of a weight: zeros first, then quantization (none from 16 bits up).
 
-    scale: of each output channel, or group of one, or with a zero point of the whole weight; `weight_scales` of the masked
-    weight when None. pattern: of the mask, see `Sparsify`. norm: the BatchNorm that the weight will be folded with, where
-    there is a zero point.
+    Args:
+        weight: Output-first.
+        bits: The width of the codes.
+        mask: 1 and 0, as the weight, or None.
+        scale: Of each output channel, of each group of one, or with a zero point of the whole weight; None for the
+            `weight_scales` of the masked weight.
+        pattern: The pattern of the mask, see `Sparsify`.
+        group_size: As for `weight_scales`.
+        zero: The zero point of an affine grid, or None.
+        norm: The BatchNorm that the weight will be folded with, where there is a zero point.
     """
 
     mask: Tensor | None
@@ -212,7 +247,7 @@ class FakeQuantize(nn.Module):
 
     @property
     def factor(self) -> Tensor | None:
-        """What folding would multiply each output channel by just now, where that changes the grid."""
+        """What folding would multiply each output channel by at present, where that changes the grid."""
         return None if self._norm[0] is None else channel_factors(self._norm[0])
 
     def step(self, scale: Tensor, weight: Tensor) -> Tensor:
@@ -229,10 +264,10 @@ class FakeQuantize(nn.Module):
         # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
         # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
-        squares = weight.detach().flatten(1).square()
+        squares = rows(weight).square()
         if self.group_size:
             missing = -squares.shape[1] % self.group_size
-            squares = F.pad(squares, (0, missing)).unflatten(1, (-1, self.group_size))  # type: ignore[no-untyped-call]
+            squares = F.pad(squares, (0, missing)).view(len(squares), -1, self.group_size)
         total = squares.sum(-1) if self.zero is None else squares.sum().view(1)
         balance = fixed.square() / total.clamp_min(1e-12)
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships

@@ -1,7 +1,7 @@
-"""Sparsity: which weights are set to zero, of a whole layer or in a pattern N:M.
+"""Sparsity: masks of weights that become zero, anywhere in a layer or in a pattern N:M.
 
-In a pattern, of every M neighbouring input channels (at the same position of a convolution's kernel) N stay, which is what
-sparse matrix units read. Of what is left over at the end, r < M channels, `ceil(r N / M)` stay.
+In a pattern, of every M neighbouring input channels (at the same position of a convolution's kernel) N stay, which is
+what sparse matrix units read. Of what is left over at the end, r < M channels, `ceil(r N / M)` stay.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ...spaces.recipe import pattern_of
-from .hessian import rows
+from .layers import INPUT, as_matrix, from_matrix
 
 
 def magnitude_mask(weight: Tensor, ratio: float) -> Tensor:
-    """1 for the weights that stay, 0 for exactly `round(ratio * n)` of least magnitude; of equal ones the first go.
+    """1 for the weights that stay, 0 for exactly `round(ratio * n)` of smallest magnitude; of equal ones the first go.
 
-    >>> magnitude_mask(torch.tensor([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    Example:
+        >>> magnitude_mask(torch.tensor([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     return mask_of(weight.detach().abs(), ratio)
 
@@ -25,24 +26,40 @@ def magnitude_mask(weight: Tensor, ratio: float) -> Tensor:
 def mask_of(scores: Tensor, ratio: float, pattern: str = "") -> Tensor:
     """1 for the weights of the highest scores, 0 for exactly `round(ratio * n)` others, or as the pattern says.
 
-    scores: as the weight, `[output, input, ...]`. Of equal ones the first go.
+    Args:
+        scores: Output-first, as the weight; of equal scores the first become zero.
+        ratio: The share of zeros.
+        pattern: `N:M`, or "".
 
+    Returns:
+        The mask, as the scores.
+
+    Example:
         >>> mask_of(torch.tensor([[4.0, 3.0, 1.0, 2.0, 1.0, 2.0, 3.0, 5.0]]), 0.5, "2:4").tolist()
         [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]]
     """
     if pattern:
         keep, of = pattern_of(pattern)
-        last = scores.movedim(1, -1)  # input channels side by side
-        found = torch.cat([_least(part, part.shape[-1] - -(-part.shape[-1] * keep // of)) for part in last.split(of, -1)], -1)  # type: ignore[no-untyped-call]  # fmt: skip
-        return found.movedim(-1, 1).contiguous()
+        last = scores.movedim(INPUT, -1)  # input channels side by side
+        parts = [_least(part, part.shape[-1] - -(-part.shape[-1] * keep // of)) for part in torch.split(last, of, -1)]
+        mask = torch.cat(parts, -1)
+        return mask.movedim(-1, INPUT).contiguous()
     return _least(scores.reshape(1, -1), round(scores.numel() * ratio)).view_as(scores)
 
 
 def growing_mask(weight: Tensor, count: int, pattern: str, grown: float) -> Tensor:
-    """The mask of a moment of gradual sparsity: the smallest weights, `round(grown * count)` of them, are 0.
+    """The mask at one moment of gradual sparsity: the `round(grown * count)` smallest weights are 0.
 
-    count: how many are in the end. In a pattern only those become zero that the pattern would now take.
+    Args:
+        weight: Output-first.
+        count: The number of zeros at the end.
+        pattern: `N:M`, or ""; only weights become zero that the pattern would remove now.
+        grown: The share of the final zeros that are zero already, 0 to 1.
 
+    Returns:
+        The mask, as the weight.
+
+    Example:
         >>> weight = torch.tensor([[4.0, 3.0, 1.0, 2.0, 1.0, 2.0, 3.0, 5.0]])
         >>> [growing_mask(weight, 4, "2:4", grown).tolist()[0] for grown in (0.0, 0.5, 1.0)]  # doctest: +NORMALIZE_WHITESPACE
         [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0],
@@ -54,7 +71,8 @@ def growing_mask(weight: Tensor, count: int, pattern: str, grown: float) -> Tens
 
 
 def cubic(done: float) -> float:
-    """The share of the final zeros that are there at `done` (0..1) of the ramp (Zhu & Gupta 2017, equation 1, from none).
+    """The share of the final zeros that are there at `done` (0..1) of the ramp (Zhu & Gupta 2017, equation 1, from
+    none).
 
     >>> cubic(0.0), cubic(0.5), cubic(1.0)
     (0.0, 0.875, 1.0)
@@ -71,17 +89,18 @@ def _least(scores: Tensor, count: int) -> Tensor:
 def activation_scores(weight: Tensor, hessian: Tensor) -> Tensor:
     """Wanda (Sun et al., ICLR 2024): a weight's magnitude times the norm of the input that it is multiplied with.
 
-    The paper compares the weights of one output. We compare those of the whole layer, as for the other criteria: 80.3% instead of
-    78.6% on 2,000 test images (ResNet-20 on CIFAR-10, 70% zeros, BatchNorm re-estimated).
+    The paper compares the weights of one output; here those of the whole layer are compared, as for the other
+    criteria: 80.3% instead of 78.6% on 2,000 test images (ResNet-20 on CIFAR-10, 70% zeros, BatchNorm re-estimated).
     """
     return weight.detach().abs() * input_norms(weight, hessian)
 
 
 def input_norms(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Of each weight the norm, over all calibration images, of the input that it is multiplied with; as the weight."""
+    """For each weight the norm of the input that it is multiplied with, over all calibration images; as the weight."""
     norms = hessian.diagonal(dim1=-2, dim2=-1).sqrt().to(weight)
-    return norms[:, None].expand_as(rows(weight, len(hessian))).reshape(weight.shape)
+    return from_matrix(norms[:, None].expand_as(as_matrix(weight, len(hessian))), weight.shape)
 
 
 def random_scores(weight: Tensor, seed: int) -> Tensor:
+    """Uniform random scores, as the weight."""
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))

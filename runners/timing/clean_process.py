@@ -263,8 +263,7 @@ class _Server:
 def _model(path: str | Path) -> bytes:
     """A packed file as ONNX."""
     try:
-        model: bytes = packing.unpack(Path(path).read_bytes()).SerializeToString()
-        return model
+        return packing.onnx_bytes(Path(path).read_bytes())
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -78,7 +78,7 @@ def expected(registered, tmp_path):
     import numpy as np
 
     from paretorch.results.front import open_front
-    from paretorch.runners.graphs.onnx_export import session
+    from paretorch.runners.targets.runtime import session
 
     front = open_front(registered.study)
     path = front.export("knee", tmp_path / "deploy")

@@ -23,7 +23,7 @@ from paretorch.results.registered_model import _session
 from paretorch.results.tracking.store import local_store
 from paretorch.results.tracking.tracker import Tracker
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session
 from paretorch.spaces.recipe import Quantize, Recipe
 

@@ -24,11 +24,12 @@ from paretorch.runners.artifact import card, inspect, load, verify, write
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.files.atomic import write_atomic
-from paretorch.runners.graphs.onnx_export import export_float, session
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.record import Record, rows
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",

@@ -8,7 +8,7 @@ import torch
 
 from paretorch.errors import ExportFailed, Stopped, TaskError
 from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obvious, predictions, rebatched
-from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target

@@ -10,10 +10,11 @@ from paretorch.errors import Diverged, TaskError
 from paretorch.objectives import cost
 from paretorch.objectives.objective import Budget
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import operators, session
+from paretorch.runners.graphs.onnx_export import operators
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.runner import RunTrial
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 

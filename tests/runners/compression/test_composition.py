@@ -15,8 +15,9 @@ from paretorch.objectives import cost
 from paretorch.runners.compression.compress import compress, freeze, one_factor
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import operators, quantized_graph, session
+from paretorch.runners.graphs.onnx_export import operators, quantized_graph
 from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.training.finetune import finetune
 from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
 from paretorch.spaces.structure import largest_rank, shapes, sides

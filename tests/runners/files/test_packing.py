@@ -82,6 +82,16 @@ def test_unpacking_gives_the_model_bit_for_bit(model):
     assert pack(unpack(packed)) == packed
 
 
+@settings(deadline=None, max_examples=20)
+@given(models())
+def test_the_onnx_file_is_that_of_the_model(model):
+    """Written deterministically or not: ONNX has no field whose order is free."""
+    data = packing.onnx_bytes(pack(model))
+    assert data == model.SerializeToString() == model.SerializeToString(deterministic=True)
+    with pytest.raises(ArtifactError, match="not a packed model"):
+        packing.onnx_bytes(data)
+
+
 @pytest.mark.parametrize("kind", ["float", "int32", "int8"])
 def test_numbers_that_are_not_stored_as_raw_bytes_come_back_as_they_were(kind):
     model = model_of([helper.make_tensor("t", KINDS[kind], [40], [0, 3] * 20)])

@@ -20,19 +20,13 @@ from paretorch.objectives import cost
 from paretorch.runners.compression.compress import FrozenWeight, compress, freeze
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
-from paretorch.runners.graphs import onnx_export, simulate
-from paretorch.runners.graphs.onnx_export import (
-    DISABLED_OPTIMIZERS,
-    batch_of,
-    export_float,
-    operators,
-    quantized_graph,
-    session,
-    session_options,
-)
+from paretorch.runners.graphs import simulate
+from paretorch.runners.graphs.float_graph import export_float
+from paretorch.runners.graphs.onnx_export import batch_of, operators, quantized_graph
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.settings import PARITY_AGREEMENT
+from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session, session_options
 from paretorch.runners.targets.torch_graph import OPERATORS
 from paretorch.spaces.recipe import SCHEMES, Prune, Quantize, Recipe, Sparsify, Student
 
@@ -41,14 +35,14 @@ INT8 = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
 FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"}
 
 
-def export(model, x, recipe, structure=None):
+def export(model, x, recipe, structure=None, **options):
     """`(the ONNX model, the torch network with the same weights and float activations)`."""
     structure = structure or trace(model, x[:66])
     live = compress(copy.deepcopy(model), recipe, structure, x[:2])
     frozen = freeze(live, recipe)
     reference = copy.deepcopy(live)
     factors = fold_batchnorms(live, structure.folds)
-    graph = quantized_graph(live, x[:2], frozen, factors, x[:256].split(32))
+    graph = quantized_graph(live, x[:2], frozen, factors, x[:256].split(32), **options)
     onnx.checker.check_model(graph, full_check=True)
     return graph, reference
 
@@ -462,14 +456,15 @@ def test_a_bias_that_is_too_large_for_the_steps_of_affine_weights():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["perceptron", "tokens"])
-def test_groups_of_weights_have_scales_of_their_own(name, packed, traced, monkeypatch, tmp_path):
+def test_groups_of_weights_have_scales_of_their_own(name, packed, traced):
     """Whole groups, one that is cut short and one that is longer than the row; BatchNorm's factors, zeros; folded at loading."""
-    monkeypatch.setattr(onnx_export, "_STAYS_PACKED", 32 * 32 if packed else 1 << 30)
     model, x, structure = traced(name)
     names = [layer.name for layer in structure.layers]
     sizes = (32, 32, 16, 16) if packed else (128, 32, 16, 256)
     steps = [Quantize(n, (3, 4, 2, 1)[i], group_size=sizes[i]) for i, n in enumerate(names)]
-    graph, reference = export(model, x, Recipe((*steps, Sparsify(names[0], 0.5))), structure)
+    graph, reference = export(
+        model, x, Recipe((*steps, Sparsify(names[0], 0.5))), structure, stays_packed=32 * 32 if packed else 1 << 30
+    )
     data = packing.pack(graph)
     assert packing.unpack(data) == graph
     with torch.no_grad():
@@ -483,13 +478,12 @@ def test_groups_of_weights_have_scales_of_their_own(name, packed, traced, monkey
 
 
 @pytest.mark.parametrize("name", ["perceptron", "tokens"])
-def test_layers_that_stay_packed_compute_the_same(name, traced, monkeypatch):
+def test_layers_that_stay_packed_compute_the_same(name, traced):
     """With and without a bias, BatchNorm's negative factors, tokens, zeros, beside layers of int8 and of float."""
-    monkeypatch.setattr(onnx_export, "_STAYS_PACKED", 32 * 32)
     model, x, structure = traced(name)
     names = [layer.name for layer in structure.layers]
     steps = [Quantize(n, 3 + i % 2) for i, n in enumerate(names)] + [Sparsify(names[1], 0.5)]
-    graph, reference = export(model, x, Recipe(tuple(steps)), structure)
+    graph, reference = export(model, x, Recipe(tuple(steps)), structure, stays_packed=32 * 32)
     graph = packing.unpack(packing.pack(graph))
     expected = reference(x).detach().numpy()
     kinds = operators(graph)
@@ -498,7 +492,7 @@ def test_layers_that_stay_packed_compute_the_same(name, traced, monkeypatch):
     np.testing.assert_allclose(Simulation(graph)(x[:40]).numpy(), expected[:40], atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(run(graph, x), expected, atol=1e-4 * np.abs(expected).max())
     mixed = [Quantize(names[0], 8, 8), Quantize(names[1], 4), Quantize(names[2], 8, 8)]
-    graph, reference = export(model, x, Recipe(tuple(mixed)), structure)
+    graph, reference = export(model, x, Recipe(tuple(mixed)), structure, stays_packed=32 * 32)
     expected = reference(x).detach().numpy()
     assert operators(graph)["MatMulNBits"] == 1
     assert np.abs(run(graph, x) - expected).mean() < 0.05 * expected.std()

@@ -8,11 +8,12 @@ import torch
 from onnx import TensorProto, helper
 
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import export_float, session
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.graphs.simulate import Simulation, agreement, compared
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import PARITY_AGREEMENT as AGREE
 from paretorch.runners.settings import PARITY_DIFFERENCE as CLOSE
+from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import Quantize, Recipe
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")

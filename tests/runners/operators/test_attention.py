@@ -16,11 +16,12 @@ from paretorch.runners.compression.compress import compress
 from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import export_float, session
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.graphs.simulate import agreement
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.attention import open_attention
 from paretorch.runners.targets.catalog import as_target
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.task import Task
 from paretorch.spaces.recipe import Prune, Quantize, Recipe
 from paretorch.spaces.structure import shapes

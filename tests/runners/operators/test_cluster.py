@@ -17,9 +17,10 @@ from torch.nn.utils import parametrize
 from paretorch.runners.compression.compress import compress, freeze
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import operators, quantized_graph, session
+from paretorch.runners.graphs.onnx_export import operators, quantized_graph
 from paretorch.runners.operators.cluster import SharedWeights, kmeans, shared
 from paretorch.runners.operators.fold import fold_batchnorms
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.training.finetune import finetune
 from paretorch.spaces.recipe import Cluster, Recipe, Recover, Sparsify
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from paretorch.runners.compression.compress import compress, freeze, one_factor
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.moments import match_moments, output_moments
 from paretorch.runners.settings import MeasurementSettings
+from paretorch.runners.targets.runtime import session
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from paretorch.runners.operators import obs as module
 from paretorch.runners.operators.adaround import adaround
 from paretorch.runners.operators.gptq import gptq
-from paretorch.runners.operators.hessian import damped, gram, groups_of, inverse_factor, output_error, patches, rows
+from paretorch.runners.operators.hessian import damped, gram, inverse_factor, output_error
+from paretorch.runners.operators.layers import as_matrix, groups_of, patches
 from paretorch.runners.operators.obs import obs, order, refit
 from paretorch.runners.operators.quantize import affine_grid, codes, largest, spread, weight_scales
 from paretorch.runners.operators.sparsify import activation_scores, magnitude_mask, mask_of
@@ -45,7 +46,7 @@ def case(outputs, inputs, seed=0, groups=1):
 
 
 def error(weight, target, hessian):
-    return output_error(rows(weight - target, len(hessian)), hessian)
+    return output_error(as_matrix(weight - target, len(hessian)), hessian)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -57,12 +58,12 @@ def test_the_hessian_gives_the_error_of_the_outputs(name):
     change = torch.randn_like(layer.weight)
     with torch.no_grad():
         before = layer(x)
-        unfolded = rows(layer.weight, groups_of(layer)) @ patches(layer, x)
+        unfolded = as_matrix(layer.weight, groups_of(layer)) @ patches(layer, x)
         layer.weight += change
         channel = -1 if isinstance(layer, nn.Linear) else 1
         expected = (layer(x) - before).square().movedim(channel, 0).flatten(1).sum(1)
     hessian = gram(layer, x)
-    found = output_error(rows(change, len(hessian)), hessian).flatten()
+    found = output_error(as_matrix(change, len(hessian)), hessian).flatten()
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-3)
     bias = 0 if layer.bias is None else layer.bias.detach()[:, None]
     torch.testing.assert_close(
@@ -221,7 +222,7 @@ def least_squares(weight, mask, hessian):
 def test_refit_is_least_squares(seed, ratio):
     weight, hessian = case(4, 9, seed)
     mask = mask_of(weight.abs(), ratio)
-    found = refit(rows(weight, 1), rows(mask, 1), hessian)[0]
+    found = refit(as_matrix(weight, 1), as_matrix(mask, 1), hessian)[0]
     # Some of these Hessians lose three digits in single precision.
     torch.testing.assert_close(found.double(), least_squares(weight, mask, hessian), rtol=1e-2, atol=1e-3)
 

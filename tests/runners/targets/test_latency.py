@@ -11,7 +11,7 @@ from torch import nn
 
 from paretorch.errors import Diverged, ExportFailed
 from paretorch.runners.evaluate import evaluate, predictions
-from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.latency import latency, median
 

@@ -9,11 +9,11 @@ from paretorch.errors import ExportFailed, TargetError
 from paretorch.runners import check_target as check
 from paretorch.runners.check_target import check_target
 from paretorch.runners.files import packing
-from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner, environment
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
+from paretorch.runners.targets.runtime import session
 from paretorch.runners.targets.target import Target
 from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify
 

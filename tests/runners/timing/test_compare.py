@@ -12,7 +12,7 @@ from torch import nn
 
 from paretorch.errors import ArtifactError, ConfigError, TargetError
 from paretorch.objectives.measurement import Estimate
-from paretorch.runners.graphs.onnx_export import export_float
+from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.timing.compare import (
     compare,
     estimate,
