@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from paretorch.errors import TargetError
-from paretorch.runners.record import MeasurementProtocol
+from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import DEFAULT, TARGETS, as_target
 
 
@@ -27,7 +27,7 @@ def test_a_target_has_the_name_that_it_was_asked_for_by(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_records_call_a_target_by_its_title(name):
-    assert MeasurementProtocol(target=name).runtime == TARGETS[name].title
+    assert MeasurementSettings(target=name).runtime == TARGETS[name].title
 
 
 def test_a_missing_runtime_says_how_to_install_it(monkeypatch):
