@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .search.preflight import Preflight
     from .search.study import Study
     from .spaces.recipe import Recipe
-    from .spaces.space import Axis
+    from .spaces.rules import Axis
     from .spaces.structure import Structure
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
@@ -246,7 +246,7 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
     from rich.table import Table
     from rich.text import Text
 
-    from .spaces.space import METHODS
+    from .spaces.techniques.table import METHODS
 
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
     kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", "group_size", *METHODS)}
@@ -308,7 +308,7 @@ def sensitivity(
     from .runners.local import LocalRunner
     from .runners.sensitivity import levels, measure_sensitivity
     from .runners.task import dataset
-    from .spaces.space import default_space
+    from .spaces.defaults import default_space
 
     loaded = load(config, set_)
     folder = output if output is not None else loaded.directory
@@ -407,7 +407,7 @@ def explain_(
     from .runners.evaluate import EvaluationPlan
     from .runners.files.atomic import write_atomic
     from .search.study import digest, open_front, read_about
-    from .spaces.recipe import Ensemble
+    from .spaces.techniques.ensemble import Ensemble
 
     found = open_front(study)
     candidate = next((c for c in found.candidates if c.number == number), None)
@@ -449,7 +449,7 @@ def explain_(
 
 def _show_explanation(console: Console, number: int, recipe: Recipe, metric: str, told: Explanation, rows: int) -> None:
     from .objectives.objective import show
-    from .spaces.recipe import Recover
+    from .spaces.techniques.recover import Recover
 
     def points(found: Estimate) -> str:
         half, percent = (found.high - found.low) / 2, metric == "accuracy"

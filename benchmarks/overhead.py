@@ -33,8 +33,10 @@ from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.runners.local import LocalRunner
 from paretorch.search.study import Quiet
-from paretorch.spaces.recipe import Quantize, Recipe
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.quantize import Quantize
 
 WINDOW = 50
 LAYERS = 30

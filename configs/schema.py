@@ -36,8 +36,11 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError, RecipeError
 from ..objectives.objective import Budget, Limit, Objective
-from ..spaces.recipe import STUDENT, Recover, Student, pattern_of
-from ..spaces.space import Rule, Space
+from ..spaces.rules import Rule
+from ..spaces.space import Space
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.sparsify import pattern_of
+from ..spaces.techniques.student import STUDENT, Student
 
 T = TypeVar("T")
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}

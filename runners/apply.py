@@ -12,7 +12,7 @@ from ..errors import ArtifactError, RecipeError, TaskError
 from ..objectives.measurement import Estimate, Measurement
 from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
-from .compression.compress import check_fits
+from .compression.fits import check_fits
 from .files.packing import unpack
 from .graphs.onnx_export import session
 from .local import LocalRunner, Report

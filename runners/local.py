@@ -28,10 +28,15 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, ExportFailed, TaskError
 from ..objectives.cost import macs
 from ..objectives.measurement import Estimate, Measurement
-from ..spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
+from ..spaces.recipe import Recipe
 from ..spaces.structure import Structure
+from ..spaces.techniques.ensemble import Ensemble
+from ..spaces.techniques.prune import Prune
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.student import Student
 from .compression.calibration import Calibration
-from .compression.compress import chunks, compress, freeze, one_factor
+from .compression.compress import chunks, compress
+from .compression.freeze import freeze, one_factor
 from .compression.library import LayerLibrary
 from .compression.trace import trace
 from .evaluate import Watch, evaluate, fastest, obvious, predictions, rebatched

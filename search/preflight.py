@@ -20,16 +20,25 @@ from ..errors import ConfigError, Diverged
 from ..objectives import cost
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import COSTS, Budget, Limit, Objective, show
-from ..runners.compression.compress import compress, folded_norms
+from ..runners.compression.compress import compress
+from ..runners.compression.freeze import folded_norms
 from ..runners.compression.library import Method
 from ..runners.local import LocalRunner
 from ..runners.operators.fold import channel_factors
 from ..runners.operators.quantize import codes
 from ..runners.targets.runtime import sums_are_exact
 from ..runners.targets.target import DEFAULT, Target, everything
-from ..spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Step, Student, zeros_of
-from ..spaces.space import Axis, Rule, Space
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Axis, Rule
+from ..spaces.space import Space
+from ..spaces.steps import Step
 from ..spaces.structure import Structure, inside, kept_channels
+from ..spaces.techniques.equalize import Equalize
+from ..spaces.techniques.prune import Prune
+from ..spaces.techniques.quantize import Quantize
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.sparsify import zeros_of
+from ..spaces.techniques.student import Student
 
 TOLERANCE = 0.01  # predicted bytes are right within 1%
 _SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least, of a layer whose rounding is looked at beforehand

@@ -52,8 +52,13 @@ from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner, environment
 from ..runners.targets.target import DEFAULT, Target, as_target
 from ..runners.task import Task, check_criteria, dataset, scores
-from ..spaces.recipe import Ensemble, Recipe, Recover, how, plain
-from ..spaces.space import Axis, Space, default_space, reference_recipes
+from ..spaces.defaults import default_space, reference_recipes
+from ..spaces.plain import plain
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Axis
+from ..spaces.space import Space
+from ..spaces.techniques.ensemble import Ensemble
+from ..spaces.techniques.recover import Recover, how
 from . import ensembles as together
 from .ehvi import UNKNOWN, EHVISampler, Floats, Ints
 from .finalists import PARITY_SECONDS, START, measure_finalists, seconds_of_parity, with_tests

@@ -66,8 +66,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from ...errors import ExportFailed
-from ..compression.compress import FrozenWeight
 from ..files.packing import codes_to_nibbles, codes_to_raw
+from ..operators.frozen import FrozenWeight
 from ..operators.quantize import spread
 from ..targets.runtime import DISABLED_OPTIMIZERS as DISABLED_OPTIMIZERS
 from ..targets.runtime import session as session

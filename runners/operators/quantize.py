@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from .fold import channel_factors
+from .frozen import FrozenWeight
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
@@ -244,3 +247,27 @@ class FakeQuantize(nn.Module):
         level = (weight / scale).clamp(*limits(self.bits, self.zero))
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown
+
+    def frozen(self, weight: Tensor, step: Step | None) -> tuple[Tensor, FrozenWeight | None]:
+        """See `frozen.Freezable`."""
+        if self.mask is not None:
+            weight = weight * self.mask
+        if self.bits == 16:
+            return weight.half().float(), FrozenWeight(16)
+        if self.scale is None:
+            return weight, None
+        assert isinstance(step, Quantize)
+        scale = self.scale.detach().clamp_min(1e-12)
+        wide = self.step(scale, weight)
+        whole = codes(weight, wide, self.bits, self.zero)
+        made = FrozenWeight(
+            self.bits,
+            step.activation_bits,
+            whole,
+            scale.clone(),
+            dynamic=step.activations == "dynamic",
+            group_size=self.group_size,
+            zero=self.zero,
+            factor=self.factor,
+        )
+        return whole * wide, made

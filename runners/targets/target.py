@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 from ...errors import ExportFailed, TargetError
 from ...objectives.measurement import Estimate
-from ...spaces.recipe import Quantize, Step
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from . import latency as measure
 from .runtime import session
 

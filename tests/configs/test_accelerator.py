@@ -10,7 +10,7 @@ from paretorch.configs.load import parse
 from paretorch.configs.schema import TARGETS as NAMES
 from paretorch.errors import ConfigError, TargetError
 from paretorch.runners.targets.target import TARGETS
-from paretorch.spaces.recipe import Quantize
+from paretorch.spaces.techniques.quantize import Quantize
 
 READY = Path(paretorch.__file__).parent / "configs" / "accelerators" / "edge_npu.yaml"
 

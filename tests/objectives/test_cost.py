@@ -9,23 +9,22 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load
 from torch import nn
 
-from paretorch.objectives.cost import (
-    FileContents,
-    FileOverhead,
-    contents,
-    layer_bytes,
-    level,
-    macs,
-    many,
-    nonzero_weights,
-    size_bytes,
-    weight_bytes,
-)
+from paretorch.objectives.cost import FileContents, FileOverhead, contents, layer_bytes, level, macs, many, size_bytes
+from paretorch.objectives.storage import nonzero_weights, weight_bytes
 from paretorch.runners.files.packing import pack
 from paretorch.runners.operators.sparsify import mask_of
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
-from paretorch.spaces.space import Rule, Space
-from paretorch.spaces.structure import Group, Layer, Structure, shapes
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.shapes import shapes
+from paretorch.spaces.space import Space
+from paretorch.spaces.structure import Group, Layer, Structure
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 WIDTHS = {"a": 8, "b": 12, "c": 6}
 

@@ -24,7 +24,8 @@ from paretorch.results.register import register
 from paretorch.results.tracking.tracker import Tracker, local_store
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import DISABLED_OPTIMIZERS, export_float, session
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 mlflow = pytest.importorskip("mlflow")
 

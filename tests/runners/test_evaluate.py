@@ -10,7 +10,8 @@ from paretorch.runners.evaluate import EvaluationPlan, evaluate, fastest, obviou
 from paretorch.runners.graphs.onnx_export import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.targets.target import as_target
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 
 def loaded(graph):

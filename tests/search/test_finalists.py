@@ -25,7 +25,8 @@ from paretorch.search.finalists import (
     read_finalists,
     with_tests,
 )
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 N = 400
 BASE = Measurement({"accuracy": Estimate.rate(900, 1000), "size_bytes": Estimate.exact(1000), "latency_ms": Estimate(8, 7.9, 8.1, 50)})  # fmt: skip

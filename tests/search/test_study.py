@@ -28,8 +28,12 @@ from paretorch.runners.timing.clean_process import CleanProcess
 from paretorch.search import finalists
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Quiet, Study, open_front
-from paretorch.spaces.recipe import Equalize, Quantize, Recover
-from paretorch.spaces.space import Rule, Space, reference_recipes
+from paretorch.spaces.defaults import reference_recipes
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 SPACE = Space(
     weight_bits=(Rule((3, 4, 6, 8)),),

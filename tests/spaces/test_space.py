@@ -9,31 +9,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import (
-    ACTIVATION_BITS,
-    Cluster,
-    Equalize,
-    LowRank,
-    Prune,
-    Quantize,
-    Recipe,
-    Recover,
-    Sparsify,
-    Student,
-    plain,
-)
-from paretorch.spaces.space import Rule, Space, default_space, matches, reference_recipes
-from paretorch.spaces.structure import (
-    Group,
-    Layer,
-    Structure,
-    inside,
-    kept_channels,
-    kept_rank,
-    largest_rank,
-    shapes,
-    sides,
-)
+from paretorch.spaces.defaults import default_space, reference_recipes
+from paretorch.spaces.plain import plain
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule, matches
+from paretorch.spaces.shapes import kept_rank, largest_rank, shapes, sides
+from paretorch.spaces.space import Space
+from paretorch.spaces.structure import Group, Layer, Structure, inside, kept_channels
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import ACTIVATION_BITS, Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 
 def residual(blocks=2, channels=16, round_to=4, *, grouped=True, droppable=None, depthwise=False, folds=True):

@@ -31,7 +31,10 @@ from paretorch.results.report.report import (
     write_report,
 )
 from paretorch.runners.files.atomic import write_scores
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAYERS = [f"layer{i}.conv" for i in range(12)]

@@ -32,7 +32,9 @@ from paretorch.results.tracking import tracker as tracking
 from paretorch.results.tracking.tracker import Tracker, add_sensitivity, local_store, page, saved_uri, store_uri
 from paretorch.runners.files.atomic import write_scores
 from paretorch.runners.sensitivity import KL, Sensitivity, SensitivityRow
-from paretorch.spaces.recipe import Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 mlflow = pytest.importorskip("mlflow")
 event = pytest.importorskip("sqlalchemy.event")

@@ -11,7 +11,8 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import export_float, session
 from paretorch.runners.graphs.simulate import AGREE, CLOSE, Simulation, agreement, compared
 from paretorch.runners.local import LocalRunner
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 

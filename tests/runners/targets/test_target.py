@@ -14,7 +14,10 @@ from paretorch.runners.graphs.onnx_export import session
 from paretorch.runners.local import LocalRunner, environment
 from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.target import Target, as_target
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 NPU = analytic(Profile("npu", {"8x8": 2e12, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11))
 try:
