@@ -739,7 +739,7 @@ def measure(
     """Time an ONNX file in ONNX Runtime, in a fresh process, or say whether it is faster than another one."""
     from dataclasses import asdict
 
-    from .configs.schema import parse_duration
+    from .configs.fields import parse_duration
     from .errors import ConfigError
     from .runners.timing.compare import compare, parse_precision
     from .runners.timing.random_inputs import parse_shapes

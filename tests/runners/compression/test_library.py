@@ -50,7 +50,7 @@ def counted(monkeypatch):
         calls.append((bits, ratio))
         return compress_layer(weight, bits, ratio, *more)
 
-    monkeypatch.setattr(module, "shaped", compress)
+    monkeypatch.setattr(module, "compress_layer", compress)
     return calls
 
 
