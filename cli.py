@@ -246,10 +246,10 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
     from rich.table import Table
     from rich.text import Text
 
-    from .spaces.techniques.table import METHODS
+    from .spaces.techniques.table import METHODS, RULE_KEYS
 
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
-    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", "group_size", *METHODS)}
+    kinds = {kind: kind for kind in RULE_KEYS} | kinds
     shared = [axis for axis in axes if axis.kind in METHODS and len(axis.targets) > 1]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", width=min(80, console.width))
     table.add_column("layer", overflow="fold", ratio=2)

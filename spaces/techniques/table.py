@@ -114,7 +114,7 @@ def form_of(steps: Iterable[Step]) -> WeightForm:
 
 
 def stored_twice(steps: Iterable[Step]) -> tuple[list[Technique], list[str]]:
-    """Techniques that would store the weight of the same layers, and these layers."""
+    """Two techniques of steps, in the order of the passes, that would store the weights of the same layers, and these."""
     by_layer: dict[str, list[Technique]] = {}
     for step in steps:
         if isinstance(step, LayerStep) and (technique := _TECHNIQUE_OF[type(step)]).stores:

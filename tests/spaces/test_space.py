@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import assume, given, settings
@@ -381,38 +380,6 @@ def test_a_layer_named_like_a_shared_rule_keeps_its_own_axis():
     space = Space(weight_bits=(Rule((2, 4), share=True), Rule((6, 8), ("all",))))
     names = [axis.name for axis in space.axes(structure) if axis.kind == "weight_bits"]
     assert names == ["weight_bits/all (shared)", "weight_bits/all"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "selected"),
-    [
-        ("first", {"stem"}),
-        ("last", {"fc"}),
-        ("linear", {"fc"}),
-        ("depthwise", {"blocks.0.dw"}),
-        ("conv", {"stem", "blocks.0.conv1", "blocks.0.conv2"}),
-        ("grouped", set()),
-        ("blocks.*", {"blocks.0.conv1", "blocks.0.conv2", "blocks.0.dw"}),
-        ("blocks.0.conv[12]", {"blocks.0.conv1", "blocks.0.conv2"}),
-        ("blocks", set()),
-        ("STEM", set()),
-    ],
-)
-def test_patterns(pattern, selected):
-    structure = residual(1, depthwise=True)
-    assert {layer.name for layer in structure.layers if matches(pattern, layer.name, structure)} == selected
-
-
-@given(st.text("abc.*?[]01", max_size=6), st.sampled_from(("a.0", "abc", "b.1.c")))
-def test_any_other_pattern_is_a_glob(pattern, name):
-    assert matches(pattern, name, residual(0)) == fnmatchcase(name, pattern)
-
-
-def test_one_pattern_may_stand_without_a_tuple():
-    """`("fc")` is a text in Python; its characters are no patterns."""
-    assert Rule((4, 8), "fc") == Rule((4, 8), ("fc",))
-    assert Rule([4, 8], ["fc"]) == Rule((4, 8), ("fc",))
-    hash(Rule([4, 8], ["fc"]))
 
 
 def test_an_unknown_pattern_names_value_and_choices():
