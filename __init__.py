@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from paretorch.runners.targets.target import Target
     from paretorch.runners.task import Task, accuracy
     from paretorch.search.study import Study
-    from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
-    from paretorch.spaces.space import Rule, Space
+    from paretorch.spaces.recipe import Recipe
+    from paretorch.spaces.rules import Rule
+    from paretorch.spaces.space import Space
+    from paretorch.spaces.techniques.cluster import Cluster
+    from paretorch.spaces.techniques.equalize import Equalize
+    from paretorch.spaces.techniques.lowrank import LowRank
+    from paretorch.spaces.techniques.prune import Prune
+    from paretorch.spaces.techniques.quantize import Quantize
+    from paretorch.spaces.techniques.recover import Recover
+    from paretorch.spaces.techniques.sparsify import Sparsify
+    from paretorch.spaces.techniques.student import Student
 
 __version__ = "0.1.0"
 
@@ -34,23 +43,23 @@ _HOME = {
     "ArtifactError": "errors",
     "Budget": "objectives.objective",
     "Candidate": "results.candidate",
-    "Cluster": "spaces.recipe",
+    "Cluster": "spaces.techniques.cluster",
     "ConfigError": "errors",
-    "Equalize": "spaces.recipe",
+    "Equalize": "spaces.techniques.equalize",
     "Front": "results.front",
-    "LowRank": "spaces.recipe",
+    "LowRank": "spaces.techniques.lowrank",
     "Measurement": "objectives.measurement",
     "Estimate": "objectives.measurement",
     "Objective": "objectives.objective",
     "ParetorchError": "errors",
-    "Prune": "spaces.recipe",
-    "Quantize": "spaces.recipe",
+    "Prune": "spaces.techniques.prune",
+    "Quantize": "spaces.techniques.quantize",
     "Recipe": "spaces.recipe",
-    "Recover": "spaces.recipe",
-    "Rule": "spaces.space",
+    "Recover": "spaces.techniques.recover",
+    "Rule": "spaces.rules",
     "Space": "spaces.space",
-    "Sparsify": "spaces.recipe",
-    "Student": "spaces.recipe",
+    "Sparsify": "spaces.techniques.sparsify",
+    "Student": "spaces.techniques.student",
     "Study": "search.study",
     "Target": "runners.targets.target",
     "Task": "runners.task",

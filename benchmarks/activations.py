@@ -13,7 +13,9 @@ from pathlib import Path
 
 from against import points, untouched
 
-from paretorch.spaces.recipe import ACTIVATION_BITS, Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import ACTIVATION_BITS, Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 
 def main() -> None:

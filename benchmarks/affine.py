@@ -30,7 +30,9 @@ from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import batch_of
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import SCHEMES, Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 
 def share(runner: LocalRunner, packed: bytes, base: bytes, batch: int, seconds: float) -> str:

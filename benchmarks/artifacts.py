@@ -50,9 +50,12 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.timing.compare import compare
-from paretorch.spaces.recipe import Prune, Recover, Step
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.steps import Step
 from paretorch.spaces.structure import Structure, kept_channels
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.recover import Recover
 
 HERE = Path(__file__).resolve().parent
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]

@@ -40,8 +40,16 @@ from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
-from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Recover, Sparsify, Step, Student
-from paretorch.spaces.structure import Layer, Structure, inside, kept_channels, kept_rank, sides
+from paretorch.spaces.shapes import kept_rank, sides
+from paretorch.spaces.steps import Step
+from paretorch.spaces.structure import Layer, Structure, inside, kept_channels
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 # By name the pixels of its images: few, but for two that pool to a fixed number of places.
 NETWORKS = {

@@ -34,8 +34,11 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.training.distill import teacher_logits
 from paretorch.runners.training.finetune import finetune
-from paretorch.spaces.recipe import Prune, Quantize, Recover, Step
+from paretorch.spaces.steps import Step
 from paretorch.spaces.structure import Structure, kept_channels
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 PLAIN = "plain (labels alone)"
 WAYS: dict[str, dict[str, Any]] = {

@@ -32,8 +32,8 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.equalize import find_pairs, scale_channels
 from paretorch.runners.sensitivity import divergence
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import EQUALIZATIONS
 from paretorch.spaces.structure import Structure
+from paretorch.spaces.techniques.equalize import EQUALIZATIONS
 
 CIFAR10 = Path(__file__).parent / "cifar10"
 LEVELS = ((8, 8), (4, 32), (4, 8), (3, 8), (8, 8, "affine"), (4, 8, "affine"))

@@ -28,7 +28,8 @@ from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import batches
-from paretorch.spaces.structure import Structure, kept_rank, sides
+from paretorch.spaces.shapes import kept_rank, sides
+from paretorch.spaces.structure import Structure
 
 sys.path.insert(0, str(Path(__file__).parent / "cifar10"))
 

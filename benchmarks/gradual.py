@@ -20,7 +20,8 @@ from paretorch import Recipe
 from paretorch.configs import digits
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import Recover, Sparsify
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 SHARES = (0.8, 0.9, 0.95, 0.98)
 

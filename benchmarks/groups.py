@@ -16,7 +16,8 @@ from artifacts import TASKS
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.sensitivity import divergence
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from paretorch.objectives import cost
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
-from paretorch.spaces.recipe import Prune, Recover
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.recover import Recover
 
 
 def main() -> None:

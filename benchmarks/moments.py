@@ -26,8 +26,11 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.targets.runtime import session
-from paretorch.spaces.recipe import Quantize, Recover, Sparsify, Step
+from paretorch.spaces.steps import Step
 from paretorch.spaces.structure import Structure
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:

@@ -35,9 +35,11 @@ from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.target import Target
 from paretorch.runners.testing import FunctionRunner
 from paretorch.search.listener import Quiet
-from paretorch.spaces.recipe import Quantize, Recipe
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
 from paretorch.spaces.structure import Structure
+from paretorch.spaces.techniques.quantize import Quantize
 
 WINDOW = 50
 LAYERS = 30

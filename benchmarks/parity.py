@@ -32,8 +32,9 @@ from paretorch import Recipe, Task
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.graphs.simulate import SimulationAgreement, agreement
 from paretorch.runners.local import LocalRunner
-from paretorch.spaces.recipe import Recover
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.recover import Recover
 
 IMAGES = 1000
 

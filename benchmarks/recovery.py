@@ -29,8 +29,12 @@ from paretorch.objectives.cost import macs
 from paretorch.runners.apply import read_recipe
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import CRITERIA, Prune, Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
 from paretorch.spaces.structure import Structure
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import CRITERIA, Sparsify
 
 ROUNDINGS = (("nearest", "minmax"), ("nearest", "mse"), ("nearest", "percentile"), ("nearest", "entropy"), ("gptq", "mse"), ("adaround", "mse"))  # fmt: skip
 BATCHNORM = Recover("batchnorm")

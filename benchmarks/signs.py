@@ -17,7 +17,10 @@ from pathlib import Path
 from against import points, untouched
 
 from paretorch.runners.files import packing
-from paretorch.spaces.recipe import ROUNDINGS, Quantize, Recipe, Recover, Step
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.steps import Step
+from paretorch.spaces.techniques.quantize import ROUNDINGS, Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from paretorch.runners.files import packing
 from paretorch.runners.files.entropy import zstd_bytes
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
 
 CIFAR10 = Path(__file__).parent / "cifar10"
 BITS, ZEROS = (8, 6, 4, 3, 2), (0.0, 0.5, 0.9)

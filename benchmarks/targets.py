@@ -24,7 +24,8 @@ from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.latency import latency
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 TARGETS = ("onnxruntime", "openvino", "torch")
 WIDTHS = {"float": None, "int8": (8, 8), "4-bit weights": (4, 32)}

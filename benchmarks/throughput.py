@@ -46,7 +46,9 @@ from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.task import inputs
 from paretorch.search.listener import Quiet
-from paretorch.spaces.recipe import Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 SPACE = Space(weight_bits=(Rule((3, 4, 5, 6, 8)), Rule((4, 6, 8), ("first", "last"))), recovery=(Recover("batchnorm"),))
 BUDGET = ("size_bytes <= 25%", "accuracy >= -5%")

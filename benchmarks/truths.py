@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretorch.configs.digits import splits
-from paretorch.objectives.cost import weight_bytes
 from paretorch.objectives.pareto import hypervolume
+from paretorch.objectives.storage import weight_bytes
 from paretorch.runners.compression.library import compress_layer
 from paretorch.runners.operators.quantize import codes
 from paretorch.search.knapsack import front as knapsack_front

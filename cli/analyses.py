@@ -43,7 +43,7 @@ def sensitivity(
     from ..runners.files.candidates import CandidateFiles
     from ..runners.sensitivity import levels, measure_sensitivity
     from ..runners.task import dataset
-    from ..spaces.space import default_space
+    from ..spaces.defaults import default_space
     from .watcher import Steps, Watcher
 
     loaded = load(config, set_)
@@ -136,7 +136,7 @@ def explain(
 def _explainable(front: Front, number: int, study: Path) -> Candidate:
     """The candidate of a number; raises `StudyError` where there are no measured decisions to explain."""
     from ..errors import StudyError
-    from ..spaces.recipe import Ensemble
+    from ..spaces.techniques.ensemble import Ensemble
 
     candidate = next((c for c in front.candidates if c.number == number), None)
     if candidate is None:
@@ -193,7 +193,7 @@ def measure(
     """Time an ONNX file in ONNX Runtime, in a fresh process, or say whether it is faster than another one."""
     from dataclasses import asdict
 
-    from ..configs.schema import parse_duration
+    from ..configs.fields import parse_duration
     from ..errors import ConfigError
     from ..runners.timing.compare import compare, parse_precision
     from ..runners.timing.random_inputs import parse_shapes

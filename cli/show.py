@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..objectives.display import half_interval, show, signed, spread
-from ..spaces.recipe import Recover
-from ..spaces.space import METHODS
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.table import METHODS
 from .prepare import short
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..runners.timing.compare import LatencyComparison
     from ..search.preflight import Preflight
     from ..spaces.recipe import Recipe
-    from ..spaces.space import Axis
+    from ..spaces.rules import Axis
     from ..spaces.structure import Layer, Structure
 
 

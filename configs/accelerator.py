@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator
 
 from ..errors import ConfigError
+from .fields import Positive, Strict, checked_name, fail, no_bool
 from .load import problems_of, read_yaml
-from .schema import Positive, Strict, _checked_name, _fail, _no_bool
 
 if TYPE_CHECKING:
     from ..runners.targets.target import Target
@@ -21,7 +21,7 @@ _NEEDED = "32x32"
 
 def _rate(value: object) -> object:
     """YAML 1.1 reads 2e12 as a text; everybody else reads a number."""
-    _no_bool(value)
+    no_bool(value)
     if isinstance(value, str):
         try:
             return float(value)
@@ -45,7 +45,7 @@ class Memories(Strict):
 class AcceleratorProfile(Strict):
     """What an accelerator can do, from which latency is computed; see configs/accelerators/edge_npu.yaml."""
 
-    name: Annotated[str, AfterValidator(_checked_name)]
+    name: Annotated[str, AfterValidator(checked_name)]
     """Name of the accelerator and of its results: letters, digits, `-_.`. Required."""
     operations_per_second: dict[str, Rate]
     """By pair of widths, weights x activations in bits, such as 8x8: operations per second, a multiply-add being two.
@@ -63,9 +63,9 @@ class AcceleratorProfile(Strict):
     def _pairs(cls, value: dict[str, float]) -> dict[str, float]:
         wrong = [pair for pair in value if not _PAIR.fullmatch(pair)]
         if wrong:
-            raise _fail(f"{', '.join(map(repr, wrong))}: write pairs of widths in bits, weights x activations, such as 8x8")  # fmt: skip
+            raise fail(f"{', '.join(map(repr, wrong))}: write pairs of widths in bits, weights x activations, such as 8x8")  # fmt: skip
         if _NEEDED not in value:
-            raise _fail(f"the pair {_NEEDED} is missing: the untouched network, with which all is compared, computes on it")  # fmt: skip
+            raise fail(f"the pair {_NEEDED} is missing: the untouched network, with which all is compared, computes on it")  # fmt: skip
         return value
 
 

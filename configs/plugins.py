@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParetorchError, TaskError
-from ..spaces.recipe import CRITERIA
+from ..spaces.techniques.sparsify import CRITERIA
 from .schema import Config
 
 if TYPE_CHECKING:

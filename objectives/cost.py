@@ -4,6 +4,9 @@
 packed in the way that takes the fewest bytes, scales, biases) to the rest of the file (graph, index, other tensors),
 which is measured on a few exported files and then interpolated. It serves to refuse recipes and to show what is
 reachable; the front holds measured bytes.
+
+The arithmetic exists once, over arrays `[recipes, layers]` (`_LayerTable`): of one row for a recipe, of many for the picks that
+a search compares. Both are filled from the steps of a layer, by what its technique says of how the weight is stored.
 """
 
 from __future__ import annotations
@@ -16,20 +19,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from ..spaces.recipe import Cluster, Ensemble, Equalize, LowRank, Prune, Quantize, Recipe, Sparsify, pattern_of
-from ..spaces.space import Axis
-from ..spaces.structure import Layer, Structure, inside, kept_channels, shapes, sides
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Axis
+from ..spaces.shapes import channels_of, shapes
+from ..spaces.steps import LayerStep, Step
+from ..spaces.structure import Layer, Structure, inside
+from ..spaces.techniques.ensemble import Ensemble
+from ..spaces.techniques.equalize import Equalize
+from ..spaces.techniques.prune import Prune, kept, makers
+from ..spaces.techniques.student import blocks
+from ..spaces.techniques.table import form_of, layer_steps
+from ..spaces.techniques.technique import WeightForm
+from .storage import Whole, left_by_mask, mask_numbers, shared_bytes, weight_bytes
 
-# What the second node of a layer of low rank adds around its tensors (of float, weight-only and 8-bit layers), and a
-# codebook with a BatchNorm's factors beside it: about the same in every network, so that no file is written to learn it.
-_SECOND_FLOAT, _SECOND_WEIGHT_ONLY, _SECOND_QUANTIZED, _SECOND_DYNAMIC, _FACTORS = 35.0, 58.0, 115.0, 76.0, 14.0
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+# Of many recipes at once, as a function of picks `[recipes, axes]`.
+Costs = Callable[[Ints], dict[str, Floats]]
+
+# By what a layer is fed: what the second node of a layer of low rank adds around its tensors, and what one scale and a zero
+# point take more than scales of the channels do: a node and a number, or a list less. About the same in every network,
+# so that no file is written to learn it.
+_INPUTS = ("plain", "float", "static", "dynamic")
+_SECOND = np.array([35.0, 58.0, 115.0, 76.0])
+_AFFINE = np.array([0.0, 14.0, -9.0, 8.0])
+_FACTORS = 14.0  # a BatchNorm's factors beside a codebook
 _GROUPED = 55.0  # what spreads the scales of groups over a weight
-# What one scale and a zero point take around a weight, more than scales of the channels do: a node and a number, or a list less.
-_AFFINE_FLOAT, _AFFINE_QUANTIZED, _AFFINE_DYNAMIC = 14.0, -9.0, 8.0
-_DYNAMIC = -8  # in place of a layer's activation bits: 8, with ranges found at run time
-
-# A whole number, or an array of them: for one recipe, or for many at once.
-Whole = Any
 
 
 @dataclass(frozen=True)
@@ -82,25 +98,8 @@ class FileContents:
 
 def contents(structure: Structure, recipe: Recipe) -> FileContents:
     """What the file of a recipe is made of."""
-    structure = structure.of(recipe)
-    there = shapes(structure, recipe)
-    activations = dict.fromkeys((step.layer for step in recipe.of(Cluster)), 32)
-    activations |= {
-        step.layer: _DYNAMIC if step.activations == "dynamic" else 8 if step.activation_bits < 32 else 32
-        for step in recipe.of(Quantize)
-    }
-    modes = [activations.get(layer.name, 0) for layer in structure.layers if layer.name in there]
-    channels = {group.name: group.channels for group in structure.groups}
-    return FileContents(
-        base=1,
-        per_weight_only=modes.count(32),
-        per_quantized=modes.count(8),
-        per_dynamic=modes.count(_DYNAMIC),
-        per_layer=len(modes),
-        per_region=sum(mode == 8 != before for before, mode in zip([0, *modes], modes, strict=False)),
-        any_quantized=8 in modes,
-        narrowed=sum(1 - step.keep / channels[step.group] for step in recipe.of(Prune)) / max(1, len(channels)),
-    )
+    table = _of_recipe(structure.of(recipe), recipe, FileOverhead())
+    return FileContents(**{name: np.asarray(amount).item() for name, amount in vars(table.contents()).items()})
 
 
 def level(bits: int, zeros: float | str, equalized: str = "none", affine: bool = False) -> str:
@@ -113,130 +112,16 @@ def level(bits: int, zeros: float | str, equalized: str = "none", affine: bool =
     return made if equalized == "none" else f"{made}, equalised by {equalized}"
 
 
-def _scaled(amount: int, layer: Layer, shape: tuple[int, int]) -> int:
-    return amount * shape[0] * shape[1] // (layer.weight_shape[0] * layer.weight_shape[1])
-
-
 def macs(structure: Structure, recipe: Recipe) -> int:
     """Multiply-adds for one sample in the layers that stay, of all networks of an ensemble."""
     if recipe.of(Ensemble):
         return sum(macs(structure, network) for network in recipe.networks())
-    structure = structure.of(recipe)
-    sizes = shapes(structure, recipe)
-    ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
-    total = 0
-    for layer in structure.layers:
-        if layer.name in ranks and layer.name in sizes:
-            total += layer.macs * ranks[layer.name] * sum(sides(layer, sizes[layer.name])) // layer.params
-        elif layer.name in sizes:
-            total += _scaled(layer.macs, layer, sizes[layer.name])
-    return total
-
-
-def dense_bytes(count: Whole, bits: Whole) -> Whole:
-    """Numbers in a row without gaps."""
-    return -(-count * bits // 8)
-
-
-def ternary_bytes(count: Whole) -> Whole:
-    """Numbers of {-1, 0, 1}, five to a byte."""
-    return -(-count // 5)
-
-
-def bitmap_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
-    """A bit for each number, then those that are not zero."""
-    return dense_bytes(count, 1) + dense_bytes(nonzero, bits)
-
-
-def position_bits(count: Whole, nonzero: Whole) -> Whole:
-    """How many low bits of a position Elias and Fano write down: the binary logarithm of the mean gap, 8 at most.
-
-    >>> int(position_bits(1000, 100)), int(position_bits(1000, 500))
-    (3, 1)
-    """
-    gap = count // np.maximum(nonzero, 1)
-    return np.minimum(np.frexp(gap)[1] - 1, 8)
-
-
-def index_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
-    """The positions of the numbers that are not zero, by Elias and Fano, then those numbers."""
-    low = position_bits(count, nonzero)
-    return dense_bytes(nonzero, low) + dense_bytes(nonzero + (count - 1 >> low), 1) + dense_bytes(nonzero, bits)
-
-
-def weight_bytes(count: Whole, bits: Whole, nonzero: Whole, affine: Any = False) -> Whole:
-    """Bytes of a packed weight, in the way that takes the fewest (see `runners.files.packing`).
-
-    affine: whether all `2^bits` codes are used, where it is one less: 2 bits are then not ternary.
-
-    >>> [int(weight_bytes(1000, *level)) for level in ((3, 1000), (2, 900), (1, 1000), (8, 500), (4, 100))]
-    [375, 200, 125, 625, 116]
-    """
-    few = np.less_equal(bits, 2) & np.logical_not(affine)
-    value = np.where(few, 1, bits)  # a number of {-1, 1} is a bit
-    dense = np.where(few & (nonzero < count), ternary_bytes(count), dense_bytes(count, value))
-    sparse = np.minimum(bitmap_bytes(count, value, nonzero), index_bytes(count, value, nonzero))
-    return np.minimum(dense, sparse)
-
-
-def shared_bytes(count: Whole, bits: Whole, nonzero: Whole) -> Whole:
-    """Bytes of indices, and of their codebook: a float32 for each, but no more than there are weights that differ.
-
-    >>> int(shared_bytes(1000, 4, 1000)), int(shared_bytes(100, 8, 10))
-    (564, 61)
-    """
-    sparse = np.minimum(bitmap_bytes(count, bits, nonzero), index_bytes(count, bits, nonzero))
-    entries = np.minimum(2**bits, nonzero + (nonzero < count))
-    return np.minimum(dense_bytes(count, bits), sparse) + 4 * entries
-
-
-def nonzero_weights(count: Whole, inputs: Whole, zeros: float | str) -> Whole:
-    """How many of `count` weights a mask leaves: all but a share, or those of a pattern along `inputs` input channels.
-
-    >>> int(nonzero_weights(54, 6, 0.25)), int(nonzero_weights(54, 6, "2:4"))
-    (40, 27)
-    """
-    if not isinstance(zeros, str):
-        return count - np.rint(count * zeros).astype(np.int64)
-    keep, of = pattern_of(zeros)
-    return count // inputs * (inputs // of * keep - (-(inputs % of) * keep // of))
+    return int(_of_recipe(structure.of(recipe), recipe, FileOverhead()).macs()[0])
 
 
 def layer_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead | None = None) -> int:
     """Bytes of all layers' own tensors: packed weights, scales or codebooks (float32) and biases."""
-    structure = structure.of(recipe)
-    sizes = shapes(structure, recipe)
-    bits = {step.layer: step.weight_bits for step in recipe.of(Quantize)}
-    clustered = {step.layer: step.bits for step in recipe.of(Cluster)}
-    grouped = {step.layer: step.group_size for step in recipe.of(Quantize) if step.group_size}
-    affine = {step.layer for step in recipe.of(Quantize) if step.scheme == "affine"}
-    ranks = {step.layer: step.rank for step in recipe.of(LowRank)}
-    sparsity: Mapping[str, float | str] = {step.layer: step.pattern or step.ratio for step in recipe.of(Sparsify)}
-    overhead = overhead or FileOverhead()
-    folded = {layer for layer, _ in structure.folds}
-    equalized = next((step.by for step in recipe.of(Equalize)), "none")
-    total = 0
-    for layer in structure.layers:
-        name = layer.name
-        if name not in sizes:
-            continue
-        rows, columns = sides(layer, sizes[name])
-        channels = sizes[name][1]
-        rank, zeros, width = ranks.get(name), sparsity.get(name, 0.0), bits.get(name, 32)
-        share = overhead.kept(name, width, zeros, equalized, name in affine)
-        for outputs, inputs, read in [(rank, columns, channels), (rows, rank, rank)] if rank else [(rows, columns, channels)]:  # fmt: skip
-            count = outputs * inputs
-            nonzero = int(nonzero_weights(count, read, zeros))
-            if name in clustered:
-                total += int(shared_bytes(count, clustered[name], nonzero))
-            else:
-                nonzero = nonzero if share is None else round(count * share)
-                total += int(weight_bytes(count, width, nonzero, name in affine))
-                scales = 1 if name in affine else outputs * -(-inputs // grouped.get(name, inputs))
-                total += 4 * scales * (width <= 8)
-        # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
-        total += 4 * rows * (layer.bias + (name in clustered and name in folded))
-    return total
+    return int(_of_recipe(structure.of(recipe), recipe, overhead or FileOverhead()).bytes()[0])
 
 
 def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> int:
@@ -248,26 +133,138 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
     """
     if recipe.of(Ensemble):
         raise RecipeError("the bytes of an ensemble cannot be foretold; merge the files of its networks and look")
-    structure = structure.of(recipe)
-    rest = float(overhead.of(contents(structure, recipe)))
-    ranks = {step.layer for step in recipe.of(LowRank)}
-    clustered = {step.layer for step in recipe.of(Cluster)}
-    dynamic = {step.layer for step in recipe.of(Quantize) if step.activations == "dynamic"}
-    quantized = {step.layer for step in recipe.of(Quantize) if step.activation_bits < 32} - dynamic
-    weight_only = clustered | {step.layer for step in recipe.of(Quantize) if step.activation_bits == 32}
-    rest += _GROUPED * sum(1 + (step.layer in ranks) for step in recipe.of(Quantize) if step.group_size)
-    for step in recipe.of(Quantize):
-        if step.scheme == "affine":
-            static = _AFFINE_QUANTIZED if step.layer in quantized else _AFFINE_FLOAT
-            rest += (_AFFINE_DYNAMIC if step.layer in dynamic else static) * (1 + (step.layer in ranks))
-    rest += _FACTORS * len(clustered.intersection(layer for layer, _ in structure.folds))
-    rest += _SECOND_QUANTIZED * len(ranks & quantized) + _SECOND_WEIGHT_ONLY * len(ranks & weight_only)
-    rest += _SECOND_DYNAMIC * len(ranks & dynamic) + _SECOND_FLOAT * len(ranks - quantized - dynamic - weight_only)
-    return round(layer_bytes(structure, recipe, overhead) + rest)
+    return int(_of_recipe(structure.of(recipe), recipe, overhead).size(overhead)[0])
 
 
-# Of many recipes at once, as a function of picks `[recipes, axes]`.
-Costs = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float64]]]
+# One layer's `WeightForm` in numbers, with the share of its weights that was measured not to become zero, or NaN.
+_FORM = np.dtype(
+    [
+        ("bits", np.int64), ("codebook", bool), ("share", float), ("keep", np.int64), ("of", np.int64), ("rank", np.int64),
+        ("inputs", np.int64), ("group_size", np.int64), ("affine", bool), ("measured", float),
+    ]
+)  # fmt: skip
+
+
+def _numbers(layer: Layer, form: WeightForm, overhead: FileOverhead, equalized: str) -> tuple[Any, ...]:
+    # In a codebook what rounding makes zero has an index like any other.
+    measured = None if form.codebook else overhead.kept(layer.name, form.bits, form.zeros, equalized, form.affine)
+    inputs = _INPUTS.index(form.inputs)
+    share = np.nan if measured is None else measured
+    return (form.bits, form.codebook, *mask_numbers(form.zeros), form.rank, inputs, form.group_size, form.affine, share)
+
+
+@dataclass(frozen=True)
+class _LayerTable:
+    """The layers of recipes that begin with one network, as arrays `[recipes, layers]`.
+
+    there: which layers stay. outputs, inputs: channels. form: `_FORM`. narrowed: the mean share of channels that are gone,
+    `[recipes]`.
+    """
+
+    structure: Structure
+    there: Bools
+    outputs: Ints
+    inputs: Ints
+    form: NDArray[np.void]
+    narrowed: Floats
+
+    def _each(self, number: Callable[[Layer], float]) -> NDArray[Any]:
+        return np.array([number(layer) for layer in self.structure.layers])
+
+    @property
+    def columns(self) -> Ints:
+        """Of the weight as a matrix."""
+        shapes_of = [layer.weight_shape for layer in self.structure.layers]
+        kernels = [
+            layer.params // (shape[0] * shape[1]) for layer, shape in zip(self.structure.layers, shapes_of, strict=True)
+        ]
+        return np.asarray(self.inputs * np.array(kernels))
+
+    def macs(self) -> Ints:
+        """Multiply-adds for one sample."""
+        rank, columns = self.form["rank"], self.columns
+        work = np.where(rank == 0, self.outputs * columns, rank * (self.outputs + columns))
+        each = self._each(lambda layer: layer.macs) * work // self._each(lambda layer: layer.params)
+        return np.asarray((self.there * each).sum(1))
+
+    def bytes(self) -> Ints:
+        """Of the layers' own tensors."""
+        form, columns, rank = self.form, self.columns, self.form["rank"]
+        folded = {layer for layer, _ in self.structure.folds}
+        # A codebook is one for all channels, so that what a BatchNorm multiplies them by stands beside it.
+        factors = form["codebook"] & self._each(lambda layer: layer.name in folded)
+        total = 4 * self.outputs * (self._each(lambda layer: int(layer.bias)) + factors)
+        total += self._matrix_bytes(np.where(rank == 0, self.outputs, rank), columns, self.inputs)
+        if rank.any():
+            second = self._matrix_bytes(self.outputs, np.maximum(rank, 1), np.maximum(rank, 1))
+            total += np.where(rank == 0, 0, second)
+        return np.asarray((self.there * total).sum(1))
+
+    def _matrix_bytes(self, rows: Ints, columns: Ints, inputs: Ints) -> Ints:
+        """A weight of `rows` outputs by `columns`, of so many `inputs` channels, with its scales."""
+        form = self.form
+        bits, affine, size = form["bits"], form["affine"], form["group_size"]
+        count = rows * columns
+        left = left_by_mask(count, inputs, form["share"], form["keep"], form["of"])
+        nonzero = np.where(np.isnan(form["measured"]), left, np.rint(count * np.nan_to_num(form["measured"])))
+        groups = np.where(size > 0, -(-columns // np.maximum(size, 1)), 1)
+        scales = np.where(affine, 1, rows * groups)
+        found = weight_bytes(count, bits, nonzero.astype(np.int64), affine) + 4 * scales * (bits <= 8)
+        if form["codebook"].any():
+            found = np.where(form["codebook"], shared_bytes(count, bits, left), found)
+        return np.asarray(found)
+
+    def contents(self) -> FileContents:
+        """What the files are made of, apart from these tensors."""
+        inputs = np.where(self.there, self.form["inputs"], 0)
+        quantized = inputs == _INPUTS.index("static")
+        # A region begins where the layer before, of those that are there, has no static 8-bit inputs.
+        regions, before = np.zeros(len(inputs), dtype=np.int64), np.zeros(len(inputs), dtype=bool)
+        for here, now in zip(self.there.T, quantized.T, strict=True):
+            regions += now & ~before
+            before = np.where(here, now, before)
+        return FileContents(
+            base=np.ones(len(inputs), dtype=np.int64),
+            per_weight_only=(inputs == _INPUTS.index("float")).sum(1),
+            per_quantized=quantized.sum(1),
+            per_dynamic=(inputs == _INPUTS.index("dynamic")).sum(1),
+            per_layer=self.there.sum(1),
+            per_region=regions,
+            any_quantized=quantized.any(1),
+            narrowed=self.narrowed,
+        )
+
+    def size(self, overhead: FileOverhead) -> Floats:
+        """Bytes of the files, rounded."""
+        form, folded = self.form, {layer for layer, _ in self.structure.folds}
+        nodes = 1 + (form["rank"] > 0)
+        around = _SECOND[form["inputs"]] * (form["rank"] > 0) + _GROUPED * nodes * (form["group_size"] > 0)
+        around += _AFFINE[form["inputs"]] * nodes * form["affine"]
+        around += _FACTORS * (form["codebook"] & self._each(lambda layer: layer.name in folded))
+        rest = overhead.of(self.contents()) + (self.there * around).sum(1)
+        return np.asarray(np.rint(self.bytes() + rest))
+
+
+def _of_recipe(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> _LayerTable:
+    """The table of one recipe. structure: of the network that it begins with."""
+    sizes = shapes(structure, recipe)
+    equalized = next((step.by for step in recipe.of(Equalize)), "none")
+    steps: dict[str, list[Step]] = {}
+    for step in recipe.of(LayerStep):
+        steps.setdefault(step.layer, []).append(step)
+    forms = [_numbers(layer, form_of(steps.get(layer.name, ())), overhead, equalized) for layer in structure.layers]
+    whole = [layer.weight_shape[:2] for layer in structure.layers]
+    channels = [sizes.get(layer.name, shape) for layer, shape in zip(structure.layers, whole, strict=True)]
+    groups = {group.name: group.channels for group in structure.groups}
+    gone = sum(1 - step.keep / groups[step.group] for step in recipe.of(Prune))
+    return _LayerTable(
+        structure,
+        np.array([[layer.name in sizes for layer in structure.layers]]),
+        np.array([[outputs for outputs, _ in channels]]),
+        np.array([[inputs for _, inputs in channels]]),
+        np.array([forms], dtype=_FORM),
+        np.array([gone / max(1, len(groups))]),
+    )
 
 
 def many(
@@ -278,22 +275,22 @@ def many(
 ) -> Costs:
     """`macs` and `size_bytes` of many recipes at once, as a function of picks `[recipes, axes]`.
 
-    A search asks for hundreds of them between two trials; this is `Space.recipe` and the functions above in columns, and
-    a test holds it to them exactly. overheads: those of the students' files by name, where the axes choose between networks.
+    A search asks for hundreds of them between two trials. overheads: those of the students' files by name, where the axes
+    choose between networks.
     """
     chooser = next((number for number, axis in enumerate(axes) if axis.kind == "student"), None)
     if chooser is None:
-        return _of_one(structure, axes, overhead)
+        return _Many(structure, axes, overhead)
     parts: list[tuple[list[int], Costs]] = []
     for student in axes[chooser].choices:
         name = student.factory if student else ""
         own = [number for number, axis in enumerate(axes) if axis.student == name]
-        costs = _of_one(
+        costs = _Many(
             structure.named(name), [axes[number] for number in own], (overheads or {})[name] if name else overhead
         )
         parts.append((own, costs))
 
-    def of_each(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def of_each(picks: Ints) -> dict[str, Floats]:
         found = {metric: np.zeros(len(picks)) for metric in ("size_bytes", "macs")}
         for choice, (own, costs) in enumerate(parts):
             rows = np.flatnonzero(picks[:, chooser] == choice)
@@ -305,152 +302,87 @@ def many(
     return of_each
 
 
-def _of_one(structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) -> Costs:
-    """`many` for the axes of one network."""
-    column = {axis.name: number for number, axis in enumerate(axes)}
-    owner = {
-        (axis.kind, target): axis for axis in axes for target in axis.targets if axis.kind not in ("width", "depth")
-    }
-    widths = next((axis for axis in axes if axis.kind == "width"), None)
-    depths = next(axis for axis in axes if axis.kind == "depth")
-    equalizers = next((axis for axis in axes if axis.kind == "equalize"), None)
-    folded = {layer for layer, _ in structure.folds}
-    dropped = [structure.blocks[:depth] for depth in depths.choices]
-    alive = {layer.name: np.array([not inside(layer.name, drop) for drop in dropped]) for layer in structure.layers}
+class _Many:
+    """`many` for the axes of one network.
 
-    def pick(picks: NDArray[np.int64], kind: str, target: str) -> NDArray[np.int64]:
-        axis = owner.get((kind, target))
-        return picks[:, column[axis.name]] if axis else np.zeros(len(picks), dtype=np.int64)
+    Which steps the choices of a layer become is asked once for every combination of them that occurs, and then looked up.
+    """
 
-    def listed(kind: str, target: str, default: float) -> tuple[Any, ...]:
-        axis = owner.get((kind, target))
-        return axis.choices if axis else (default,)
+    def __init__(self, structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) -> None:
+        self.structure, self.overhead = structure, overhead
+        self.axes = list(axes)
+        self.column = {(axis.kind, target): n for n, axis in enumerate(axes) for target in axis.targets}
+        self.single = {axis.kind: n for n, axis in enumerate(axes)}
+        self.known: dict[str, dict[int, tuple[Any, ...]]] = {layer.name: {} for layer in structure.layers}
+        # By choice of depth.
+        self.dropped = [blocks(structure, depth) for depth in self.axes[self.single["depth"]].choices]
+        self.alive = np.array([[not inside(x.name, drop) for x in structure.layers] for drop in self.dropped])
+        self.equalizable = np.array([structure.equalizable(drop) for drop in self.dropped])
+        made = [makers(structure, drop) for drop in self.dropped]
+        self.made = {g.name: np.array([g.name in names for names in made]) for g in structure.groups}
+        widths, shares = self._choices("width", (1.0,)), {g.name: self._removed(g.name) for g in structure.groups}
+        self.kept = {
+            g.name: np.array([[kept(g, width, share) for share in shares[g.name]] for width in widths])
+            for g in structure.groups
+        }
+        # By layer the axes that it has a choice of its own in.
+        self.own = {
+            layer.name: [n for (kind, target), n in self.column.items() if target == layer.name and kind != "channels"]
+            for layer in structure.layers
+        }
 
-    def choices(kind: str, target: str, default: float) -> NDArray[np.float64]:
-        return np.array(listed(kind, target, default), dtype=float)
+    def _choices(self, kind: str, default: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.axes[self.single[kind]].choices if kind in self.single else default
 
-    def kept_table(name: str) -> NDArray[np.float64]:
-        """By scheme (affine or not), equalisation, bits and zeros the share that was measured, NaN where none was."""
-        zeros, bits = listed("sparsity", name, 0.0), listed("weight_bits", name, 32)
-        ways = equalizers.choices if equalizers else ("none",)
-        shares = [
-            [[[overhead.kept(name, b, z, by, a) for z in zeros] for b in bits] for by in ways] for a in (False, True)
-        ]
-        return np.array(shares, dtype=float)
+    def _removed(self, group: str) -> tuple[float, ...]:
+        number = self.column.get(("channels", group))
+        return (0.0,) if number is None else self.axes[number].choices
 
-    def keep_table(name: str) -> NDArray[np.int64]:
-        group = structure.group(name)
-        axis = owner.get(("channels", name))
-        return np.array(
-            [
-                [kept_channels(group.channels, width * (1 - ratio), group.round_to) for ratio in (axis.choices if axis else (0.0,))]
-                for width in (widths.choices if widths else (1.0,))
-            ]
-        )  # fmt: skip
+    def _pick(self, picks: Ints, number: int | None) -> Ints:
+        return np.zeros(len(picks), dtype=np.int64) if number is None else picks[:, number]
 
-    kept = {layer.name: kept_table(layer.name) for layer in structure.layers}
-    tables = {group.name: keep_table(group.name) for group in structure.groups}
-    made = {
-        group.name: np.array(
-            [
-                any(alive[layer.name][d] for layer in structure.layers if layer.output == group.name)
-                for d in range(len(dropped))
-            ]
-        )
-        for group in structure.groups
-    }
-
-    def kept_ranks(
-        rows: NDArray[np.int64], columns: NDArray[np.int64], share: NDArray[np.float64]
-    ) -> NDArray[np.int64]:
-        """`kept_rank` for each recipe, 0 where the layer stays whole."""
-        full = np.minimum(rows, columns)
-        step = np.where(full >= 32, 8, np.where(full >= 16, 4, 1))
-        rank = np.minimum(full, step * np.maximum(1, np.rint(full * share / step).astype(np.int64)))
-        return np.where((share < 1) & (rank * (rows + columns) < rows * columns), rank, 0)
-
-    def costs(picks: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        depth = picks[:, column[depths.name]]
-        width = picks[:, column[widths.name]] if widths else np.zeros(len(picks), dtype=np.int64)
-        way = picks[:, column[equalizers.name]] if equalizers else np.zeros(len(picks), dtype=np.int64)
-        keep = {}
+    def __call__(self, picks: Ints) -> dict[str, Floats]:
+        """`macs` and `size_bytes` of picks `[recipes, axes]`."""
+        structure = self.structure
+        depth, width = (self._pick(picks, self.single.get(kind)) for kind in ("depth", "width"))
+        equalized = np.where(self.equalizable[depth], self._pick(picks, self.single.get("equalize")), -1)
+        keep: dict[str, Ints] = {}
         narrowed = np.zeros(len(picks))
         for group in structure.groups:
-            ratio = pick(picks, "channels", group.name)
-            keep[group.name] = np.where(made[group.name][depth], tables[group.name][width, ratio], group.channels)
+            removed = self._pick(picks, self.column.get(("channels", group.name)))
+            there = self.made[group.name][depth]
+            keep[group.name] = np.where(there, self.kept[group.name][width, removed], group.channels)
             narrowed += 1 - keep[group.name] / group.channels
         channels = {group.name: group.channels for group in structure.groups}
-        size, operations = np.zeros(len(picks)), np.zeros(len(picks))
-        weight_only, quantized, dynamic, layers, regions = (np.zeros(len(picks), dtype=np.int64) for _ in range(5))
-        before = np.zeros(len(picks), dtype=bool)  # whether the layer before has 8-bit activations
-        for layer in structure.layers:
-            there = alive[layer.name][depth]
-            outputs = np.full(len(picks), layer.weight_shape[0])
-            if layer.output in keep:
-                outputs = outputs * keep[layer.output] // channels[layer.output]
-            inputs = np.full(len(picks), layer.weight_shape[1])
-            if layer.kind != "depthwise":
-                for group_name, n in layer.inputs:
-                    if group_name in keep:
-                        inputs = inputs - (n - n * keep[group_name] // channels[group_name])
-            rows, columns = outputs, inputs * (layer.params // (layer.weight_shape[0] * layer.weight_shape[1]))
-            rank = kept_ranks(rows, columns, choices("rank", layer.name, 1.0)[pick(picks, "rank", layer.name)])
-            whole = rank == 0
-            bit, zero = pick(picks, "weight_bits", layer.name), pick(picks, "sparsity", layer.name)
-            bits = choices("weight_bits", layer.name, 32).astype(np.int64)[bit]
-            zeros = listed("sparsity", layer.name, 0.0)
-            codebook = choices("cluster_bits", layer.name, 32).astype(np.int64)[pick(picks, "cluster_bits", layer.name)]
-            clustered = codebook < 32
-            factors = clustered & (layer.name in folded)
-            activations = choices("activation_bits", layer.name, 32)[pick(picks, "activation_bits", layer.name)]
-            how = np.array(listed("activations", layer.name, 0.0))[pick(picks, "activations", layer.name)] == "dynamic"
-            eight = (bits <= 8) & (activations < 32) & ~clustered
-            late = eight & how & (activations == 8)
-            eight = eight & ~late
-            few = (bits < 32) | clustered
-            size_of = np.array(listed("group_size", layer.name, 0))[pick(picks, "group_size", layer.name)]
-            size_of = np.where((bits <= 8) & (activations == 32) & ~clustered, size_of, 0)
-            affine = np.array(listed("scheme", layer.name, 0.0))[pick(picks, "scheme", layer.name)] == "affine"
-            affine &= (bits > 1) & (bits <= 8) & ~clustered & (size_of == 0)
-            second = np.where(few, _SECOND_WEIGHT_ONLY, _SECOND_FLOAT)
-            second = np.where(eight, _SECOND_QUANTIZED, np.where(late, _SECOND_DYNAMIC, second))
-            second = second + _GROUPED * (size_of > 0)
-            grid = np.where(eight, _AFFINE_QUANTIZED, np.where(late, _AFFINE_DYNAMIC, _AFFINE_FLOAT)) * affine
-            own = (
-                np.where(whole, 0.0, second)
-                + grid * np.where(whole, 1, 2)
-                + _GROUPED * (size_of > 0)
-                + _FACTORS * factors
-                + 4 * rows * (int(layer.bias) + factors)
-            )
-            share = kept[layer.name][affine.astype(np.int64), way, bit, zero]
-            matrices = [(np.where(whole, rows, rank), columns, inputs)]
-            if ("rank", layer.name) in owner:
-                matrices.append((np.where(whole, 0, rows), rank, np.maximum(rank, 1)))
-            for out, row, read in matrices:
-                count = out * row
-                some = np.maximum(count, 1)
-                left = np.stack([nonzero_weights(some, read, choice) for choice in zeros])[zero, np.arange(len(picks))]
-                nonzero = np.where(np.isnan(share), left, np.rint(some * np.nan_to_num(share))).astype(np.int64)
-                nonzero = np.where(bits == 1, some, nonzero)  # a sign is never zero
-                groups = np.where(size_of > 0, -(-row // np.maximum(size_of, 1)), 1)
-                scales = np.where(affine, 1, out * groups)
-                plain = weight_bytes(some, bits, nonzero, affine) + 4 * scales * (bits <= 8)
-                if clustered.any():
-                    plain = np.where(clustered, shared_bytes(some, np.where(clustered, codebook, 1), left), plain)
-                own += np.where(count > 0, plain, 0)
-            size += there * own
-            weight_only += there & few & ~eight & ~late
-            dynamic += there & late
-            quantized += there & eight
-            layers += there
-            regions += there & eight & ~before
-            before = np.where(there, eight, before)
-            work = np.where(whole, rows * columns, rank * (rows + columns))
-            operations += there * (layer.macs * work // layer.params)
-        made_of = FileContents(
-            1, weight_only, quantized, layers, regions, quantized > 0, narrowed / max(1, len(channels)), dynamic
+        blank = np.zeros(len(picks), dtype=np.int64)
+        sizes = [channels_of(layer, keep, channels) for layer in structure.layers]
+        outputs = np.stack([blank + size[0] for size in sizes], 1)
+        inputs = np.stack([blank + size[1] for size in sizes], 1)
+        forms = [
+            self._forms(layer, picks, outputs[:, n], inputs[:, n], equalized)
+            for n, layer in enumerate(structure.layers)
+        ]
+        table = _LayerTable(
+            structure, self.alive[depth], outputs, inputs, np.stack(forms, 1), narrowed / max(1, len(channels))
         )
-        return {"size_bytes": np.rint(size + overhead.of(made_of)), "macs": operations}
+        return {"size_bytes": table.size(self.overhead), "macs": table.macs().astype(float)}
 
-    return costs
+    def _forms(self, layer: Layer, picks: Ints, outputs: Ints, inputs: Ints, equalized: Ints) -> NDArray[np.void]:
+        """The forms of one layer, `[recipes]`."""
+        own, known = self.own[layer.name], self.known[layer.name]
+        ways = self._choices("equalize", ("none",))
+        code = equalized + 1
+        for number in own:
+            code = code * len(self.axes[number].choices) + picks[:, number]
+        if any(self.axes[number].kind == "rank" for number in own):  # a rank depends on the shape
+            code = (code * (layer.weight_shape[0] + 1) + outputs) * (layer.weight_shape[1] + 1) + inputs
+        codes, first, where = np.unique(code, return_index=True, return_inverse=True)
+        rows = []
+        for one, row in zip(codes.tolist(), first.tolist(), strict=True):
+            if one not in known:
+                chosen = {self.axes[n].kind: self.axes[n].choices[picks[row, n]] for n in own}
+                steps = layer_steps(layer, chosen, (int(outputs[row]), int(inputs[row])))
+                way = "none" if equalized[row] < 0 else ways[equalized[row]]
+                known[one] = _numbers(layer, form_of(steps), self.overhead, way)
+            rows.append(known[one])
+        return np.array(rows, dtype=_FORM)[where]

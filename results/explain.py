@@ -23,8 +23,16 @@ from ..objectives.objective import Budget
 from ..objectives.paired import difference
 from ..runners.runner import EvaluateSample, Inspect, Runner
 from ..runners.sensitivity import divergence
-from ..spaces.recipe import Ensemble, Equalize, Prune, Quantize, Recipe, Recover, Sparsify, Step, Student
+from ..spaces.recipe import Recipe
+from ..spaces.steps import Step
 from ..spaces.structure import Structure, kept_channels
+from ..spaces.techniques.ensemble import Ensemble
+from ..spaces.techniques.equalize import Equalize
+from ..spaces.techniques.prune import Prune
+from ..spaces.techniques.quantize import Quantize
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.sparsify import Sparsify
+from ..spaces.techniques.student import Student
 
 Progress = Callable[[int, int, str], None]
 _TRIED = 5  # softer decisions that are measured for the suggestion

@@ -13,7 +13,7 @@ from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import COSTS
 from ..spaces.recipe import Recipe
 from .artifact import card, check_free, verify, write
-from .compression.compress import check_fits
+from .compression.fits import check_fits
 from .files.packing import unpack
 from .local import LocalRunner
 from .record import Record, RecordRow, rows

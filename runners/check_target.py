@@ -24,7 +24,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..errors import ExportFailed, TargetError
-from ..spaces.recipe import Prune, Quantize, Recipe, Sparsify, Step
+from ..spaces.recipe import Recipe
+from ..spaces.steps import Step
+from ..spaces.techniques.prune import Prune
+from ..spaces.techniques.quantize import Quantize
+from ..spaces.techniques.sparsify import Sparsify
 from .files import packing
 from .local import LocalRunner
 from .settings import MeasurementSettings

@@ -23,8 +23,9 @@ from ..errors import ExportFailed, TaskError
 from ..objectives.cost import FileOverhead, macs
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.paired import paired
-from ..spaces.recipe import Recipe, Recover
+from ..spaces.recipe import Recipe
 from ..spaces.structure import Structure
+from ..spaces.techniques.recover import Recover
 from .compression.build import Builder
 from .compression.library import LayerLibrary
 from .compression.overhead import measure_overhead, nonzero_shares

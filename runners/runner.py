@@ -28,9 +28,10 @@ from ..objectives.cost import FileOverhead
 from ..objectives.excess import check_budget
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import Budget, Objective
-from ..spaces.recipe import Recipe, Student
-from ..spaces.space import Axis
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Axis
 from ..spaces.structure import Structure
+from ..spaces.techniques.student import Student
 from .evaluate import EvaluationPlan
 from .racing import Rival, Watch, race
 

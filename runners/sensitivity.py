@@ -30,11 +30,16 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConfigError, RecipeError
 from ..objectives.cost import layer_bytes
-from ..spaces.recipe import Recipe, Step, zeros_of
-from ..spaces.space import METHODS, Space, quantize, sparsify
+from ..spaces.recipe import Recipe
+from ..spaces.space import Space
+from ..spaces.steps import Step
 from ..spaces.structure import Layer, Structure
+from ..spaces.techniques.quantize import quantize
+from ..spaces.techniques.sparsify import sparsify, zeros_of
+from ..spaces.techniques.table import METHODS
 from .compression.build import Builder
-from .compression.compress import compress, freeze, one_factor
+from .compression.compress import compress
+from .compression.freeze import freeze, one_factor
 from .operators.fold import batchnorms, reestimate_batchnorms
 from .operators.layers import set_weight, weight_of
 

@@ -24,7 +24,8 @@ from torch.utils.data import (
 from ..errors import Diverged, TaskError
 from ..objectives.measurement import Estimate
 from ..objectives.objective import COSTS
-from ..spaces.recipe import CRITERIA, STUDENT, known_criterion
+from ..spaces.techniques.sparsify import CRITERIA, known_criterion
+from ..spaces.techniques.student import STUDENT
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]

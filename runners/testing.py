@@ -19,9 +19,11 @@ from ..errors import ArtifactError, RecipeError
 from ..objectives.cost import FileOverhead, macs
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import Budget
-from ..spaces.recipe import Quantize, Recipe, Recover
+from ..spaces.recipe import Recipe
 from ..spaces.structure import Structure
-from .compression.compress import check_fits
+from ..spaces.techniques.quantize import Quantize
+from ..spaces.techniques.recover import Recover
+from .compression.fits import check_fits
 from .evaluate import EvaluationPlan
 from .files.candidates import CandidateFiles
 from .runner import (

@@ -22,7 +22,8 @@ from ..objectives.pareto import hypervolume, nondominated
 from ..results.candidate import OK, OVER_BUDGET, Candidate
 from ..results.front import Front
 from ..runners.files.packing import payload_size, tensor_bytes
-from ..spaces.recipe import Ensemble, Recipe
+from ..spaces.recipe import Recipe
+from ..spaces.techniques.ensemble import Ensemble
 
 TRIED = 8  # ensembles that are measured at most
 LARGEST = 3  # networks in one

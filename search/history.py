@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from ..results.candidate import Candidate
-from ..spaces.recipe import Ensemble
+from ..spaces.techniques.ensemble import Ensemble
 
 
 @dataclass

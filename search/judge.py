@@ -14,8 +14,9 @@ from ..objectives.objective import Budget, Limit, Objective
 from ..results.candidate import OK, OVER_BUDGET, Candidate
 from ..runners.runner import OVER_BUDGET as REFUSED
 from ..runners.runner import STOPPED, Failure, Outcome
-from ..spaces.recipe import Ensemble, Recipe
+from ..spaces.recipe import Recipe
 from ..spaces.structure import Structure
+from ..spaces.techniques.ensemble import Ensemble
 from .preflight import TOLERANCE
 
 PREDICTED = ("size_bytes", "macs")  # metrics that arithmetic gives

@@ -11,8 +11,8 @@ from ..errors import StudyError
 from ..results.candidate import Candidate
 from ..results.folder import StudyFolder
 from ..results.front import Front
-from ..spaces.recipe import how
-from ..spaces.space import Axis
+from ..spaces.rules import Axis
+from ..spaces.techniques.recover import how
 from .listener import Listener
 from .resume import Asked
 

@@ -10,7 +10,8 @@ from ..errors import Diverged, TaskError
 from ..objectives.measurement import Measurement
 from ..results.folder import StudyFolder
 from ..runners.runner import MeasureBaseline, Runner, TimeParity, TimeTraining, TrainStudent, TunePlan
-from ..spaces.space import Axis, Space
+from ..spaces.rules import Axis
+from ..spaces.space import Space
 from .listener import Listener
 from .preflight import Preflight
 from .resume import Asked, Beginning

@@ -17,9 +17,12 @@ from ..objectives.display import show
 from ..objectives.measurement import Estimate, Measurement
 from ..objectives.objective import Budget, Limit
 from ..runners.runner import BuildFile, MeasureOverhead, Runner, RunTrial, TaskFacts
-from ..spaces.recipe import Recipe, Recover, Student
-from ..spaces.space import Axis, Space
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Axis
+from ..spaces.space import Space
 from ..spaces.structure import Structure
+from ..spaces.techniques.recover import Recover
+from ..spaces.techniques.student import Student
 
 TOLERANCE = 0.01  # predicted bytes are right within 1%
 

@@ -16,9 +16,10 @@ from ..objectives.pareto import nondominated
 from ..results.candidate import FAILED, Candidate
 from ..results.front import Front
 from ..runners.racing import Rival
-from ..spaces.recipe import Recipe, Recover
+from ..spaces.recipe import Recipe
 from ..spaces.space import Space
 from ..spaces.structure import Structure
+from ..spaces.techniques.recover import Recover
 from .history import History
 from .judge import Judge
 from .rungs import PILOT, Ladder, RungEntry, ranked

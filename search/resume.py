@@ -23,7 +23,7 @@ from ..runners.files.candidates import OWNED_FILES
 from ..runners.runner import TaskFacts
 from ..runners.settings import MeasurementSettings
 from ..runners.targets.catalog import DEFAULT
-from ..spaces.recipe import plain
+from ..spaces.plain import plain
 from ..spaces.space import Space
 from .schedule import Guess
 

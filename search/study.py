@@ -42,21 +42,16 @@ from ..results.journal import Journal, undisturbed
 from ..results.stored import tested_baseline, with_tests
 from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner
-from ..runners.runner import (
-    BuildFile,
-    Inspect,
-    Outcome,
-    Runner,
-    RunTrial,
-    TaskFacts,
-)
+from ..runners.runner import BuildFile, Inspect, Outcome, Runner, RunTrial, TaskFacts
 from ..runners.runner import RestoreBaseline as Restore
 from ..runners.settings import MeasurementSettings
 from ..runners.targets.catalog import DEFAULT, as_target
 from ..runners.targets.target import Target
 from ..runners.task import Task
+from ..spaces.defaults import reference_recipes
 from ..spaces.recipe import Recipe
-from ..spaces.space import Axis, Space, reference_recipes
+from ..spaces.rules import Axis
+from ..spaces.space import Space
 from .combine import combine
 from .finalists import PARITY_AT_LEAST, PARITY_SECONDS, measure_finalists
 from .history import History

@@ -9,7 +9,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 
 from ..objectives import cost
-from ..spaces.space import Axis, Space
+from ..spaces.rules import Axis
+from ..spaces.space import Space
 from .ehvi import EHVISampler
 from .gaussian import Floats, Ints
 from .judge import PREDICTED, Judge

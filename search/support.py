@@ -9,9 +9,14 @@ from ..errors import ConfigError, TaskError
 from ..objectives.objective import COSTS, Budget, Objective
 from ..runners.runner import TaskFacts
 from ..runners.targets.target import Target, everything
-from ..spaces.recipe import CRITERIA, Quantize, Recipe, Step
-from ..spaces.space import Rule, Space, default_space
+from ..spaces.defaults import default_space
+from ..spaces.recipe import Recipe
+from ..spaces.rules import Rule
+from ..spaces.space import Space
+from ..spaces.steps import Step
 from ..spaces.structure import Structure
+from ..spaces.techniques.quantize import Quantize
+from ..spaces.techniques.sparsify import CRITERIA
 
 
 def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str) -> None:

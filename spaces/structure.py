@@ -7,11 +7,11 @@ bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError
-from .recipe import Prune, Recipe, Student, later
+from .plain import later
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Structure:
     pairs: tuple[tuple[str, tuple[str, ...]], ...] = later(())
     unpaired: tuple[tuple[str, str], ...] = later(())
 
-    def of(self, recipe: Recipe) -> Structure:
+    def of(self, recipe: Steps) -> Structure:
         """The structure of the network that a recipe begins with: this one, or that of the student that it names."""
         return self.named(recipe.factory)
 
@@ -110,16 +110,6 @@ class Structure:
         raise RecipeError(f"this network has no group of channels {name!r} that can be narrowed")
 
 
-def no_pairs(reasons: Iterable[tuple[str, str]]) -> str:
-    """What to say of a network without a pair for `Equalize`, from its `unpaired`."""
-    listed = [f"{layer}: {reason}" for layer, reason in reasons]
-    more = f"; and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return (
-        "no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and reshapes; leave it out. "
-        f"Outputs of {'; '.join(listed[:3])}{more}"
-    )
-
-
 def inside(name: str, blocks: tuple[str, ...]) -> bool:
     """Whether a module lies in one of the blocks (`layer3.2.conv1` in `layer3.2`)."""
     return any(name == block or name.startswith(f"{block}.") for block in blocks)
@@ -135,55 +125,3 @@ def kept_channels(channels: int, share: float, round_to: int) -> int:
         return channels  # 36 is no multiple of 8, and a network that is not narrowed keeps all 36
     kept = round_to * max(1, round(channels * share / round_to))
     return min(channels, kept)
-
-
-def shapes(structure: Structure, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Output and input channels of each layer that stays."""
-    structure = structure.of(recipe)
-    dropped = tuple(name for step in recipe.of(Student) for name in step.drop)
-    keep = {step.group: step.keep for step in recipe.of(Prune)}
-    channels = {group.name: group.channels for group in structure.groups}
-    out = {}
-    for layer in structure.layers:
-        if inside(layer.name, dropped):
-            continue
-        outputs = layer.weight_shape[0]
-        if (
-            layer.output and layer.output in keep
-        ):  # a depthwise layer may make several channels from each of its group's
-            outputs = outputs * keep[layer.output] // channels[layer.output]
-        gone = sum(n - n * keep[group] // channels[group] for group, n in layer.inputs if group in keep)
-        inputs = layer.weight_shape[1] if layer.kind == "depthwise" else layer.weight_shape[1] - gone
-        out[layer.name] = (outputs, inputs)
-    return out
-
-
-def sides(layer: Layer, shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a layer's weight as a matrix, outputs by all that each of them reads.
-
-    >>> sides(Layer("a", "conv", (64, 32, 3, 3), 0), (64, 16))
-    (64, 144)
-    """
-    return shape[0], shape[1] * math.prod(layer.weight_shape[2:])
-
-
-def largest_rank(rows: int, columns: int) -> int:
-    """The largest rank at which two factors have fewer numbers than the matrix, and so fewer MACs; 0 for none.
-
-    >>> largest_rank(64, 64), largest_rank(64, 576), largest_rank(1, 8)
-    (31, 57, 0)
-    """
-    return (rows * columns - 1) // (rows + columns)
-
-
-def kept_rank(rows: int, columns: int, share: float) -> int | None:
-    """The rank that the share `share` of the full rank is rounded to, or None where it would save nothing.
-
-    Ranks are rounded as channels are, because they are channels of the runtime's.
-
-    >>> kept_rank(64, 576, 0.5), kept_rank(64, 576, 0.9), kept_rank(64, 64, 0.5)
-    (32, 56, None)
-    """
-    full = min(rows, columns)
-    rank = kept_channels(full, share, 8 if full >= 32 else 4 if full >= 16 else 1)
-    return rank if rank <= largest_rank(rows, columns) else None

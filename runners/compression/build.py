@@ -19,8 +19,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ...errors import ArtifactError, TaskError
-from ...spaces.recipe import Ensemble, Prune, Recipe, Recover, Student
+from ...spaces.recipe import Recipe
 from ...spaces.structure import Structure
+from ...spaces.techniques.ensemble import Ensemble
+from ...spaces.techniques.prune import Prune
+from ...spaces.techniques.recover import Recover
+from ...spaces.techniques.student import Student
 from ..files import packing
 from ..files.atomic import write_atomic
 from ..files.candidates import CandidateFiles
@@ -33,7 +37,8 @@ from ..task import Task, example_input, inputs
 from ..training import distill
 from ..training.finetune import State, finetune
 from .calibration import Calibration
-from .compress import chunks, compress, freeze, one_factor
+from .compress import chunks, compress
+from .freeze import freeze, one_factor
 from .library import LayerLibrary
 from .trace import trace
 

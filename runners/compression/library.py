@@ -34,8 +34,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...errors import RecipeError, TaskError
-from ...spaces.recipe import CRITERIA
-from ...spaces.space import LARGEST_HESSIAN
+from ...spaces.techniques.sparsify import CRITERIA
+from ...spaces.techniques.technique import LARGEST_HESSIAN
 from ..operators.adaround import adaround
 from ..operators.gptq import gptq
 from ..operators.lowrank import basis

@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from ...objectives import cost
-from ...spaces.recipe import Equalize, Prune, Quantize, Recipe, Student, zeros_of
-from ...spaces.space import Axis
+from ...spaces.recipe import Recipe
+from ...spaces.rules import Axis
 from ...spaces.structure import Structure, inside, kept_channels
+from ...spaces.techniques.equalize import Equalize
+from ...spaces.techniques.prune import Prune
+from ...spaces.techniques.quantize import Quantize
+from ...spaces.techniques.sparsify import zeros_of
+from ...spaces.techniques.student import Student
 from ..operators.fold import channel_factors
 from ..operators.quantize import codes
 from .build import Builder
-from .compress import compress, folded_norms
+from .compress import compress
+from .freeze import folded_norms
 from .library import Method
 
 _SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least, of a layer whose rounding is looked at beforehand

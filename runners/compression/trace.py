@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ExportFailed, TaskError, TrialError
-from ...spaces.recipe import Prune, Recipe, Student
-from ...spaces.structure import Group, Layer, Structure, inside, kept_channels, shapes
+from ...spaces.recipe import Recipe
+from ...spaces.shapes import shapes
+from ...spaces.structure import Group, Layer, Structure, inside, kept_channels
+from ...spaces.techniques.prune import Prune
+from ...spaces.techniques.student import Student
 from ..operators.equalize import find_pairs
 from ..operators.fold import fold_batchnorms
 from ..operators.hooks import attached
@@ -34,7 +37,8 @@ from ..operators.layers import (
     weight_of,
 )
 from ..operators.prune import channel_groups
-from .compress import Skip, compress
+from ..operators.student import Skip
+from .compress import compress
 
 _Part = TypeVar("_Part")
 

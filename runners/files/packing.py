@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from ...errors import ArtifactError
-from ...objectives.cost import bitmap_bytes, dense_bytes, index_bytes, position_bits, ternary_bytes
+from ...objectives.storage import bitmap_bytes, dense_bytes, index_bytes, position_bits, ternary_bytes
 
 FORMAT = "paretorch.packed"
 VERSION = 4

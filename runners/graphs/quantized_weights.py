@@ -37,8 +37,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from ...errors import ExportFailed
-from ..compression.compress import FrozenWeight
 from ..files.packing import codes_to_nibbles, codes_to_raw
+from ..operators.frozen import FrozenWeight
 from ..operators.layers import ONNX, kind_of, parameter_of, per_output
 from ..operators.quantize import spread
 from .nodes import MICROSOFT, EditedGraph

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...spaces.steps import Step
+from .frozen import FrozenWeight
+
 _CELLS = 2048
 _ROUNDS = 300
 
@@ -134,3 +137,9 @@ class SharedWeights(nn.Module):
         fixed = codebook.detach()
         codebook = fixed + (codebook - fixed) / self.counts.clamp_min(1)  # the same numbers, the mean of the gradients
         return codebook.index_select(0, self.indices.flatten().int()).view_as(weight)
+
+    def frozen(self, weight: Tensor, step: Step | None) -> tuple[Tensor, FrozenWeight | None]:
+        """See `frozen.Freezable`; the weight that is trained is the codebook, whatever `weight` says."""
+        codebook = self.codebook().detach().clone()
+        whole = codebook.index_select(0, self.indices.flatten().int()).view_as(weight)
+        return whole, FrozenWeight(self.bits, codes=self.indices.float(), codebook=codebook)

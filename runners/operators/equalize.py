@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ...errors import RecipeError
+from ...spaces.techniques.equalize import Equalize, no_pairs
 from .fold import fold_factors
 from .hooks import attached
 from .layers import (
@@ -48,6 +50,7 @@ from .layers import (
     set_weight,
     weight_of,
 )
+from .moments import DIVIDED
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _THEIRS = FUNCTIONS | {"batch_norm"}  # the functions that layers and these run as
@@ -328,3 +331,38 @@ def _log_scales(r1: Tensor, r2: Tensor, relative: bool) -> Tensor:
     logs = torch.where(has1 & ~has2, one - (one - logs)[both].mean(), logs)
     logs = torch.where(~has1 & has2, (two + logs)[both].mean() - two, logs)
     return torch.where(has1 | has2, logs, 0.0)
+
+
+def equalize_channels(
+    model: nn.Module,
+    step: Equalize,
+    example: Tensor,
+    repaired: nn.Module | None = None,
+    batches: Sequence[Tensor] | None = None,
+) -> None:
+    """Scale the channels of all pairs of a network in place.
+
+    Args:
+        model: The network, which computes what it did.
+        step: By what the scales are found.
+        example: A few inputs.
+        repaired: The same network with BatchNorms that fit it, where it was cut down, so that their scales are found in it;
+            None for the network itself.
+        batches: Calibration images in parts, which equalizing by activations needs.
+
+    Raises:
+        RecipeError: When the network has no pair.
+        ValueError: Without images that are needed.
+    """
+    pairs, reasons = find_pairs(model, example)
+    if not pairs:
+        raise RecipeError(f"the recipe does not fit this network: equalize: {no_pairs(reasons.items())}")
+    if step.by == "activations" and batches is None:
+        raise ValueError("equalize by activations needs the ranges of channels: give compress() a calibration")
+    repaired = model if repaired is None else repaired
+    peaks = channel_peaks(repaired, pairs, batches) if batches is not None and step.by == "activations" else None
+    for pair, scales in zip(pairs, equalizing_scales(repaired, pairs, peaks), strict=True):
+        scale_channels(model, pair, scales)
+        # Whoever compares the outputs with those of the original has to know. No part of the state: it is found anew.
+        if not pair.norm:
+            model.get_submodule(pair.maker).register_buffer(DIVIDED, scales, persistent=False)

@@ -10,9 +10,13 @@ and the BatchNorm of the old one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ...errors import RecipeError
+from ...spaces.techniques.lowrank import LowRank
 from .layers import bias_of, kind_of, replace_bias, replace_weight, rows, weight_of
 
 
@@ -97,3 +101,25 @@ def factored(layer: nn.Module, rank: int, vectors: Tensor | None = None) -> Fact
 def parts(model: nn.Module, layer: str) -> tuple[str, ...]:
     """The names of the modules that a layer of a recipe is made of: its own, or those of its two factors."""
     return (f"{layer}.0", f"{layer}.1") if isinstance(model.get_submodule(layer), Factored) else (layer,)
+
+
+def factor_layers(
+    model: nn.Module, steps: Sequence[LowRank], example: Tensor, basis_of: Callable[[Tensor], Tensor] = basis
+) -> None:
+    """Put two layers in the place of each that a step names, in place; `basis_of` gives what `basis` does.
+
+    Raises `RecipeError` when the network does not run with them, on the `example` input.
+    """
+    for step in steps:
+        layer = model.get_submodule(step.layer)
+        assert isinstance(layer.weight, Tensor)
+        model.set_submodule(step.layer, factored(layer, step.rank, basis_of(layer.weight)))
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:  # whatever a network raises that reads its layers' attributes itself
+        names = ", ".join(step.layer for step in steps)
+        raise RecipeError(
+            f"the network does not run with layers of low rank in the place of {names}: "
+            f"{type(error).__name__}: {error}; leave out the step of the layer that it names"
+        ) from error

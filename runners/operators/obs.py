@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...spaces.recipe import pattern_of
+from ...spaces.techniques.sparsify import pattern_of
 from .hessian import better, damped, inverse_factor, output_error
 from .layers import as_matrix, from_matrix, row_shape, rows
 from .sparsify import mask_of

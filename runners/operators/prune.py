@@ -6,7 +6,7 @@ The queries, keys and values of an attention are one group, and in it the channe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
 from ...errors import ExportFailed, RecipeError
+from ...spaces.structure import Structure
+from ...spaces.techniques.prune import Prune
 from .attention import Attention
 from .layers import TYPES, is_layer, kind_of
 
@@ -137,6 +139,12 @@ def importance(group: Any) -> Tensor:
     scores = tp.importance.GroupMagnitudeImportance(p=2)(group)
     assert isinstance(scores, Tensor)
     return scores
+
+
+def remove_channels(model: nn.Module, steps: Sequence[Prune], structure: Structure, example: Tensor) -> None:
+    """Carry out the steps of a recipe, see `prune_channels`."""
+    group_of = {layer.name: layer.output for layer in structure.layers if layer.output}
+    prune_channels(model, {step.group: step.keep for step in steps}, group_of, example)
 
 
 def prune_channels(model: nn.Module, keep: Mapping[str, int], group_of: Mapping[str, str], example: Tensor) -> None:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from .fold import channel_factors
+from .frozen import FrozenWeight
 from .layers import INPUT, per_output, rows
 
 # Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
@@ -279,3 +282,27 @@ class FakeQuantize(nn.Module):
         level = (weight / scale).clamp(*limits(self.bits, self.zero))
         shown: Tensor = (level + (level.round() - level).detach()) * scale
         return shown
+
+    def frozen(self, weight: Tensor, step: Step | None) -> tuple[Tensor, FrozenWeight | None]:
+        """See `frozen.Freezable`."""
+        if self.mask is not None:
+            weight = weight * self.mask
+        if self.bits == 16:
+            return weight.half().float(), FrozenWeight(16)
+        if self.scale is None:
+            return weight, None
+        assert isinstance(step, Quantize)
+        scale = self.scale.detach().clamp_min(1e-12)
+        wide = self.step(scale, weight)
+        whole = codes(weight, wide, self.bits, self.zero)
+        made = FrozenWeight(
+            self.bits,
+            step.activation_bits,
+            whole,
+            scale.clone(),
+            dynamic=step.activations == "dynamic",
+            group_size=self.group_size,
+            zero=self.zero,
+            factor=self.factor,
+        )
+        return whole * wide, made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...spaces.recipe import pattern_of
+from ...spaces.techniques.sparsify import pattern_of
 from .layers import INPUT, as_matrix, from_matrix
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ExportFailed, TargetError
-from ...spaces.recipe import Quantize, Step
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from .target import Network, Target
 
 _OPTIONS = {

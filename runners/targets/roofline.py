@@ -24,7 +24,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ...errors import ExportFailed, TargetError
-from ...spaces.recipe import Quantize, Step
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from ..files.packing import signs, width
 from .onnxruntime import load
 from .runtime import session

@@ -20,7 +20,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...objectives.measurement import Estimate
-from ...spaces.recipe import Step
+from ...spaces.steps import Step
 from . import latency as measure
 
 Network = Callable[[NDArray[Any]], NDArray[Any]]

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from ...errors import TargetError
-from ...spaces.recipe import Quantize, Step
+from ...spaces.steps import Step
+from ...spaces.techniques.quantize import Quantize
 from .target import Target
 from .torch_graph import load
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...spaces.recipe import Recover
+from ...spaces.techniques.recover import Recover
 from ..operators.hooks import attached, run_once
 from ..task import Task, batches, dataset
 

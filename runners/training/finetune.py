@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...errors import Diverged, TrialError
-from ...spaces.recipe import Recover
+from ...spaces.techniques.recover import Recover
 from ..operators.hooks import run_once
 from ..operators.quantize import FakeQuantize
 from ..operators.sparsify import cubic, growing_mask

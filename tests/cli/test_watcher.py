@@ -10,7 +10,8 @@ from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 
 def measured(metric, value, size):

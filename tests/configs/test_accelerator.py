@@ -9,7 +9,7 @@ from paretorch.configs.accelerator import load_target
 from paretorch.configs.load import parse
 from paretorch.errors import ConfigError, TargetError
 from paretorch.runners.targets.catalog import TARGETS
-from paretorch.spaces.recipe import Quantize
+from paretorch.spaces.techniques.quantize import Quantize
 
 READY = Path(paretorch.__file__).parent / "configs" / "accelerators" / "edge_npu.yaml"
 

@@ -8,9 +8,10 @@ import torch
 
 from paretorch.objectives.cost import macs
 from paretorch.runners.apply import read_recipe
-from paretorch.runners.compression.compress import check_fits
+from paretorch.runners.compression.fits import check_fits
 from paretorch.runners.compression.trace import trace
-from paretorch.spaces.recipe import Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.recover import Recover
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))

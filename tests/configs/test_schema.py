@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paretorch import ConfigError, Recover, Rule, Space, Student
+from paretorch.configs.fields import parse_duration
 from paretorch.configs.load import config_dict, json_schema, parse
-from paretorch.configs.schema import Config, Data, parse_duration
+from paretorch.configs.schema import Config, Data
 
 TASK = {"task": "task.py:task"}
 

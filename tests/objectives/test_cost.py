@@ -5,27 +5,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import load
 from torch import nn
 
-from paretorch.objectives.cost import (
-    FileContents,
-    FileOverhead,
-    contents,
-    layer_bytes,
-    level,
-    macs,
-    many,
-    nonzero_weights,
-    size_bytes,
-    weight_bytes,
-)
-from paretorch.runners.files.packing import pack
-from paretorch.runners.operators.sparsify import mask_of
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
-from paretorch.spaces.space import Rule, Space
-from paretorch.spaces.structure import Group, Layer, Structure, shapes
+from paretorch.objectives.cost import FileContents, FileOverhead, contents, layer_bytes, level, macs, many, size_bytes
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.shapes import shapes
+from paretorch.spaces.space import Space
+from paretorch.spaces.structure import Group, Layer, Structure
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 WIDTHS = {"a": 8, "b": 12, "c": 6}
 
@@ -80,28 +74,6 @@ def test_a_pruned_network_costs_what_a_real_one_of_its_widths_does(a, b, c):
     assert layer_bytes(structure, recipe) == sum(4 * p.numel() for m in layers.values() for p in m.parameters())
 
 
-def test_a_concatenation_loses_channels_of_both_groups():
-    layers = (
-        Layer("x", "conv", (8, 3, 1, 1), 24, output="x"),
-        Layer("y", "conv", (4, 3, 1, 1), 12, output="y"),
-        Layer("cat", "conv", (2, 15, 1, 1), 30, inputs=(("x", 8), ("y", 4))),
-    )
-    structure = Structure(layers, (Group("x", 8, 1), Group("y", 4, 1)))
-    recipe = Recipe((Prune("x", 5), Prune("y", 1)))
-    assert shapes(structure, recipe) == {"x": (5, 3), "y": (1, 3), "cat": (2, 15 - 3 - 3)}
-    assert macs(structure, recipe) == 15 + 3 + 18
-
-
-def test_a_depthwise_layer_may_make_several_channels_from_each():
-    layers = (
-        Layer("x", "conv", (8, 3, 1, 1), 24, output="x"),
-        Layer("dw", "depthwise", (16, 1, 3, 3), 144, output="x", inputs=(("x", 8),)),
-        Layer("fc", "linear", (10, 16), 160, inputs=(("x", 16),)),
-    )
-    structure = Structure(layers, (Group("x", 8, 1),))
-    assert shapes(structure, Recipe((Prune("x", 4),))) == {"x": (4, 3), "dw": (8, 1), "fc": (10, 8)}
-
-
 def test_a_dropped_block_costs_nothing():
     layers = tuple(Layer(name, "conv", (4, 4, 1, 1), 16) for name in ("stem", "block.1.conv", "block.10.conv"))
     structure = Structure(layers, blocks=("block.1",))
@@ -109,49 +81,6 @@ def test_a_dropped_block_costs_nothing():
     assert list(shapes(structure, recipe)) == ["stem", "block.10.conv"]
     assert macs(structure, recipe) == 32
     assert layer_bytes(structure, recipe) == 2 * (4 * 16 + 4 * 4)
-
-
-def packed(values, kind):
-    """Bytes of the payload of a packed file that holds one such tensor."""
-    if kind == TensorProto.INT8:
-        raw = np.asarray(values, np.int8)
-        part = helper.make_tensor("t", kind, raw.shape, raw.tobytes(), raw=True)
-    else:
-        part = numpy_helper.from_array(
-            np.asarray(values, np.float16 if kind == TensorProto.FLOAT16 else np.float32), "t"
-        )
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    model = helper.make_model(helper.make_graph([], "g", [value], [value], [part]))
-    return len(load(pack(model))["payload"])
-
-
-KINDS = {16: TensorProto.FLOAT16, 32: TensorProto.FLOAT}
-
-
-@settings(deadline=None, max_examples=120)
-@given(
-    st.integers(16, 3000),
-    st.sampled_from((1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
-    st.floats(0, 0.99) | st.sampled_from((0.5, 0.8, 0.9, 0.95)),
-    st.integers(0, 99),
-)
-def test_weight_bytes_is_what_packing_takes(params, bits, sparsity, seed):
-    nonzero = params if bits == 1 else max(2, params - round(params * sparsity))
-    rng = np.random.default_rng(seed)
-    top = max(1, 2 ** (bits - 1) - 1) if bits <= 8 else 3
-    values = np.zeros(params)
-    values[:nonzero] = rng.choice([-1, 1], nonzero) * rng.integers(1, top + 1, nonzero)
-    values[:2] = -top, top
-    rng.shuffle(values)
-    assert weight_bytes(params, bits, nonzero) == packed(values, KINDS.get(bits, TensorProto.INT8))
-
-
-@given(st.integers(1, 5000), st.integers(2, 8), st.integers(0, 5000), st.integers(0, 5000))
-def test_weight_bytes_falls_with_bits_and_zeros(params, bits, one, two):
-    few, many = sorted((min(one, params), min(two, params)))
-    if bits > 2 or many < params:  # without any zero they are signs
-        assert weight_bytes(params, bits, few) <= weight_bytes(params, bits, many) + 1  # bytes that are begun
-    assert weight_bytes(params, bits, few) <= weight_bytes(params, bits + 1, few)
 
 
 def test_weights_that_rounding_makes_zero_are_counted_as_measured():
@@ -274,7 +203,15 @@ def test_a_codebook_is_counted_with_its_indices_and_a_batchnorms_factors(bits, z
     assert layer_bytes(folded, recipe) == expected + 4 * 5
 
 
-@given(st.integers(1, 20), st.integers(1, 40), st.sampled_from(["2:4", "4:8", "1:3"]), st.sampled_from([(), (3, 3)]))
-def test_the_zeros_of_a_pattern_are_counted_as_they_are_made(outputs, inputs, pattern, kernel):
-    mask = mask_of(torch.rand(outputs, inputs, *kernel), 0.5, pattern)
-    assert nonzero_weights(mask.numel(), inputs, pattern) == int(mask.sum())
+def test_equalization_that_a_dropped_block_undoes_counts_nowhere():
+    """With the block of its only pair gone nothing is equalised, whatever was picked."""
+    layers = tuple(Layer(name, "linear", (8, 8), 64) for name in ("stem", "block.a", "block.b", "fc"))
+    structure = Structure(layers, blocks=("block",), pairs=(("block.a", ("block.b",)),))
+    space = Space(weight_bits=(Rule((2,)),), depth=(0, 1), equalize=("none", "weights"))
+    measured = {layer.name: {level(2, 0.0): 0.9, level(2, 0.0, "weights"): 0.2} for layer in layers}
+    overhead, axes = FileOverhead(nonzero=measured), space.axes(structure)
+    picks = np.array(np.meshgrid(*(range(len(axis.choices)) for axis in axes))).reshape(len(axes), -1).T
+    found = many(structure, axes, overhead)(picks)["size_bytes"]
+    recipes = [space.recipe(structure, dict(zip((a.name for a in axes), row.tolist(), strict=True))) for row in picks]
+    assert found.tolist() == [size_bytes(structure, recipe, overhead) for recipe in recipes]
+    assert len(set(found)) == 3, "two sizes of the whole network, one without the block"

@@ -20,7 +20,8 @@ from paretorch.results.folder import BASELINE, StudyFolder
 from paretorch.results.front import Front
 from paretorch.results.parity import parity_failure
 from paretorch.runners.files.atomic import write_scores
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 N = 400
 BASE = Measurement({"accuracy": Estimate.rate(900, 1000), "size_bytes": Estimate.exact(1000), "latency_ms": Estimate(8, 7.9, 8.1, 50)})  # fmt: skip

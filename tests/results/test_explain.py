@@ -11,8 +11,14 @@ from paretorch.results.explain import decisions, explain, untrained
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Equalize, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Recipe
 from paretorch.spaces.structure import Group, Structure
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import FAILED, OK, OVER_BUDGET, Candidate
 from paretorch.results.front import Front
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 OBJECTIVES = (Objective("accuracy", True), Objective("size_bytes", False))
 IMAGES = 1000

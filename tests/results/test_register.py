@@ -25,7 +25,8 @@ from paretorch.results.tracking.tracker import Tracker
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 mlflow = pytest.importorskip("mlflow")
 

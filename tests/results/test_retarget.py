@@ -20,9 +20,11 @@ from paretorch.runners.task import Task
 from paretorch.search.listener import Quiet
 from paretorch.search.study import Study
 from paretorch.search.support import check_supported, within
-from paretorch.spaces.recipe import Quantize
-from paretorch.spaces.space import Rule, Space, default_space
+from paretorch.spaces.defaults import default_space
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
 from paretorch.spaces.structure import Layer, Structure
+from paretorch.spaces.techniques.quantize import Quantize
 
 SPACE = Space(
     weight_bits=(Rule((4, 8)),), activation_bits=(Rule((8, 32), share=True),), channels=(Rule((0.0, 0.5)),)

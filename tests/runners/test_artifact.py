@@ -30,7 +30,12 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.record import Record, rows
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
-from paretorch.spaces.recipe import LowRank, Prune, Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
          "artifact.json")  # fmt: skip

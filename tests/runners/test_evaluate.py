@@ -12,7 +12,8 @@ from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 
 def loaded(graph):

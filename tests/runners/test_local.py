@@ -16,7 +16,14 @@ from paretorch.runners.runner import RunTrial
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 MIXED = Recipe(
     (Student(("layer1.1",)), Prune("down", 16), Sparsify("fc", 0.5), Quantize("stem", 8, 8), Quantize("down", 3),

@@ -18,8 +18,9 @@ from paretorch.runners.runner import Inspect, Outcome, RunTrial, outcome_of
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.runners.testing import FunctionRunner, check_runner, recording
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
 from paretorch.spaces.structure import Layer, Structure
+from paretorch.spaces.techniques.quantize import Quantize
 
 STRUCTURE = Structure((Layer("0", "linear", (4, 8), 32), Layer("2", "linear", (4, 4), 16)))
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from paretorch.errors import ArtifactError, ConfigError, RecipeError
 from paretorch.objectives.cost import layer_bytes
 from paretorch.runners import sensitivity as module
-from paretorch.runners.compression.compress import chunks, compress, freeze, one_factor
+from paretorch.runners.compression.compress import chunks, compress
+from paretorch.runners.compression.freeze import freeze, one_factor
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.fold import reestimate_batchnorms
 from paretorch.runners.sensitivity import (
@@ -25,8 +26,11 @@ from paretorch.runners.sensitivity import (
     measure_sensitivity,
 )
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import SCHEMES, Quantize, Recipe, Sparsify
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.quantize import SCHEMES, Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 SPACE = Space(weight_bits=(Rule((2, 8)),), sparsity=(Rule((0.0, 0.5)),))
 

@@ -27,8 +27,12 @@ from paretorch.runners.testing import recording
 from paretorch.search.ensembles import TRIED, Network, best, chosen, combinations, eligible
 from paretorch.search.listener import Quiet
 from paretorch.search.study import Study
-from paretorch.spaces.recipe import Ensemble, Quantize, Recipe, Recover
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.ensemble import Ensemble
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 TRAINED = Recover("finetune", epochs=2, learning_rate=0.1, distill=0.0)
 SPACE = Space(weight_bits=(Rule((2, 3)),), sparsity=(Rule((0.0, 0.5)),), recovery=(TRAINED,))

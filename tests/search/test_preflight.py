@@ -17,8 +17,9 @@ from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.search.preflight import preflight, smallest_recipe
 from paretorch.search.support import check_metrics
-from paretorch.spaces.recipe import Recover
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.recover import Recover
 
 SPACE = Space(
     weight_bits=(Rule((3, 8)),), activation_bits=(Rule((8, 32), share=True),), sparsity=(Rule((0.0, 0.5)),),

@@ -13,8 +13,11 @@ from paretorch.objectives import cost
 from paretorch.runners.task import Task
 from paretorch.search.listener import Quiet
 from paretorch.search.study import Study
-from paretorch.spaces.recipe import Recipe, Recover, Student
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.student import Student
 
 SPACE = Space(
     weight_bits=(Rule((2, 4, 8)),),

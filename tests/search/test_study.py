@@ -30,8 +30,12 @@ from paretorch.search.listener import Quiet
 from paretorch.search.sampler import SAMPLERS
 from paretorch.search.study import Study
 from paretorch.search.trials import Trials
-from paretorch.spaces.recipe import Equalize, Quantize, Recover
-from paretorch.spaces.space import Rule, Space, reference_recipes
+from paretorch.spaces.defaults import reference_recipes
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 SPACE = Space(
     weight_bits=(Rule((3, 4, 6, 8)),),

@@ -9,23 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import RecipeError
-from paretorch.spaces.recipe import (
-    CRITERIA,
-    EQUALIZATIONS,
-    PASS_ORDER,
-    RANGES,
-    ROUNDINGS,
-    Cluster,
-    Ensemble,
-    Equalize,
-    LowRank,
-    Prune,
-    Quantize,
-    Recipe,
-    Recover,
-    Sparsify,
-    Student,
-)
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.ensemble import Ensemble
+from paretorch.spaces.techniques.equalize import EQUALIZATIONS, Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import RANGES, ROUNDINGS, Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import CRITERIA, Sparsify
+from paretorch.spaces.techniques.student import Student
+from paretorch.spaces.techniques.table import rank_of
 
 NAMES = ("stem", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc")
 quantize = st.integers(2, 8).flatmap(
@@ -84,7 +78,7 @@ def test_the_order_of_steps_does_not_matter(found, random):
     assert other == recipe
     assert other.key == recipe.key
     assert hash(other) == hash(recipe)
-    kinds = [PASS_ORDER.index(type(step)) for step in recipe.steps]
+    kinds = [rank_of(type(step)) for step in recipe.steps]
     assert kinds == sorted(kinds)
 
 

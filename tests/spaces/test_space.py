@@ -2,38 +2,27 @@
 
 import itertools
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError
-from paretorch.spaces.recipe import (
-    ACTIVATION_BITS,
-    Cluster,
-    Equalize,
-    LowRank,
-    Prune,
-    Quantize,
-    Recipe,
-    Recover,
-    Sparsify,
-    Student,
-    plain,
-)
-from paretorch.spaces.space import Rule, Space, default_space, matches, reference_recipes
-from paretorch.spaces.structure import (
-    Group,
-    Layer,
-    Structure,
-    inside,
-    kept_channels,
-    kept_rank,
-    largest_rank,
-    shapes,
-    sides,
-)
+from paretorch.spaces.defaults import default_space, reference_recipes
+from paretorch.spaces.plain import plain
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule, matches
+from paretorch.spaces.shapes import kept_rank, largest_rank, shapes, sides
+from paretorch.spaces.space import Space
+from paretorch.spaces.structure import Group, Layer, Structure, inside, kept_channels
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import ACTIVATION_BITS, Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 
 def residual(blocks=2, channels=16, round_to=4, *, grouped=True, droppable=None, depthwise=False, folds=True):
@@ -391,38 +380,6 @@ def test_a_layer_named_like_a_shared_rule_keeps_its_own_axis():
     space = Space(weight_bits=(Rule((2, 4), share=True), Rule((6, 8), ("all",))))
     names = [axis.name for axis in space.axes(structure) if axis.kind == "weight_bits"]
     assert names == ["weight_bits/all (shared)", "weight_bits/all"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "selected"),
-    [
-        ("first", {"stem"}),
-        ("last", {"fc"}),
-        ("linear", {"fc"}),
-        ("depthwise", {"blocks.0.dw"}),
-        ("conv", {"stem", "blocks.0.conv1", "blocks.0.conv2"}),
-        ("grouped", set()),
-        ("blocks.*", {"blocks.0.conv1", "blocks.0.conv2", "blocks.0.dw"}),
-        ("blocks.0.conv[12]", {"blocks.0.conv1", "blocks.0.conv2"}),
-        ("blocks", set()),
-        ("STEM", set()),
-    ],
-)
-def test_patterns(pattern, selected):
-    structure = residual(1, depthwise=True)
-    assert {layer.name for layer in structure.layers if matches(pattern, layer.name, structure)} == selected
-
-
-@given(st.text("abc.*?[]01", max_size=6), st.sampled_from(("a.0", "abc", "b.1.c")))
-def test_any_other_pattern_is_a_glob(pattern, name):
-    assert matches(pattern, name, residual(0)) == fnmatchcase(name, pattern)
-
-
-def test_one_pattern_may_stand_without_a_tuple():
-    """`("fc")` is a text in Python; its characters are no patterns."""
-    assert Rule((4, 8), "fc") == Rule((4, 8), ("fc",))
-    assert Rule([4, 8], ["fc"]) == Rule((4, 8), ("fc",))
-    hash(Rule([4, 8], ["fc"]))
 
 
 def test_an_unknown_pattern_names_value_and_choices():

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 from paretorch.errors import ConfigError, RecipeError
 from paretorch.objectives.cost import FileOverhead, macs, many, size_bytes
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Student, plain
-from paretorch.spaces.space import Rule, Space, reference_recipes
+from paretorch.spaces.defaults import reference_recipes
+from paretorch.spaces.plain import plain
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
 from paretorch.spaces.structure import Group, Layer, Structure
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.student import Student
 
 TINY = Structure(
     (

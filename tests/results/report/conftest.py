@@ -15,7 +15,10 @@ from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import Candidate
 from paretorch.results.front import Front
 from paretorch.runners.files.atomic import write_scores
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 LAYERS = [f"layer{i}.conv" for i in range(12)]
 

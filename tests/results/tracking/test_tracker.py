@@ -26,7 +26,9 @@ from paretorch.results.tracking.store import RUN_FILE, local_store, saved_uri
 from paretorch.results.tracking.tracker import Tracker, add_sensitivity
 from paretorch.runners.files.atomic import write_scores
 from paretorch.runners.sensitivity import KL, Sensitivity, SensitivityRow
-from paretorch.spaces.recipe import Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 pytest.importorskip("mlflow")
 BASE = Measurement(

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from paretorch.errors import Diverged, RecipeError, TaskError
 from paretorch.runners.compression import calibration as module
 from paretorch.runners.compression.calibration import Calibration
-from paretorch.runners.compression.compress import compress, freeze
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze
 from paretorch.runners.compression.library import LayerLibrary, Method, compress_layer
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files.packing import unpack
@@ -21,8 +22,14 @@ from paretorch.runners.operators.hessian import gram
 from paretorch.runners.operators.quantize import codes
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.search.support import check_criteria
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 
 def hessians(model, x):

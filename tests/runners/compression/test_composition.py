@@ -12,15 +12,24 @@ from onnx.reference import ReferenceEvaluator
 
 from paretorch.errors import RecipeError
 from paretorch.objectives import cost
-from paretorch.runners.compression.compress import compress, freeze, one_factor
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze, one_factor
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import operators, quantized_graph
 from paretorch.runners.operators.fold import fold_batchnorms, reestimate_batchnorms
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.training.finetune import finetune
-from paretorch.spaces.recipe import Cluster, Equalize, LowRank, Prune, Quantize, Recipe, Recover, Sparsify, Student
-from paretorch.spaces.structure import largest_rank, shapes, sides
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.shapes import largest_rank, shapes, sides
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches")
 

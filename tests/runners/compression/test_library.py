@@ -16,7 +16,11 @@ from paretorch.runners.compression.library import LayerLibrary, LayerStatistics,
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.obs import order
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 LEVELS = [(bits, ratio) for bits in (2, 3, 8, 16, 32) for ratio in (0.0, 0.3)]
 

@@ -11,9 +11,15 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.compression.overhead import measure_overhead
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import ACTIVATION_BITS, SCHEMES, Equalize, Prune, Quantize, Recipe, Sparsify, Student
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
 from paretorch.spaces.structure import inside
+from paretorch.spaces.techniques.equalize import Equalize
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import ACTIVATION_BITS, SCHEMES, Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 ZEROS = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95)

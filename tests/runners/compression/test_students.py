@@ -13,7 +13,13 @@ from paretorch.objectives import cost
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify, Student, plain
+from paretorch.spaces.plain import plain
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 
 def small():

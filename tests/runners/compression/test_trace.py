@@ -16,8 +16,11 @@ from paretorch.objectives.cost import macs
 from paretorch.runners.compression.compress import compress
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.operators.prune import channel_groups, importance, prune_channels
-from paretorch.spaces.recipe import Prune, Recipe, Student
-from paretorch.spaces.structure import Structure, inside, shapes
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.shapes import shapes
+from paretorch.spaces.structure import Structure, inside
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.student import Student
 
 GROUPED = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load as load_safetensors
 
 from paretorch.errors import ArtifactError
-from paretorch.objectives.cost import index_bytes, position_bits, weight_bytes
+from paretorch.objectives.storage import index_bytes, position_bits, weight_bytes
 from paretorch.runners.files import packing
 from paretorch.runners.files.packing import codes_to_nibbles, codes_to_raw, pack, pack_bits, unpack, unpack_bits, width
 

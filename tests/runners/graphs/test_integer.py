@@ -15,7 +15,10 @@ from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session, sums_are_exact
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
 
 # Processors without VNNI add up pairs of products in 16 bits, which weights of more than 7 bits can overflow.
 LARGEST = 63

@@ -16,7 +16,7 @@ from paretorch.objectives.measurement import Estimate, Measurement
 from paretorch.objectives.objective import Budget, Objective
 from paretorch.results.candidate import OK, Candidate
 from paretorch.results.front import Front
-from paretorch.runners.compression.compress import check_fits
+from paretorch.runners.compression.fits import check_fits
 from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.merge import merge
@@ -26,7 +26,12 @@ from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets import torch_graph
 from paretorch.runners.targets.runtime import session
 from paretorch.search.ensembles import Network, combinations
-from paretorch.spaces.recipe import Cluster, Ensemble, Prune, Quantize, Recipe, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.ensemble import Ensemble
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 
 def together(*recipes):

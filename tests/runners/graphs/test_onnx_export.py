@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from paretorch.errors import ExportFailed
 from paretorch.objectives import cost
-from paretorch.runners.compression.compress import FrozenWeight, compress, freeze
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.graphs import simulate
@@ -25,10 +26,15 @@ from paretorch.runners.graphs.float_graph import export_float
 from paretorch.runners.graphs.onnx_export import batch_of, operators, quantized_graph
 from paretorch.runners.graphs.simulate import Simulation
 from paretorch.runners.operators.fold import fold_batchnorms
+from paretorch.runners.operators.frozen import FrozenWeight
 from paretorch.runners.settings import PARITY_AGREEMENT
 from paretorch.runners.targets.runtime import DISABLED_OPTIMIZERS, session, session_options
 from paretorch.runners.targets.torch_graph import OPERATORS
-from paretorch.spaces.recipe import SCHEMES, Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import SCHEMES, Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 INT8 = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}

@@ -14,7 +14,8 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import PARITY_AGREEMENT as AGREE
 from paretorch.runners.settings import PARITY_DIFFERENCE as CLOSE
 from paretorch.runners.targets.runtime import session
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 NETWORKS = ("residual", "mobile", "perceptron", "gated", "sound", "tokens", "branches", "convolutional")
 

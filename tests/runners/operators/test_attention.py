@@ -23,8 +23,10 @@ from paretorch.runners.operators.attention import open_attention
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.task import Task
-from paretorch.spaces.recipe import Prune, Quantize, Recipe
-from paretorch.spaces.structure import shapes
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.shapes import shapes
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
 
 
 class Holder(nn.Module):

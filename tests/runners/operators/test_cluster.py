@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from paretorch.runners.compression.compress import compress, freeze
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.graphs.onnx_export import operators, quantized_graph
@@ -22,7 +23,10 @@ from paretorch.runners.operators.cluster import SharedWeights, kmeans, shared
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.training.finetune import finetune
-from paretorch.spaces.recipe import Cluster, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 
 def inertia(values, centroids):

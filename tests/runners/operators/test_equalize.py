@@ -18,19 +18,17 @@ from paretorch.runners.operators.equalize import Pair, channel_peaks, equalizing
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.operators.moments import match_moments, output_moments
 from paretorch.runners.settings import MeasurementSettings
-from paretorch.spaces.recipe import (
-    EQUALIZATIONS,
-    Cluster,
-    Equalize,
-    LowRank,
-    Prune,
-    Quantize,
-    Recipe,
-    Recover,
-    Sparsify,
-    Student,
-)
-from paretorch.spaces.space import Rule, Space
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.rules import Rule
+from paretorch.spaces.space import Space
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.equalize import EQUALIZATIONS, Equalize
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 ACTIVATIONS = (nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.PReLU, nn.Identity)
 

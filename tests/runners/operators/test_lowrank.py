@@ -17,8 +17,14 @@ from paretorch.runners.compression.library import LayerLibrary
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.operators.fold import fold_batchnorms
 from paretorch.runners.operators.lowrank import Factored, basis, factored, factors
-from paretorch.spaces.recipe import Cluster, LowRank, Prune, Quantize, Recipe, Sparsify, Student
-from paretorch.spaces.structure import kept_rank, largest_rank, sides
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.shapes import kept_rank, largest_rank, sides
+from paretorch.spaces.techniques.cluster import Cluster
+from paretorch.spaces.techniques.lowrank import LowRank
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 LAYERS = {
     "linear": (lambda: nn.Linear(20, 12), (20,)),

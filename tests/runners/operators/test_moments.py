@@ -7,14 +7,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from paretorch.runners.compression.compress import compress, freeze, one_factor
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze, one_factor
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
 from paretorch.runners.operators.moments import match_moments, output_moments
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.runtime import session
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 
 def plain_network():

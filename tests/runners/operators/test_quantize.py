@@ -12,12 +12,17 @@ from torch import nn
 from torch.ao.quantization import MinMaxObserver
 
 from paretorch.errors import RecipeError
-from paretorch.runners.compression.compress import compress, freeze, one_factor
+from paretorch.runners.compression.compress import compress
+from paretorch.runners.compression.freeze import freeze, one_factor
 from paretorch.runners.operators.fold import fold_batchnorms, fold_factors, reestimate_batchnorms
 from paretorch.runners.operators.quantize import FakeQuantize, affine_grid, codes, weight_scales
 from paretorch.runners.operators.sparsify import magnitude_mask
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify, Student
+from paretorch.spaces.recipe import Recipe
 from paretorch.spaces.structure import Layer, Structure
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
+from paretorch.spaces.techniques.student import Student
 
 BITS = st.integers(1, 8)
 

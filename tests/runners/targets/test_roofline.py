@@ -15,7 +15,10 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Cost, Profile, analytic, costs, seconds
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Student
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.student import Student
 
 PROFILE = Profile("npu", {"4x8": 4e12, "8x8": 2e12, "8x32": 1e11, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11)
 MIXED = Recipe((Student(("layer1.1",)), Prune("down", 16), Quantize("stem", 8, 8), Quantize("layer1.0.conv1", 4, 8),

@@ -8,14 +8,18 @@ import pytest
 from paretorch.errors import ExportFailed, TargetError
 from paretorch.runners import check_target as check
 from paretorch.runners.check_target import check_target
+from paretorch.runners.environment import environment
 from paretorch.runners.files import packing
-from paretorch.runners.local import LocalRunner, environment
+from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets.catalog import as_target
 from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.runtime import session
 from paretorch.runners.targets.target import Target
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 NPU = analytic(Profile("npu", {"8x8": 2e12, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11))
 try:

@@ -12,7 +12,8 @@ from paretorch.runners.local import LocalRunner
 from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.targets import torch_graph
 from paretorch.runners.targets.catalog import as_target
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 RNG = np.random.default_rng(0)
 INT = np.int64

@@ -24,7 +24,8 @@ from paretorch.runners.targets.roofline import Profile, analytic
 from paretorch.runners.targets.target import Target
 from paretorch.runners.task import Task, batches
 from paretorch.runners.timing.clean_process import CleanProcess, process_for
-from paretorch.spaces.recipe import Quantize, Recipe
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,11 @@ from paretorch.runners.training.distill import (
     temperature,
 )
 from paretorch.runners.training.finetune import finetune
-from paretorch.spaces.recipe import Prune, Quantize, Recipe, Recover, Student
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.prune import Prune
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.student import Student
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from paretorch.errors import Diverged, TrialError
-from paretorch.runners.compression.compress import chunks, compress, freeze
+from paretorch.runners.compression.compress import chunks, compress
+from paretorch.runners.compression.freeze import freeze
 from paretorch.runners.compression.trace import trace
 from paretorch.runners.files import packing
 from paretorch.runners.local import LocalRunner
@@ -23,7 +24,10 @@ from paretorch.runners.settings import MeasurementSettings
 from paretorch.runners.task import Task
 from paretorch.runners.training import finetune as recover
 from paretorch.runners.training.finetune import State, finetune, trainable
-from paretorch.spaces.recipe import Quantize, Recipe, Recover, Sparsify
+from paretorch.spaces.recipe import Recipe
+from paretorch.spaces.techniques.quantize import Quantize
+from paretorch.spaces.techniques.recover import Recover
+from paretorch.spaces.techniques.sparsify import Sparsify
 
 
 def damaged(settle, n=256):
