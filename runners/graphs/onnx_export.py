@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ..operators.frozen import FrozenWeight
 from ..operators.layers import ONNX
+from ..targets.runtime import DISABLED_OPTIMIZERS, session_options
 from .float_graph import export_float, number_tensors
 from .nodes import EditedGraph
 from .quantized_weights import STAYS_PACKED, QuantizedLayer, add_codes, along_outputs, bias_input, node_of, write_weight
