@@ -109,8 +109,8 @@ class Data(Strict):
     @classmethod
     def _one_source(cls, value: str | None, info: ValidationInfo) -> str | None:
         if "folder" in info.data and (value is None) == (info.data["folder"] is None):
-            found = "neither is given" if value is None else "both are given"
-            raise fail(f"exactly one of `folder: images/` and `dataset: CIFAR10` says where the images are; {found}")
+            given = "neither is given" if value is None else "both are given"
+            raise fail(f"exactly one of `folder: images/` and `dataset: CIFAR10` says where the images are; {given}")
         return value
 
     @field_validator("mean", "std")

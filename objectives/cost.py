@@ -77,7 +77,9 @@ class FileOverhead:
         self, layer: str, bits: int, zeros: float | str, equalized: str = "none", affine: bool = False
     ) -> float | None:
         """The share of a layer's weights that are not zero in the file, where it was measured."""
-        shares = self.nonzero.get(layer, {})
+        shares = self.nonzero.get(layer)
+        if not shares:
+            return None
         plain = shares.get(level(bits, zeros, affine=affine))
         return shares.get(level(bits, zeros, equalized, affine), plain)
 
@@ -203,16 +205,16 @@ class _LayerTable:
     def _matrix_bytes(self, rows: Ints, columns: Ints, inputs: Ints) -> Ints:
         """A weight of `rows` outputs by `columns`, of so many `inputs` channels, with its scales."""
         form = self.form
-        bits, affine, size = form["bits"], form["affine"], form["group_size"]
+        bits, affine, group_size = form["bits"], form["affine"], form["group_size"]
         count = rows * columns
         left = left_by_mask(count, inputs, form["share"], form["keep"], form["of"])
         nonzero = np.where(np.isnan(form["measured"]), left, np.rint(count * np.nan_to_num(form["measured"])))
-        groups = np.where(size > 0, -(-columns // np.maximum(size, 1)), 1)
+        groups = np.where(group_size > 0, -(-columns // np.maximum(group_size, 1)), 1)
         scales = np.where(affine, 1, rows * groups)
-        found = weight_bytes(count, bits, nonzero.astype(np.int64), affine) + 4 * scales * (bits <= 8)
+        size = weight_bytes(count, bits, nonzero.astype(np.int64), affine) + 4 * scales * (bits <= 8)
         if form["codebook"].any():
-            found = np.where(form["codebook"], shared_bytes(count, bits, left), found)
-        return np.asarray(found)
+            size = np.where(form["codebook"], shared_bytes(count, bits, left), size)
+        return np.asarray(size)
 
     def contents(self) -> FileContents:
         """What the files are made of, apart from these tensors."""
@@ -291,13 +293,13 @@ def many(
         parts.append((own, costs))
 
     def of_each(picks: Ints) -> dict[str, Floats]:
-        found = {metric: np.zeros(len(picks)) for metric in ("size_bytes", "macs")}
+        costs_of = {metric: np.zeros(len(picks)) for metric in ("size_bytes", "macs")}
         for choice, (own, costs) in enumerate(parts):
             rows = np.flatnonzero(picks[:, chooser] == choice)
             if len(rows):
                 for metric, values in costs(picks[rows][:, own]).items():
-                    found[metric][rows] = values
-        return found
+                    costs_of[metric][rows] = values
+        return costs_of
 
     return of_each
 

@@ -58,18 +58,18 @@ def reference_recipes(space: Space, structure: Structure) -> list[tuple[str, Rec
         kept = ((g.name, kept_channels(g.channels, share, g.round_to), g.channels) for g in structure.groups)
         return [Prune(name, keep) for name, keep, channels in kept if keep < channels]
 
-    found = [("untouched", Recipe()), ("fp16", recipe(*uniform(structure, 16), recovery=None))]
+    listed = [("untouched", Recipe()), ("fp16", recipe(*uniform(structure, 16), recovery=None))]
     for bits in (8, 6, 4):
-        found.append((f"uniform {bits}-bit", recipe(*uniform(structure, bits))))
-    found.append(("uniform 50% sparse", recipe(*(Sparsify(layer.name, 0.5) for layer in structure.layers))))
-    found.append(("uniform 25% pruning", recipe(*narrow(0.75), recovery=trained)))
-    found.append(("width 0.5", recipe(*narrow(0.5), recovery=trained)))
+        listed.append((f"uniform {bits}-bit", recipe(*uniform(structure, bits))))
+    listed.append(("uniform 50% sparse", recipe(*(Sparsify(layer.name, 0.5) for layer in structure.layers))))
+    listed.append(("uniform 25% pruning", recipe(*narrow(0.75), recovery=trained)))
+    listed.append(("width 0.5", recipe(*narrow(0.5), recovery=trained)))
     for student in filter(None, space.students):
         first = untrained if student.epochs else trained  # one that the task gives untrained is worth nothing before
         network = structure.named(student.factory)
-        found.append((f"student {student.factory}", recipe(student, recovery=first)))
-        found.append((f"student {student.factory}, 8-bit", recipe(student, *uniform(network, 8), recovery=first)))
+        listed.append((f"student {student.factory}", recipe(student, recovery=first)))
+        listed.append((f"student {student.factory}, 8-bit", recipe(student, *uniform(network, 8), recovery=first)))
     unique: dict[Recipe, str] = {}
-    for name, made in found:
+    for name, made in listed:
         unique.setdefault(made, name)
     return [(name, made) for made, name in unique.items()]

@@ -38,8 +38,8 @@ def _step(layer: Layer, chosen: Mapping[str, Any], shape: tuple[int, int], store
 
 
 def _chosen(axis: Axis, targets: Sequence[str], of: Encoding) -> set[Any]:
-    clustered = {step.layer: step.bits for step in of.recipe.of(Cluster)}
-    return {clustered.get(name, 32) for name in targets if not of.taken(name, Cluster)}
+    clustered = of.by_layer(Cluster)
+    return {clustered[name].bits if name in clustered else 32 for name in targets if not of.taken(name, Cluster)}
 
 
 CLUSTER_BITS = Key(

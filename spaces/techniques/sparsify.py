@@ -147,7 +147,7 @@ def _chosen(axis: Axis, targets: Sequence[str], of: Encoding) -> set[Any]:
 
 def _chosen_criterion(axis: Axis, targets: Sequence[str], of: Encoding) -> set[Any]:
     """Without zeros any choice will do, and where they grow."""
-    sparse = {step.layer: step for step in of.recipe.of(Sparsify)}
+    sparse = of.by_layer(Sparsify)
     return {sparse[name].criterion for name in targets if name in sparse and name not in of.grown}
 
 

@@ -49,10 +49,6 @@ class Choices:
     network: Mapping[str, Any]
     targets: Mapping[tuple[str, str], Any]
 
-    def at(self, name: str) -> dict[str, Any]:
-        """The choices for one layer or group by kind."""
-        return {kind: choice for (kind, target), choice in self.targets.items() if target == name}
-
 
 @dataclass(frozen=True)
 class Encoding:

@@ -282,14 +282,14 @@ def test_what_a_crash_leaves_is_cleared_away(tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
-from paretorch.runners.library import LayerLibrary, shaped
+from paretorch.runners.compression.library import LayerLibrary, compress_layer
 torch.set_num_threads(1)
 sys.stdin.readline()
 for turn in range(6):
     library = LayerLibrary(Path(sys.argv[1]), limit=40 * 4096, memory=0)
     for seed in range(40):
         weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(seed))
-        for mine, theirs in zip(library.shaped(weight, 2, 0.5)[:2], shaped(weight, 2, 0.5)[:2]):
+        for mine, theirs in zip(library.compress_layer(weight, 2, 0.5)[:2], compress_layer(weight, 2, 0.5)[:2]):
             assert torch.equal(mine, theirs), seed
 """
 
