@@ -2,8 +2,9 @@
 
     python benchmarks/activations.py
 
-Weights of 8 bits, BatchNorm re-estimated. Every number is that of the exported file in ONNX Runtime on the 10,000 test images,
-less the untouched network's on the same images, with its 95% interval. Images: see `benchmarks/cifar10/task.py`.
+Weights of 8 bits, BatchNorm re-estimated. Every number is that of the exported file in ONNX Runtime on the 10,000 test
+images, less the untouched network's on the same images, with its 95% interval. Images: see
+`benchmarks/cifar10/task.py`.
 """
 
 from __future__ import annotations

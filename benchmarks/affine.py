@@ -1,14 +1,14 @@
 """What one scale and one zero point for a whole weight cost, beside a scale per output channel.
 
-    python benchmarks/affine.py                             # bytes, accuracy and time: ResNet-20 on CIFAR-10, without training
+    python benchmarks/affine.py                    # bytes, accuracy and time: ResNet-20 on CIFAR-10, without training
     python benchmarks/affine.py --epochs 1                  # and with
     python benchmarks/affine.py kernels                     # time alone: torchvision's networks and linear layers
     python benchmarks/affine.py kernels --target openvino
 
-ResNet-20: all layers at the same bits, 8-bit activations, BatchNorm re-estimated; points are those of the exported file in
-ONNX Runtime on the 10,000 test images, less the untouched network's on the same images, with their 95% interval. Images: see
-`benchmarks/cifar10/task.py`. Times are shares of the FP32 file's, in turns with it, on one thread: one image (of 224 pixels, random
-weights for torchvision's networks), or 16 rows for the linear layers.
+ResNet-20: all layers at the same bits, 8-bit activations, BatchNorm re-estimated; points are those of the exported file
+in ONNX Runtime on the 10,000 test images, less the untouched network's on the same images, with their 95% interval.
+Images: see `benchmarks/cifar10/task.py`. Times are shares of the FP32 file's, in turns with it, on one thread: one
+image (of 224 pixels, random weights for torchvision's networks), or 16 rows for the linear layers.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ def accuracy(folder: Path, seconds: float, epochs: float) -> None:
             steps = [Quantize(layer.name, bits, 8, rounding, scheme=scheme) for layer in runner.structure.layers]
             data = runner.build(Recipe((*steps, recovery)))
             how = f"{recovery.epochs:g} epochs" if recovery.epochs else rounding
-            print(f"| {bits}, {how} | {scheme} | {len(data):,} | {points(runner, data, base)} | "
-                  f"{share(runner, data, base_file, 1, seconds)} |", flush=True)  # fmt: skip
+            print(
+                f"| {bits}, {how} | {scheme} | {len(data):,} | {points(runner, data, base)} | "
+                f"{share(runner, data, base_file, 1, seconds)} |",
+                flush=True,
+            )
 
 
 def kernels(folder: Path, seconds: float, target: str) -> None:

@@ -1,4 +1,6 @@
-"""ResNet-20 on CIFAR-10 beside its untouched self: what several benchmarks measure. Images: see `benchmarks/cifar10/task.py`."""
+"""ResNet-20 on CIFAR-10 beside its untouched self: what several benchmarks measure. Images: see
+`benchmarks/cifar10/task.py`.
+"""
 
 from __future__ import annotations
 

@@ -2,19 +2,19 @@
 
     python benchmarks/artifacts.py [--networks resnet20 resnet18 ...] [--time 20] [--images 1000]
 
-Four networks, each as FP32, int8, mixed (4 and 8 bits in turns), 4-bit, and with half of the channels of every group (attention heads
-among them, which come alone, too), float and int8, the encoder also with ranges of activations found at run
-time, all exported and packed as a study does it, without training afterwards (BatchNorm statistics are re-estimated):
-ResNet-20 on CIFAR-10 (the images are needed, see cifar10/task.py), torchvision's resnet18 and mobilenet_v2 at 224 pixels and a
-transformer encoder (4 layers of 256, 64 tokens), which are trained on scikit-learn's handwritten digits, enlarged, and
-kept in `.cache`.
+Four networks, each as FP32, int8, mixed (4 and 8 bits in turns), 4-bit, and with half of the channels of every group
+(attention heads among them, which come alone, too), float and int8, the encoder also with ranges of activations found
+at run time, all exported and packed as a study does it, without training afterwards (BatchNorm statistics are
+re-estimated): ResNet-20 on CIFAR-10 (the images are needed, see cifar10/task.py), torchvision's resnet18 and
+mobilenet_v2 at 224 pixels and a transformer encoder (4 layers of 256, 64 tokens), which are trained on scikit-learn's
+handwritten digits, enlarged, and kept in `.cache`.
 
-`file` is the packed file, `predicted` what arithmetic said it would weigh, `onnx` is model.onnx. `b1` and `b32`: how many times as fast as the
-network's own FP32 file, with the 95% interval, by the protocol of `paretorch measure` with one thread. `agrees`: answers equal
-to those of the simulated graph. Beside them what others make of the same float network and the same calibration
-images: ONNX Runtime's `quantize_static` with the settings that are the fastest here (uint8 activations, int8 weights per
-channel), and NNCF's default int8 in OpenVINO, where both are installed (float OpenVINO and the int8 file that we make for
-that target beside it), timed in turns with our FP32 file by the wall clock.
+`file` is the packed file, `predicted` what arithmetic said it would weigh, `onnx` is model.onnx. `b1` and `b32`: how
+many times as fast as the network's own FP32 file, with the 95% interval, by the protocol of `paretorch measure` with
+one thread. `agrees`: answers equal to those of the simulated graph. Beside them what others make of the same float
+network and the same calibration images: ONNX Runtime's `quantize_static` with the settings that are the fastest here
+(uint8 activations, int8 weights per channel), and NNCF's default int8 in OpenVINO, where both are installed (float
+OpenVINO and the int8 file that we make for that target beside it), timed in turns with our FP32 file by the wall clock.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def train(network: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float) ->
     for epoch in range(epochs):
         for part in torch.randperm(len(x)).split(32)[: len(x) // 32]:
             optimizer.zero_grad()
-            F.cross_entropy(network(x[part].contiguous(memory_format=torch.channels_last)), y[part]).backward()  # type: ignore[no-untyped-call]
+            outputs = network(x[part].contiguous(memory_format=torch.channels_last))
+            F.cross_entropy(outputs, y[part]).backward()  # type: ignore[no-untyped-call]  # torch's stub
             optimizer.step()
             schedule.step()
         print(f"  trained {epoch + 1} of {epochs} epochs", file=sys.stderr, flush=True)
@@ -131,9 +132,11 @@ def resnet20() -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "resnet20": resnet20,
     "resnet18": lambda: on_digits("resnet18", lambda: torchvision.models.resnet18(num_classes=10), 224, 3, 64, 6),
-    "mobilenet_v2": lambda: on_digits("mobilenet_v2", lambda: torchvision.models.mobilenet_v2(num_classes=10), 224, 3, 96, 8),
+    "mobilenet_v2": lambda: on_digits(
+        "mobilenet_v2", lambda: torchvision.models.mobilenet_v2(num_classes=10), 224, 3, 96, 8
+    ),
     "encoder": lambda: on_digits("encoder", Encoder, 64, 1, 64, 12),
-}  # fmt: skip
+}
 
 
 def recipes(structure: Structure) -> Iterator[tuple[str, Recipe]]:
@@ -143,7 +146,11 @@ def recipes(structure: Structure) -> Iterator[tuple[str, Recipe]]:
     def made(*steps: Step) -> Recipe:
         return Recipe((*steps, again) if structure.folds else steps)
 
-    halved = [Prune(g.name, keep) for g in structure.groups if (keep := kept_channels(g.channels, 0.5, g.round_to)) < g.channels]  # fmt: skip
+    halved = [
+        Prune(g.name, keep)
+        for g in structure.groups
+        if (keep := kept_channels(g.channels, 0.5, g.round_to)) < g.channels
+    ]
     int8 = [Quantize(name, 8, 8) for name in layers]
     ends = {layers[0], layers[-1]}
     yield "FP32", Recipe()
@@ -213,7 +220,9 @@ def static(model: bytes, calibration: list[Tensor], folder: Path) -> bytes:
     source, prepared, target = (folder / name for name in ("float.onnx", "prepared.onnx", "static.onnx"))
     source.write_bytes(model)
     quant_pre_process(source, prepared, skip_symbolic_shape=True)  # which fails on the encoder
-    quantize_static(prepared, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
+    quantize_static(
+        prepared, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+    )
     return target.read_bytes()
 
 
@@ -227,7 +236,10 @@ def openvino_networks(model: bytes, calibration: list[Tensor]) -> Iterator[tuple
     data = nncf.Dataset([x.numpy() for x in calibration])
     # The precision hint would otherwise let float layers run in bfloat16 where the processor has it.
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    for name, made in (("OpenVINO FP32", whole), ("NNCF int8 in OpenVINO", nncf.quantize(whole, data, subset_size=10_000))):  # fmt: skip
+    for name, made in (
+        ("OpenVINO FP32", whole),
+        ("NNCF int8 in OpenVINO", nncf.quantize(whole, data, subset_size=10_000)),
+    ):
         request = core.compile_model(made, "CPU", options).create_infer_request()
         with tempfile.TemporaryDirectory() as folder:
             openvino.save_model(made, Path(folder) / "m.xml", compress_to_fp16=False)
@@ -250,14 +262,19 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     overhead = measure_overhead(runner.builder, len(original), axes)
     print(f"\n{name}: FP32 {len(original):,} bytes, {len(images) and sum(len(y) for _, y in images)} images\n")
     print(
-        "| file | bytes | of FP32 | predicted | model.onnx | b1 | b32 | accuracy | agrees |\n|---|---|---|---|---|---|---|---|---|"
+        "| file | bytes | of FP32 | predicted | model.onnx | b1 | b32 | accuracy | agrees "
+        "|\n|---|---|---|---|---|---|---|---|---|"
     )
 
     def row(
         title: str, size: int, onnx_size: int, predicted: str, speeds: list[str], share: float, agrees: str
     ) -> None:
-        print(f"| {title} | {size:,} | {100 * size / len(original):.1f}% | {predicted} | {onnx_size:,} | {' | '.join(speeds)} | "
-              f"{100 * share:.2f}% | {agrees} |", flush=True)  # fmt: skip
+        print(
+            f"| {title} | {size:,} | {100 * size / len(original):.1f}% | {predicted} | {onnx_size:,} | "
+            f"{' | '.join(speeds)} | "
+            f"{100 * share:.2f}% | {agrees} |",
+            flush=True,
+        )
 
     for title, recipe in recipes(runner.structure):
         try:
@@ -272,14 +289,28 @@ def report(name: str, arguments: argparse.Namespace, folder: Path) -> None:
         guess = cost.size_bytes(runner.structure, recipe, overhead) / len(packed) - 1
         speeds = [faster(file, baseline, batch, arguments.time) for batch in (1, 32)] if recipe.steps else ["1", "1"]
         same, _, _ = agreement(packed, [chosen], arguments.images)
-        row(title, len(packed), file.stat().st_size, f"{100 * guess:+.2f}%", speeds,
-            accuracy(on_onnxruntime(file.read_bytes()), images), f"{100 * same.agree:.2f}%")  # fmt: skip
+        row(
+            title,
+            len(packed),
+            file.stat().st_size,
+            f"{100 * guess:+.2f}%",
+            speeds,
+            accuracy(on_onnxruntime(file.read_bytes()), images),
+            f"{100 * same.agree:.2f}%",
+        )
     calibration = list(runner.builder.calibration[:256].split(32))  # type: ignore[no-untyped-call]
     others = folder / "static.onnx"
     data = static(float_model, calibration, folder)
     others.write_bytes(data)
-    row("quantize_static", len(data), len(data), "", [faster(others, baseline, batch, arguments.time) for batch in (1, 32)],
-        accuracy(on_onnxruntime(data), images), "")  # fmt: skip
+    row(
+        "quantize_static",
+        len(data),
+        len(data),
+        "",
+        [faster(others, baseline, batch, arguments.time) for batch in (1, 32)],
+        accuracy(on_onnxruntime(data), images),
+        "",
+    )
     if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
         own = on_onnxruntime(float_model)
         batches = [chosen[:1].numpy(), chosen[:32].numpy()]

@@ -2,14 +2,14 @@
 
     python benchmarks/conformance.py [NETWORK ...] [--pairs]       # some minutes a network with --pairs
 
-Torchvision's classification networks, with random weights and small images (of the largest a smaller one of the same blocks). For every operator, and with `--pairs` for
-every two of them together, a recipe that uses it on as many layers, groups or blocks as the trace of the network offers
-is carried out: compressed, exported, packed, unpacked, checked by ONNX's checker, and run in ONNX Runtime with batches of 1 and 3.
+Torchvision's classification networks, with random weights and small images (of the largest a smaller one of the same
+blocks). For every operator, and with `--pairs` for every two of them together, a recipe that uses it on as many layers,
+groups or blocks as the trace of the network offers is carried out: compressed, exported, packed, unpacked, checked by
+ONNX's checker, and run in ONNX Runtime with batches of 1 and 3.
 
-`ok` means: outputs of the right shape, all finite, the same for an input alone as among three (within 1% of the largest),
-and those of the simulated graph (`runners.graphs.simulate`; within 5%).
-`none`: the trace offers nothing for it (the reasons are listed below the table). Anything else is an error, and the exit
-code is 1.
+`ok` means: outputs of the right shape, all finite, the same for an input alone as among three (within 1% of the
+largest), and those of the simulated graph (`runners.graphs.simulate`; within 5%). `none`: the trace offers nothing for
+it (the reasons are listed below the table). Anything else is an error, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -53,11 +53,24 @@ from paretorch.spaces.techniques.student import Student
 
 # By name the pixels of its images: few, but for two that pool to a fixed number of places.
 NETWORKS = {
-    "squeezenet1_1": 32, "resnet18": 32, "resnext50_32x4d": 32, "densenet121": 32, "googlenet": 48,
-    "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mnasnet0_5": 32, "shufflenet_v2_x0_5": 32, "efficientnet_b0": 32,
-    "regnet_y_400mf": 32, "convnext_tiny": 32, "vit_b_16": 32, "swin_t": 32, "alexnet": 224,
-    "vgg11": 224, "vgg11_bn": 224,
-}  # fmt: skip
+    "squeezenet1_1": 32,
+    "resnet18": 32,
+    "resnext50_32x4d": 32,
+    "densenet121": 32,
+    "googlenet": 48,
+    "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32,
+    "mnasnet0_5": 32,
+    "shufflenet_v2_x0_5": 32,
+    "efficientnet_b0": 32,
+    "regnet_y_400mf": 32,
+    "convnext_tiny": 32,
+    "vit_b_16": 32,
+    "swin_t": 32,
+    "alexnet": 224,
+    "vgg11": 224,
+    "vgg11_bn": 224,
+}
 Operator = Callable[[Structure], Sequence[Step]]
 
 
@@ -66,7 +79,11 @@ def _each(make: Callable[[str], Step]) -> Operator:
 
 
 def _narrowed(structure: Structure) -> list[Step]:
-    return [Prune(g.name, keep) for g in structure.groups if (keep := kept_channels(g.channels, 0.75, g.round_to)) < g.channels]  # fmt: skip
+    return [
+        Prune(g.name, keep)
+        for g in structure.groups
+        if (keep := kept_channels(g.channels, 0.75, g.round_to)) < g.channels
+    ]
 
 
 def _calibrated(structure: Structure) -> list[Layer]:
@@ -146,7 +163,9 @@ def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
 def combined(steps: Sequence[Step]) -> Recipe:
     """The recipe of steps that may be meant for the same layers: none for layers in a block that goes."""
     gone = tuple(name for step in steps if isinstance(step, Student) for name in step.drop)
-    kept = [s for s in steps if isinstance(s, Student) or not inside(getattr(s, "layer", getattr(s, "group", "")), gone)]  # fmt: skip
+    kept = [
+        s for s in steps if isinstance(s, Student) or not inside(getattr(s, "layer", getattr(s, "group", "")), gone)
+    ]
     return Recipe((*kept, Recover("batchnorm")))
 
 
@@ -195,8 +214,14 @@ def conform(name: str, pairs: bool) -> int:
                 problems.append(f"{' + '.join(keys)}: {found}")
             return found
 
-        cells = [("none" if not steps[key] else "ok" if judged(key) == "ok" else "WRONG").ljust(len(key)) for key in OPERATORS]  # fmt: skip
-        line = f"{name:<20}{len(structure.layers):>7}{len(structure.groups):>7}{len(structure.blocks):>7}  {'  '.join(cells)}"
+        cells = [
+            ("none" if not steps[key] else "ok" if judged(key) == "ok" else "WRONG").ljust(len(key))
+            for key in OPERATORS
+        ]
+        line = (
+            f"{name:<20}{len(structure.layers):>7}{len(structure.groups):>7}{len(structure.blocks):>7}  "
+            f"{'  '.join(cells)}"
+        )
         if pairs:
             told = [judged(a, b) for a, b in itertools.combinations([key for key in OPERATORS if steps[key]], 2)]
             line += f"  {told.count('ok')} ok, {sum(text.startswith('refused') for text in told)} refused"
@@ -218,7 +243,12 @@ def main() -> int:
     parser.add_argument("--pairs", action="store_true", help="every two operators together, too")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{'network':<20}{'layers':>7}{'groups':>7}{'blocks':>7}  " + "  ".join(OPERATORS) + ("  pairs" if arguments.pairs else "") + "  seconds")  # fmt: skip
+    print(
+        f"{'network':<20}{'layers':>7}{'groups':>7}{'blocks':>7}  "
+        + "  ".join(OPERATORS)
+        + ("  pairs" if arguments.pairs else "")
+        + "  seconds"
+    )
     return 1 if sum(conform(name, arguments.pairs) for name in arguments.networks or NETWORKS) else 0
 
 

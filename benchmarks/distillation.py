@@ -5,9 +5,10 @@
     python benchmarks/distillation.py --cifar --seeds 3 --epochs 1 --candidate "2 bit" --ways "answers, T 2" features
     python benchmarks/distillation.py --speed                          # processor time of a step, half a minute
 
-Two compressed networks are trained in every way of `WAYS`, with the same seeds. Accuracy is that of the exported file in
-ONNX Runtime, on the images that the network was not trained on (validation and test). `gain`: points over plain
-fine-tuning of the same seed, with the 95% interval (Student's t) of the mean over seeds. `seconds`: of the whole candidate.
+Two compressed networks are trained in every way of `WAYS`, with the same seeds. Accuracy is that of the exported file
+in ONNX Runtime, on the images that the network was not trained on (validation and test). `gain`: points over plain
+fine-tuning of the same seed, with the 95% interval (Student's t) of the mean over seeds. `seconds`: of the whole
+candidate.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def candidates(structure: Structure) -> dict[str, tuple[Step, ...]]:
 
 
 def speed() -> None:
-    """Milliseconds of one thread per step of 128 random images, ResNet-20 in 4 bits; the least and the median of 6 runs."""
+    """Milliseconds of one thread per step of 128 random images, ResNet-20 in 4 bits; the least and the median of 6
+    runs.
+    """
     sys.path.insert(0, str(Path(__file__).parent / "cifar10"))
     from task import ResNet  # type: ignore[import-not-found]
 
@@ -94,7 +97,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate")
     parser.add_argument("--cifar", action="store_true", help="ResNet-20 on CIFAR-10 instead of digits")
     parser.add_argument("--candidate", help="one of them alone, such as '2 bit'")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}; plain is always one")  # fmt: skip
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=list(WAYS),
+        choices=list(WAYS),
+        metavar="WAY",
+        help=f"of {', '.join(WAYS)}; plain is always one",
+    )
     parser.add_argument("--speed", action="store_true", help="the processor time of a step instead")
     options = parser.parse_args()
     if options.speed:

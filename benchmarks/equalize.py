@@ -3,11 +3,12 @@
     python benchmarks/equalize.py [SEEDS]            # handwritten digits; default 3
     python benchmarks/equalize.py cifar10 [SEEDS]    # ResNet-20; images: see benchmarks/cifar10/task.py
 
-Digits: four networks of convolutions, depthwise convolutions and linear layers, three of them without BatchNorm, trained as in
-`moments.py`. *Uneven*: the same networks, computing the same, each channel multiplied by 10^U(-1, 1) where it is made and divided where it is
-read, which is what training with other tools or from other beginnings may well give. Exported files in ONNX Runtime on 719
-noisy images that were not trained on, points against the untouched network of the same seed, mean and standard error over
-seeds, in brackets the mean divergence of the softmax (KL, nats). *affine*: one scale for a whole weight. CIFAR-10: on the 10,000 test images, a seed draws the calibration images.
+Digits: four networks of convolutions, depthwise convolutions and linear layers, three of them without BatchNorm,
+trained as in `moments.py`. *Uneven*: the same networks, computing the same, each channel multiplied by 10^U(-1, 1)
+where it is made and divided where it is read, which is what training with other tools or from other beginnings may well
+give. Exported files in ONNX Runtime on 719 noisy images that were not trained on, points against the untouched network
+of the same seed, mean and standard error over seeds, in brackets the mean divergence of the softmax (KL, nats).
+*affine*: one scale for a whole weight. CIFAR-10: on the 10,000 test images, a seed draws the calibration images.
 """
 
 from __future__ import annotations
@@ -46,9 +47,15 @@ def normed(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: 
 
 def mobile() -> nn.Module:
     return nn.Sequential(
-        *normed(1, 16), *normed(16, 16, groups=16), *normed(16, 32, 1), *normed(32, 32, 3, 2, 32), *normed(32, 64, 1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
+        *normed(1, 16),
+        *normed(16, 16, groups=16),
+        *normed(16, 32, 1),
+        *normed(32, 32, 3, 2, 32),
+        *normed(32, 64, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
 
 
 NETWORKS["separable, BatchNorm"] = mobile

@@ -4,8 +4,8 @@
 
 Accuracy: ResNet-20 on the test images of CIFAR-10 (see benchmarks/cifar10/task.py), BatchNorm statistics re-estimated;
 all layers but the first and the last, which keep 8 bits; paired differences from the untouched network with 95%
-intervals; with `--epochs` those of low rank are trained for so long. Speed: torchvision's resnet18 of random weights at 64 pixels, every layer, one image on one thread, timed in
-turns with the untouched network.
+intervals; with `--epochs` those of low rank are trained for so long. Speed: torchvision's resnet18 of random weights at
+64 pixels, every layer, one image on one thread, timed in turns with the untouched network.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def accuracy(folder: Path, images: int, epochs: float) -> None:
         baseline = scores if baseline is None else baseline
         apart = scores - baseline
         half = 1.96 * apart.std(ddof=1) / np.sqrt(len(apart))
-        print(f"{name:<28}{len(data):>10,}{100 * scores.mean():>9.2f}%   {100 * apart.mean():+.2f} ±{100 * half:.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:<28}{len(data):>10,}{100 * scores.mean():>9.2f}%   {100 * apart.mean():+.2f} ±{100 * half:.2f}",
+            flush=True,
+        )
 
 
 def speed(folder: Path, seconds: float) -> None:
@@ -92,8 +95,11 @@ def speed(folder: Path, seconds: float) -> None:
         recipe = Recipe(tuple(steps))
         data = runner.build(recipe, recovery=False)
         _, ratio = runner.target.latency(packing.onnx_bytes(data), baseline, one, None, seconds, 1)
-        print(f"{name:<28}{100 * len(data) / len(untouched):>9.1f}%{100 * cost.macs(structure, recipe) / whole:>9.1f}%   "
-              f"{1 / ratio.value:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]", flush=True)  # fmt: skip
+        print(
+            f"{name:<28}{100 * len(data) / len(untouched):>9.1f}%{100 * cost.macs(structure, recipe) / whole:>9.1f}%   "
+            f"{1 / ratio.value:.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/gradual.py [--seeds 10] [--epochs 6]     # the quickstart's digits, some minutes
 
-All layers but the last have the share of zeros, of least magnitude; both ways train for the same epochs from the same seeds.
-Accuracy is that of the exported file in ONNX Runtime, on the images that the network was not trained on (validation and test).
-`gain`: points over zeros from the beginning with the same seed, with the 95% interval (Student's t) of the mean over seeds.
+All layers but the last have the share of zeros, of least magnitude; both ways train for the same epochs from the same
+seeds. Accuracy is that of the exported file in ONNX Runtime, on the images that the network was not trained on
+(validation and test). `gain`: points over zeros from the beginning with the same seed, with the 95% interval (Student's
+t) of the mean over seeds.
 """
 
 from __future__ import annotations

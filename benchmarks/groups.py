@@ -1,9 +1,10 @@
-"""What groups of weights with a scale each are worth: the transformer encoder of `artifacts.py`, weights alone, no training.
+"""What groups of weights with a scale each are worth: the transformer encoder of `artifacts.py`, weights alone, no
+training.
 
     python benchmarks/groups.py
 
-Every linear layer at the same bits and group size; the divergence (KL of the softmax, nats) and the accuracy are those of the
-exported file on the 1,000 images that the encoder was not trained on.
+Every linear layer at the same bits and group size; the divergence (KL of the softmax, nats) and the accuracy are those
+of the exported file on the 1,000 images that the encoder was not trained on.
 """
 
 from __future__ import annotations

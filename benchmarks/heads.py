@@ -2,8 +2,9 @@
 
     python benchmarks/heads.py [--epochs 3]       # about two minutes
 
-The transformer encoder of `artifacts.py` (4 layers of 256, 64 tokens, 797 training images). In every layer the same number of heads
-stays, the most important by the norm of their weights; `finetune` teaches what is left with the original's answers.
+The transformer encoder of `artifacts.py` (4 layers of 256, 64 tokens, 797 training images). In every layer the same
+number of heads stays, the most important by the norm of their weights; `finetune` teaches what is left with the
+original's answers.
 """
 
 from __future__ import annotations

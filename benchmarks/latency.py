@@ -32,9 +32,16 @@ def random_resnet18(folder: Path) -> LocalRunner:
     """torchvision's resnet18 with random weights, on random images of 64 pixels."""
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None).eval()
-    images = {name: TensorDataset(torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.long))
-              for name in ("train", "validation", "test")}  # fmt: skip
-    return LocalRunner(Task("resnet18", lambda: network, **images), folder, MeasurementSettings(calibration_images=32), library=LayerLibrary(folder / "cache"))  # fmt: skip
+    images = {
+        name: TensorDataset(torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.long))
+        for name in ("train", "validation", "test")
+    }
+    return LocalRunner(
+        Task("resnet18", lambda: network, **images),
+        folder,
+        MeasurementSettings(calibration_images=32),
+        library=LayerLibrary(folder / "cache"),
+    )
 
 
 def export(folder: Path) -> tuple[Path, Path]:
@@ -52,22 +59,32 @@ def repeat(title: str, candidate: Path, baseline: Path, arguments: argparse.Name
     print(f"\n{title}\nrun  ratio   95% interval       verdict                    pairs  precise  seconds  load")
     found = []
     for run in range(arguments.runs):
-        one = compare([candidate, baseline], threads=arguments.threads, precision=arguments.precision,
-                      seconds=arguments.time, seed=run)  # fmt: skip
+        one = compare(
+            [candidate, baseline],
+            threads=arguments.threads,
+            precision=arguments.precision,
+            seconds=arguments.time,
+            seed=run,
+        )
         assert one.ratio is not None
         found.append(one)
         interval = f"[{one.ratio.low:.4f}, {one.ratio.high:.4f}]"
-        print(f"{run:<5}{one.ratio.value:<8.4f}{interval:<19}{one.verdict:<27}{one.pairs:<7}"
-              f"{'yes' if one.reached else 'no':<9}{one.seconds:<9.1f}{os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+        print(
+            f"{run:<5}{one.ratio.value:<8.4f}{interval:<19}{one.verdict:<27}{one.pairs:<7}"
+            f"{'yes' if one.reached else 'no':<9}{one.seconds:<9.1f}{os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
     ratios = np.array([one.ratio.value for one in found if one.ratio])
     own = np.array([one.ms[0].value for one in found])
     middle = float(np.median(ratios))
     held = sum(one.ratio.low <= middle <= one.ratio.high for one in found if one.ratio)
     half = np.median([(one.ratio.high - one.ratio.low) / 2 / one.ratio.value for one in found if one.ratio])
     different = sum(one.verdict != "no significant difference" for one in found)
-    print(f"grand median {middle:.4f}; standard deviation of the ratio {100 * ratios.std(ddof=1) / middle:.1f}%, of the "
-          f"milliseconds alone {100 * own.std(ddof=1) / own.mean():.1f}%;\nhalf an interval {100 * half:.1f}% (median); "
-          f"{held} of {len(found)} intervals hold the grand median; called different: {different} of {len(found)}")  # fmt: skip
+    print(
+        f"grand median {middle:.4f}; standard deviation of the ratio {100 * ratios.std(ddof=1) / middle:.1f}%, of the "
+        f"milliseconds alone {100 * own.std(ddof=1) / own.mean():.1f}%;\nhalf an interval {100 * half:.1f}% (median); "
+        f"{held} of {len(found)} intervals hold the grand median; called different: {different} of {len(found)}"
+    )
 
 
 def main() -> None:

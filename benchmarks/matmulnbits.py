@@ -2,12 +2,12 @@
 
     python benchmarks/matmulnbits.py [--seconds 0.5] [--bits 4] [--levels 1] [--blocks 0] [--shapes 1024x1024 4096x4096]
 
-Weights are symmetric with a scale per output channel, as a study makes them; MatMulNBits gets that scale once per block.
-`levels` is its attribute accuracy_level: 1 multiplies floats, 4 rounds the inputs to 8 bits first. `blocks` is the
-block size; 0 takes the largest of 256, 128, 64 and 32 that divides the inputs. One thread; `x1`, `x8`, `x32`: how much
-faster it is than the folded floats at that batch (paired, 95% interval). `error`: the largest difference from the exact
-product, in standard deviations of it, beside that of the folded floats. RAM: what the loaded session added, each in a
-process of its own.
+Weights are symmetric with a scale per output channel, as a study makes them; MatMulNBits gets that scale once per
+block. `levels` is its attribute accuracy_level: 1 multiplies floats, 4 rounds the inputs to 8 bits first. `blocks` is
+the block size; 0 takes the largest of 256, 128, 64 and 32 that divides the inputs. One thread; `x1`, `x8`, `x32`: how
+much faster it is than the folded floats at that batch (paired, 95% interval). `error`: the largest difference from the
+exact product, in standard deviations of it, beside that of the folded floats. RAM: what the loaded session added, each
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ from paretorch.runners.files.packing import codes_to_raw, pack_bits
 from paretorch.runners.targets.latency import latency
 from paretorch.runners.targets.runtime import session
 
-SHAPES = ["64x64", "256x256", "512x512", "1024x1024", "1024x4096", "4096x1024", "2048x1000", "1536x1536", "2048x2048",
-          "4096x4096"]  # fmt: skip
+SHAPES = [
+    "64x64",
+    "256x256",
+    "512x512",
+    "1024x1024",
+    "1024x4096",
+    "4096x1024",
+    "2048x1000",
+    "1536x1536",
+    "2048x2048",
+    "4096x4096",
+]
 KINDS = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 
 
@@ -58,8 +68,17 @@ def packed(codes, scale, bits, block, level):
     unsigned = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(-1)
     raw = np.frombuffer(pack_bits(unsigned, bits), np.uint8).reshape(outputs, count, -1)
     scales = np.repeat(scale[:, None], count, 1)
-    node = helper.make_node("MatMulNBits", ["input", "b", "s"], ["output"], domain="com.microsoft", K=inputs, N=outputs,
-                            bits=bits, block_size=block, accuracy_level=level)  # fmt: skip
+    node = helper.make_node(
+        "MatMulNBits",
+        ["input", "b", "s"],
+        ["output"],
+        domain="com.microsoft",
+        K=inputs,
+        N=outputs,
+        bits=bits,
+        block_size=block,
+        accuracy_level=level,
+    )
     return model([node], [numpy_helper.from_array(raw, "b"), numpy_helper.from_array(scales, "s")], inputs, outputs)
 
 
@@ -101,8 +120,12 @@ def row(shape, bits, level, block, seconds):
         _, ratio = latency(other, plain, x, seconds=seconds)
         cells.append(f"{1 / ratio.value:5.2f} [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]")
     ram = [memory(file.SerializeToString()) / 1e6 for file in files]
-    print(f"{shape:<10} {bits}    {level}     {block:<5} {'  '.join(f'{cell:<19}' for cell in cells)} {errors[0]:.0e} ({errors[1]:.0e})  "
-          f"{files[1].ByteSize() / files[0].ByteSize():.3f}  {ram[1]:6.1f} ({ram[0]:.1f})", flush=True)  # fmt: skip
+    print(
+        f"{shape:<10} {bits}    {level}     {block:<5} {'  '.join(f'{cell:<19}' for cell in cells)} "
+        f"{errors[0]:.0e} ({errors[1]:.0e})  "
+        f"{files[1].ByteSize() / files[0].ByteSize():.3f}  {ram[1]:6.1f} ({ram[0]:.1f})",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -5,9 +5,9 @@
 A network with 30 layers gives a space of more than 60 decisions. Its candidates are not carried out: their numbers are
 made up from their bits, so what is left is asking the sampler, arithmetic, the journal (one fsync), the front, the
 hypervolume, the files and MLflow in its SQLite store. Each row is the time per trial over the 50 trials before it, by
-the clock and of the processor (`cpu`, which other programs on the machine do not reach), and the part that the sampler's
-suggestion and MLflow have in the latter. `asked` is how many suggestions a trial took: one that is known already is
-asked for again, and these made-up numbers, without any noise to speak of, make TPE repeat itself often.
+the clock and of the processor (`cpu`, which other programs on the machine do not reach), and the part that the
+sampler's suggestion and MLflow have in the latter. `asked` is how many suggestions a trial took: one that is known
+already is asked for again, and these made-up numbers, without any noise to speak of, make TPE repeat itself often.
 """
 
 from __future__ import annotations
@@ -98,9 +98,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             clock = Clock()
             study = Study(
-                task(), space, objectives=objectives, budget=["size_bytes <= 60%"], directory=Path(folder) / "study",
-                listener=clock, make_runner=make_runner,
-            )  # fmt: skip
+                task(),
+                space,
+                objectives=objectives,
+                budget=["size_bytes <= 60%"],
+                directory=Path(folder) / "study",
+                listener=clock,
+                make_runner=make_runner,
+            )
             asking, logging = _timed(study)
             for mark in marks:
                 for values in (study.overhead_seconds, clock.seconds, asking, logging):
@@ -116,8 +121,12 @@ def main() -> None:
                     percentile(cpu, 0.95),
                 )
                 median, high, cpu_median, cpu_high = (1000 * value for value in numbers)
-                print(f"{len(objectives):10}  {mark:6}  {len(study.distributions):9}  {median:9.1f}  {high:6.1f}  {cpu_median:10.1f}"
-                      f"  {cpu_high:7.1f}  {shares[0]:6.1f}  {shares[1]:6.1f}  {len(asking) / len(clock.seconds):5.2f}", flush=True)  # fmt: skip
+                print(
+                    f"{len(objectives):10}  {mark:6}  {len(study.distributions):9}  {median:9.1f}  {high:6.1f}  "
+                    f"{cpu_median:10.1f}"
+                    f"  {cpu_high:7.1f}  {shares[0]:6.1f}  {shares[1]:6.1f}  {len(asking) / len(clock.seconds):5.2f}",
+                    flush=True,
+                )
 
 
 class Clock(Quiet):

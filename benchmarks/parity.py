@@ -3,14 +3,15 @@
     python benchmarks/parity.py [RECIPES]        # per network, default 50; about a minute
 
 Five networks are trained on scikit-learn's handwritten digits: a residual CNN, one of depthwise convolutions, a
-perceptron, two branches that are concatenated, and a transformer encoder. Of each, random recipes of every technique that
-needs no training (2 to 16 bits, activations of 8 bits in some layers, zeros, channels, blocks left out; BatchNorm statistics
-re-estimated) are exported and packed, and 1,000 images that the network was not trained on go through the file in ONNX
-Runtime and through `runners.graphs.simulate`.
+perceptron, two branches that are concatenated, and a transformer encoder. Of each, random recipes of every technique
+that needs no training (2 to 16 bits, activations of 8 bits in some layers, zeros, channels, blocks left out; BatchNorm
+statistics re-estimated) are exported and packed, and 1,000 images that the network was not trained on go through the
+file in ONNX Runtime and through `runners.graphs.simulate`.
 
 The table tells the worst of each network. `agree`: equal answers. `difference`: of the outputs, as a share of the
-largest, on average. `accuracy`: file less simulation. `where sure`: equal answers among the images whose two largest simulated
-outputs lie further apart than the largest difference of all; less than 100% there would be an error and not rounding.
+largest, on average. `accuracy`: file less simulation. `where sure`: equal answers among the images whose two largest
+simulated outputs lie further apart than the largest difference of all; less than 100% there would be an error and not
+rounding.
 """
 
 from __future__ import annotations
@@ -83,23 +84,44 @@ class Encoder(nn.Module):
 
 
 def residual() -> nn.Module:
-    return nn.Sequential(conv(1, 16), Block(16), Block(16), conv(16, 32, stride=2), Block(32),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))  # fmt: skip
+    return nn.Sequential(
+        conv(1, 16),
+        Block(16),
+        Block(16),
+        conv(16, 32, stride=2),
+        Block(32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
 
 
 def depthwise() -> nn.Module:
-    return nn.Sequential(conv(1, 16), conv(16, 16, groups=16), conv(16, 32, 1), conv(32, 32, stride=2, groups=32),
-                         conv(32, 48, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
+    return nn.Sequential(
+        conv(1, 16),
+        conv(16, 16, groups=16),
+        conv(16, 32, 1),
+        conv(32, 32, stride=2, groups=32),
+        conv(32, 48, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+    )
 
 
 def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 64),
-                         nn.ReLU(), nn.Linear(64, 10))  # fmt: skip
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "residual": residual, "depthwise": depthwise, "perceptron": perceptron, "branches": Branches, "encoder": Encoder,
-}  # fmt: skip
+    "residual": residual,
+    "depthwise": depthwise,
+    "perceptron": perceptron,
+    "branches": Branches,
+    "encoder": Encoder,
+}
 # Low bits and many zeros in many layers leave nothing of a network, and of noise every answer is a matter of rounding.
 SPACE = Space(
     weight_bits=(Rule((3, 4, 5, 6, 8, 8, 16, 32)), Rule((2, 4, 8), ("last",))),
@@ -159,11 +181,15 @@ def main(count: int) -> None:
         rows = list(compare(name, count))
         agree = [found.agree for _, found, *_ in rows]
         off = max((file - simulation for _, _, file, simulation, _ in rows), key=abs)
-        print(f"{name:<11} {len(rows):7d} {100 * min(agree):11.1f}% {100 * sum(agree) / len(agree):6.2f}% "
-              f"{sum(a < 0.995 for a in agree):11d} {100 * max(f.mean_difference for _, f, *_ in rows):16.2f}% "
-              f"{100 * off:+14.1f} {100 * min(row[-1] for row in rows):11.1f}%")  # fmt: skip
-        worst += [(found.agree, name, f"{recipe.describe()}: accuracy {100 * file:.1f}%, simulated {100 * simulation:.1f}%")
-                  for recipe, found, file, simulation, _ in rows]  # fmt: skip
+        print(
+            f"{name:<11} {len(rows):7d} {100 * min(agree):11.1f}% {100 * sum(agree) / len(agree):6.2f}% "
+            f"{sum(a < 0.995 for a in agree):11d} {100 * max(f.mean_difference for _, f, *_ in rows):16.2f}% "
+            f"{100 * off:+14.1f} {100 * min(row[-1] for row in rows):11.1f}%"
+        )
+        worst += [
+            (found.agree, name, f"{recipe.describe()}: accuracy {100 * file:.1f}%, simulated {100 * simulation:.1f}%")
+            for recipe, found, file, simulation, _ in rows
+        ]
     for share, name, what in sorted(worst)[:5]:
         print(f"{100 * share:.1f}%  {name}: {what}")
     print(f"{time.perf_counter() - started:.0f} s")

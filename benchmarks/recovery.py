@@ -4,10 +4,10 @@
     python benchmarks/recovery.py rounding --seeds 1 --only W3A8
     python benchmarks/recovery.py channels            # fewer channels, fine-tuned: minutes a seed
 
-Every number is that of the exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the same
-images. A seed draws the calibration images (512 training crops), and with them Hessians, gradients, activation ranges and
-BatchNorm statistics, and in training the order and the crops of the images; intervals are 95% over images, of the mean over
-seeds. Images: see `benchmarks/cifar10/task.py`.
+Every number is that of the exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the
+same images. A seed draws the calibration images (512 training crops), and with them Hessians, gradients, activation
+ranges and BatchNorm statistics, and in training the order and the crops of the images; intervals are 95% over images,
+of the mean over seeds. Images: see `benchmarks/cifar10/task.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ from paretorch.spaces.techniques.quantize import Quantize
 from paretorch.spaces.techniques.recover import Recover
 from paretorch.spaces.techniques.sparsify import CRITERIA, Sparsify
 
-ROUNDINGS = (("nearest", "minmax"), ("nearest", "mse"), ("nearest", "percentile"), ("nearest", "entropy"), ("gptq", "mse"), ("adaround", "mse"))  # fmt: skip
+ROUNDINGS = (
+    ("nearest", "minmax"),
+    ("nearest", "mse"),
+    ("nearest", "percentile"),
+    ("nearest", "entropy"),
+    ("gptq", "mse"),
+    ("adaround", "mse"),
+)
 BATCHNORM = Recover("batchnorm")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
@@ -105,13 +112,19 @@ def main() -> None:
                     took = time.perf_counter() - begin
                     scores = runner.scores(data, "test")
                     lost.setdefault((part, row, column), []).append(base - scores)
-                    print(f"  seed {seed}  {row:<28}{column:<6}{100 * scores.mean():>7.2f}%  {len(data):>7} bytes  built in {took:.1f} s", flush=True)  # fmt: skip
+                    print(
+                        f"  seed {seed}  {row:<28}{column:<6}{100 * scores.mean():>7.2f}%  {len(data):>7} bytes "
+                        f" built in {took:.1f} s",
+                        flush=True,
+                    )
     for part in arguments.parts:
         _table({(row, column): values for (of, row, column), values in lost.items() if of == part}, part == "rounding")
 
 
 def _table(lost: dict[tuple[str, str], list[NDArray[np.float64]]], ladder: bool) -> None:
-    """Points lost, their interval over images and range over seeds; of a ladder the share of the first row's loss won back."""
+    """Points lost, their interval over images and range over seeds; of a ladder the share of the first row's loss won
+    back.
+    """
     rows, columns = (list(dict.fromkeys(key[i] for key in lost)) for i in (0, 1))
     print(f"\n| points lost (95%) [seeds] | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in rows:

@@ -38,8 +38,17 @@ from paretorch.search.knapsack import front as knapsack_front
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.simplefilter("ignore")
 MARKS = (30, 50, 100, 200)
-SAMPLERS = ("random", "nsga2", "tpe", "tpe-univariate", "additive", "additive+nsga2", "additive+tpe", "ehvi",
-            "ehvi+sensitivities")  # fmt: skip
+SAMPLERS = (
+    "random",
+    "nsga2",
+    "tpe",
+    "tpe-univariate",
+    "additive",
+    "additive+nsga2",
+    "additive+tpe",
+    "ehvi",
+    "ehvi+sensitivities",
+)
 ENOUGH = 0.98
 
 
@@ -161,8 +170,11 @@ def main() -> None:
     parser.add_argument("--seconds-per-evaluation", type=float, default=1.0)
     arguments = parser.parse_args()
     marks = [mark for mark in MARKS if mark <= arguments.trials]
-    print(f"{'truth':14}{'sampler':20}" + "".join(f"{mark:>16}" for mark in marks)
-          + f"  to {ENOUGH}  ms per suggestion  seconds to {ENOUGH} at {arguments.seconds_per_evaluation:g} each")  # fmt: skip
+    print(
+        f"{'truth':14}{'sampler':20}"
+        + "".join(f"{mark:>16}" for mark in marks)
+        + f"  to {ENOUGH}  ms per suggestion  seconds to {ENOUGH} at {arguments.seconds_per_evaluation:g} each"
+    )
     for truth in everything():
         if arguments.truths and truth.name not in arguments.truths:
             continue

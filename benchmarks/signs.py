@@ -3,9 +3,9 @@
     python benchmarks/signs.py                # without training
     python benchmarks/signs.py --epochs 3     # and with so many epochs of it
 
-All layers but the first and the last, which have 8 bits; 8-bit activations, BatchNorm re-estimated. Every number is that of the
-exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the same images, with its 95%
-interval. Images: see `benchmarks/cifar10/task.py`.
+All layers but the first and the last, which have 8 bits; 8-bit activations, BatchNorm re-estimated. Every number is
+that of the exported file in ONNX Runtime on the 10,000 test images, less the untouched network's on the same images,
+with its 95% interval. Images: see `benchmarks/cifar10/task.py`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def main() -> None:
                 steps += [Quantize(name, bits, 8, rounding) for name in inner]
                 data = runner.build(Recipe((*steps, recovery)))
                 onnx_bytes = packing.unpack(data).ByteSize()
-                print(f"{bits} bits, {label:<10} {points(runner, data, base):>13} points, {len(data)} bytes packed "
-                      f"({len(base_file) / len(data):.1f} times smaller), {onnx_bytes} bytes of model.onnx", flush=True)  # fmt: skip
+                print(
+                    f"{bits} bits, {label:<10} {points(runner, data, base):>13} points, {len(data)} bytes packed "
+                    f"({len(base_file) / len(data):.1f} times smaller), {onnx_bytes} bytes of model.onnx",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/sizes.py
 
 The trained weights are those beside `benchmarks/cifar10/task.py`; no image is needed, since bytes do not depend on what
-the ranges of 8-bit activations come out as. Shares are those of the untouched network's packed file (model.onnx: of its own).
+the ranges of 8-bit activations come out as. Shares are those of the untouched network's packed file (model.onnx: of its
+own).
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ def main() -> None:
         space = Space(weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),))
         overhead = measure_overhead(runner.builder, len(untouched), space.axes(runner.structure))
         whole = packing.unpack(untouched).ByteSize()
-        print(f"untouched: packed {len(untouched)}, model.onnx {whole}, "
-              f"zstd {zstd_bytes(packing.unpack(untouched), untouched, runner.zstd_level)}\n")  # fmt: skip
+        print(
+            f"untouched: packed {len(untouched)}, model.onnx {whole}, "
+            f"zstd {zstd_bytes(packing.unpack(untouched), untouched, runner.zstd_level)}\n"
+        )
         print("bits zeros activations  packed           foretold          model.onnx        zstd")
         for bits in BITS:
             for zeros in ZEROS:
@@ -59,9 +62,13 @@ def main() -> None:
                     model = packing.unpack(packed)
                     foretold = size_bytes(runner.structure, recipe, overhead)
                     zstd = zstd_bytes(model, packed, runner.zstd_level)
-                    print(f"{bits:<5}{zeros:<6.0%}{activations:<13}{len(packed):>6} ({len(packed) / len(untouched):.3f})  {foretold:>6} "
-                          f"({foretold / len(packed) - 1:+.2%})  {model.ByteSize():>7} ({model.ByteSize() / whole:.3f})  "
-                          f"{zstd:>6} ({zstd / len(untouched):.3f})", flush=True)  # fmt: skip
+                    print(
+                        f"{bits:<5}{zeros:<6.0%}{activations:<13}{len(packed):>6} "
+                        f"({len(packed) / len(untouched):.3f})  {foretold:>6} "
+                        f"({foretold / len(packed) - 1:+.2%})  {model.ByteSize():>7} ({model.ByteSize() / whole:.3f})  "
+                        f"{zstd:>6} ({zstd / len(untouched):.3f})",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

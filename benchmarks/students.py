@@ -2,10 +2,11 @@
 
     python benchmarks/students.py [--seeds 3] [--trials 60]       # some minutes
 
-The digits of the quickstart. One search chooses bits and channels of the network; the other also chooses between the network and two
-students that it teaches for 20 epochs before the trials: a CNN of three layers and a perceptron. Accuracy is that of the packed files in
-ONNX Runtime on the validation images, and so a little too good on both sides; `at 3%`: the best of the files of at most 3% of the
-network's bytes. `hypervolume`: error against bytes, both as shares, from an error of 10% and a quarter of the bytes.
+The digits of the quickstart. One search chooses bits and channels of the network; the other also chooses between the
+network and two students that it teaches for 20 epochs before the trials: a CNN of three layers and a perceptron.
+Accuracy is that of the packed files in ONNX Runtime on the validation images, and so a little too good on both sides;
+`at 3%`: the best of the files of at most 3% of the network's bytes. `hypervolume`: error against bytes, both as shares,
+from an error of 10% and a quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def small() -> nn.Module:
     def layer(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    return nn.Sequential(*layer(1, 8, 1), *layer(8, 16, 2), *layer(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))  # fmt: skip
+    return nn.Sequential(
+        *layer(1, 8, 1), *layer(8, 16, 2), *layer(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )
 
 
 def perceptron() -> nn.Module:

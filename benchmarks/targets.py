@@ -2,8 +2,8 @@
 
     python benchmarks/targets.py
 
-torchvision's resnet18 and mobilenet_v2 at 224 pixels with random weights (latency does not depend on them), untouched, in
-int8, and with 4-bit weights alone, one image on one thread. Each is timed in turns with the untouched file in ONNX
+torchvision's resnet18 and mobilenet_v2 at 224 pixels with random weights (latency does not depend on them), untouched,
+in int8, and with 4-bit weights alone, one image on one thread. Each is timed in turns with the untouched file in ONNX
 Runtime, so that one column can be compared with another.
 """
 

@@ -3,18 +3,19 @@
     python benchmarks/throughput.py [--seeds 3] [--first 0] [--trials 60] [--hand-trials 200] [--images 5000]
 
 The search: weight bits of every layer of ResNet-20 on CIFAR-10 (3, 4, 5, 6, 8; the first and the last layer 4, 6, 8),
-error against bytes, within 25% of the bytes and 5 points of accuracy, BatchNorm re-estimated, no training. The hypervolume
-is counted from these limits.
+error against bytes, within 25% of the bytes and 5 points of accuracy, BatchNorm re-estimated, no training. The
+hypervolume is counted from these limits.
 
-- `hand`: what one would write with Optuna and torch: multivariate TPE with constraints, the weights replaced in a copy of
-  the network (by this package's own quantizer, so that it is not about that), BatchNorm re-estimated by torch, the
+- `hand`: what one would write with Optuna and torch: multivariate TPE with constraints, the weights replaced in a copy
+  of the network (by this package's own quantizer, so that it is not about that), BatchNorm re-estimated by torch, the
   validation images evaluated by torch in the layout and with the batch size that are the fastest here, bytes by
   arithmetic. Nothing is exported, timed or logged.
 - `paretorch`: `Study(...)` as it is, from the call to the last trial: tracing, preflight, export, packing, timing,
   journal and MLflow included.
 
 Both run side by side in one process, seed by seed. The second table says how much of paretorch's time is spent inside
-forward passes (of torch, or of ONNX Runtime, timing included). It needs the CIFAR-10 images (benchmarks/cifar10/task.py).
+forward passes (of torch, or of ONNX Runtime, timing included). It needs the CIFAR-10 images
+(benchmarks/cifar10/task.py).
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def main() -> None:
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     whole = cifar10()
-    task = replace(whole, validation=Subset(whole.validation, range(arguments.images)), test=None)  # type: ignore[arg-type]
+    some = Subset(whole.validation, range(arguments.images))  # type: ignore[arg-type]  # it is a dataset
+    task = replace(whole, validation=some, test=None)
     print("seed  search      trials  total s  s/trial  hypervolume  s until 0.98   ratio   inside forward passes")
     ratios = []
     for seed in range(arguments.first, arguments.first + arguments.seeds):
@@ -200,9 +202,13 @@ def main() -> None:
             ratio = hand.took if name == "hand" and not len(enough) else reached[name]
             both = name == "hand" and np.isfinite(reached["paretorch"])
             times = f"{ratio / reached['paretorch']:.1f}" if both else ""
-            print(f"{seed:<6}{name:<12}{len(trace.points):<8}{trace.took:<9.0f}{trace.took / len(trace.points):<9.2f}{volumes[-1]:<13.4f}"
-                  f"{until:<15}{('> ' if times and not len(enough) else '') + times:<8}{f'{100 * share:.0f}%' if name == 'paretorch' else ''}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{seed:<6}{name:<12}{len(trace.points):<8}{trace.took:<9.0f}{trace.took / len(trace.points):<9.2f}"
+                f"{volumes[-1]:<13.4f}"
+                f"{until:<15}{('> ' if times and not len(enough) else '') + times:<8}"
+                f"{f'{100 * share:.0f}%' if name == 'paretorch' else ''}",
+                flush=True,
+            )
         ratios.append(min(reached["hand"], hand.took) / reached["paretorch"])
     print(f"ratio of the times until 0.98, at least: median {np.median(ratios):.1f}, least {min(ratios):.1f}")
 

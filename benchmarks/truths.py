@@ -2,18 +2,18 @@
 
     python benchmarks/truths.py            # builds what is missing, some minutes, into benchmarks/.cache
 
-A truth is a table, `accuracy[levels of layer 1, levels of layer 2, ...]`, and the bytes of every layer at every level; or,
-of more recipes than a table holds, a sum whose front the knapsack knows.
+A truth is a table, `accuracy[levels of layer 1, levels of layer 2, ...]`, and the bytes of every layer at every level;
+or, of more recipes than a table holds, a sum whose front the knapsack knows.
 
 - `digits-<width>-<seed>`: a convolutional network with six layers on scikit-learn's digits, every layer with 2, 3, 4,
   5, 6 or 8 bits per weight: 46,656 recipes.
 - `joint-<seed>`: four layers, each with {2, 3, 4, 6} bits x {0, 50, 75}% zeros: 20,736 recipes.
 - `interacting-<seed>`: made up, six layers of six levels whose losses do not add up: every pair of layers has a random
   interaction as large as the layers' own effects.
-- `layers-<seed>`: made up, 60 layers of six levels, 5 * 10^46 recipes. Losses add up (and then break, as accuracies do), some
-  layers' are a hundred times others'; so are their bytes, independently.
-- `cifar`: ResNet-20 on CIFAR-10 in six groups of layers, each with 2, 3, 4, 6 or 8 bits: 15,625 recipes. It is not built
-  here but comes with the repository (`cifar10/build_truth.py` says how it was made, and makes it).
+- `layers-<seed>`: made up, 60 layers of six levels, 5 * 10^46 recipes. Losses add up (and then break, as accuracies
+  do), some layers' are a hundred times others'; so are their bytes, independently.
+- `cifar`: ResNet-20 on CIFAR-10 in six groups of layers, each with 2, 3, 4, 6 or 8 bits: 15,625 recipes. It is not
+  built here but comes with the repository (`cifar10/build_truth.py` says how it was made, and makes it).
 
 After compression BatchNorm's statistics are estimated anew, layer after layer. Every prefix of layers is evaluated once
 and shared by all recipes that begin with it.
@@ -51,7 +51,9 @@ DIGITS = ((3, 0), (4, 1), (6, 2), (4, 3))  # width and seed of the six-layer net
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched: the error of every recipe. `bytes[layer][level]` adds up; levels in the order of their bytes."""
+    """What is searched: the error of every recipe. `bytes[layer][level]` adds up; levels in the order of their
+    bytes.
+    """
 
     name: str
     bytes: tuple[tuple[float, ...], ...]
@@ -96,7 +98,10 @@ class Problem:
         best, count, enough = alone, 1, share * self.total()
         while best.max() < enough:
             # Both boxes less what they share: the last point's size, the error of the one before it.
-            joined = [(best[:j] - (worst_error - error[:j]) * (worst_size - size[j])).max(initial=-1.0) for j in range(len(size))]  # fmt: skip
+            joined = [
+                (best[:j] - (worst_error - error[:j]) * (worst_size - size[j])).max(initial=-1.0)
+                for j in range(len(size))
+            ]
             best, count = alone + joined, count + 1
         return count
 
@@ -302,5 +307,8 @@ def everything() -> list[Problem]:
 if __name__ == "__main__":
     for truth in everything():
         error, size = truth.front()
-        print(f"{truth.name:16}  {math.prod(truth.shape):10.3g} recipes  best {1 - error.min():.4f}  "
-              f"largest {1 - truth.error(tuple(n - 1 for n in truth.shape)):.4f}  front of {len(size)}  hypervolume {truth.total():.4f}")  # fmt: skip
+        print(
+            f"{truth.name:16}  {math.prod(truth.shape):10.3g} recipes  best {1 - error.min():.4f}  "
+            f"largest {1 - truth.error(tuple(n - 1 for n in truth.shape)):.4f}  front of {len(size)}  "
+            f"hypervolume {truth.total():.4f}"
+        )

@@ -92,7 +92,9 @@ def read_task(task: str | None, config: Path | None, recorded: Record | None) ->
 def open_runner(
     console: Console, task: Task, settings: MeasurementSettings, **more: Any
 ) -> Iterator[tuple[LocalRunner, Watcher]]:
-    """A runner whose files are removed when the block ends, and what shows its progress; `more` are its own arguments."""
+    """A runner whose files are removed when the block ends, and what shows its progress; `more` are its own
+    arguments.
+    """
     import tempfile
 
     from ..runners.local import LocalRunner

@@ -1,1 +1,3 @@
-"""Configuration files and the ready studies: schema, loading, the user's task. Nothing here searches, measures or compresses."""
+"""Configuration files and the ready studies: schema, loading, the user's task. Nothing here searches, measures or
+compresses.
+"""

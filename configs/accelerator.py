@@ -1,4 +1,6 @@
-"""From what a configuration or a command says about the target to a `Target`: a name, or the YAML profile of an accelerator."""
+"""From what a configuration or a command says about the target to a `Target`: a name, or the YAML profile of an
+accelerator.
+"""
 
 from __future__ import annotations
 
@@ -63,14 +65,19 @@ class AcceleratorProfile(Strict):
     def _pairs(cls, value: dict[str, float]) -> dict[str, float]:
         wrong = [pair for pair in value if not _PAIR.fullmatch(pair)]
         if wrong:
-            raise fail(f"{', '.join(map(repr, wrong))}: write pairs of widths in bits, weights x activations, such as 8x8")  # fmt: skip
+            raise fail(
+                f"{', '.join(map(repr, wrong))}: write pairs of widths in bits, weights x activations, such as 8x8"
+            )
         if _NEEDED not in value:
-            raise fail(f"the pair {_NEEDED} is missing: the untouched network, with which all is compared, computes on it")  # fmt: skip
+            raise fail(
+                f"the pair {_NEEDED} is missing: the untouched network, with which all is compared, computes on it"
+            )
         return value
 
 
 def load_target(text: str, folder: Path | None = None) -> Target:
-    """The target that a text stands for: a name such as `openvino`, or the `.yaml` file of a profile, relative to `folder`.
+    """The target that a text stands for: a name such as `openvino`, or the `.yaml` file of a profile, relative to
+    `folder`.
 
     Raises `ConfigError` with all mistakes of a profile, and `TargetError` for an unknown name or a missing runtime.
 
@@ -95,7 +102,6 @@ def load_target(text: str, folder: Path | None = None) -> Target:
         raise ConfigError(problems_of(error, AcceleratorProfile), str(path)) from error
     memory = found.bytes_per_second
     shared = not isinstance(memory, Memories)
-    weights, activations = (memory, memory) if shared else (memory.weights, memory.activations)  # type: ignore[union-attr]
-    return analytic(
-        Profile(found.name, dict(found.operations_per_second), weights, activations, shared, found.seconds_per_layer)  # type: ignore[arg-type]
-    )
+    weights, activations = (memory.weights, memory.activations) if isinstance(memory, Memories) else (memory, memory)
+    rates = dict(found.operations_per_second)
+    return analytic(Profile(found.name, rates, weights, activations, shared, found.seconds_per_layer))

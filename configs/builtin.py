@@ -163,13 +163,15 @@ def _state(model: str, weights: str, resolve: Callable[[str], Path]) -> tuple[st
     if weights not in named.__members__:
         names = ", ".join(named.__members__)
         raise TaskError(
-            f"weights {weights!r}: neither a {', '.join(_WEIGHT_FILES)} file nor torchvision weights of {model} ({names})"
+            f"weights {weights!r}: neither a {', '.join(_WEIGHT_FILES)} file nor torchvision weights of {model} "
+            f"({names})"
         )
     try:
         return weights, named[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise TaskError(
-            f"weights {weights} of {model} cannot be fetched ({error}); fetch {named[weights].url} by hand and name the file"
+            f"weights {weights} of {model} cannot be fetched ({error}); fetch {named[weights].url} by hand and "
+            "name the file"
         ) from error
 
 
@@ -210,7 +212,8 @@ def _read(path: Path) -> Any:
 def _unreadable(path: Path, error: Exception) -> TaskError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:160]}".rstrip(": ")
     return TaskError(
-        f"weights file {path} cannot be read as a state dict ({reason}); it is cut short, damaged or of another format: "
+        f"weights file {path} cannot be read as a state dict ({reason}); it is cut short, damaged or of another "
+        "format: "
         "save it again with torch.save(model.state_dict(), ...)"
     )
 
@@ -223,13 +226,15 @@ def _named_tensors(checkpoint: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise TaskError(
-            f"weights file {path} holds {'nothing' if checkpoint == {} else f'a {type(checkpoint).__name__}'}, not a state dict; "
+            f"weights file {path} holds {'nothing' if checkpoint == {} else f'a {type(checkpoint).__name__}'}, "
+            "not a state dict; "
             "save it with torch.save(model.state_dict(), ...)"
         )
     other = [(key, value) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
     if other:
         raise TaskError(
-            f"weights file {path}: {other[0][0]!r} holds a {type(other[0][1]).__name__}, not a tensor; the state dict may "
+            f"weights file {path}: {other[0][0]!r} holds a {type(other[0][1]).__name__}, not a tensor; the "
+            "state dict may "
             f"stand at the top or under one of {', '.join(_NESTED)}"
         )
     state = {str(key): value for key, value in checkpoint.items()}
@@ -265,7 +270,8 @@ def _fill(network: nn.Module, state: dict[str, Tensor], source: str, classes: in
                 f"classes: {theirs[0]} (and {theirs[0]} class folders), or use weights trained for {classes} classes"
             )
         raise TaskError(
-            f"weights {source}: {len(other)} tensors have another shape; {key} is {theirs} there and {ours} in the model"
+            f"weights {source}: {len(other)} tensors have another shape; {key} is {theirs} there and {ours} in "
+            "the model"
         )
     network.load_state_dict(state)
 

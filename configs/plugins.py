@@ -1,8 +1,8 @@
 """Load the `Task` that a configuration names: from a function of the user, or a built-in task.
 
-A file is imported under a unique name (`paretorch_task_...`), so that two files called task.py do not collide. Its folder
-comes first on `sys.path`, as when Python runs the file, so that it can import the modules beside it. The module stays in
-`sys.modules`, so that what it defines can be pickled for forked DataLoader workers.
+A file is imported under a unique name (`paretorch_task_...`), so that two files called task.py do not collide. Its
+folder comes first on `sys.path`, as when Python runs the file, so that it can import the modules beside it. The module
+stays in `sys.modules`, so that what it defines can be pickled for forked DataLoader workers.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def _function(
     function: Callable[..., Any] = getattr(module, name)
     if not callable(function):
         raise TaskError(
-            f"{shown}: {name} is {_kind(function)}, not a function; define `def {name}({', '.join(arguments)}):` {purpose}"
+            f"{shown}: {name} is {_kind(function)}, not a function; define `def "
+            f"{name}({', '.join(arguments)}):` {purpose}"
         )
     try:
         inspect.signature(function).bind(*arguments)

@@ -1,2 +1,2 @@
-"""What is good, in numbers: measurements, objectives, budgets, fronts, costs by arithmetic. Nothing here knows a search, a runtime or
-a file."""
+"""What is good, in numbers: measurements, objectives, budgets, fronts, costs by arithmetic. Nothing here knows a
+search, a runtime or a file."""

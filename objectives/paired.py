@@ -1,8 +1,8 @@
 """Two networks on the same samples: is one of them worse, for all that is known so far?
 
 Both see the same images in the same order, so their scores are compared image by image. That takes out what makes some
-images hard for everybody, which is most of the variance: 500 images tell two networks apart that 5,000 would not if each
-saw its own.
+images hard for everybody, which is most of the variance: 500 images tell two networks apart that 5,000 would not if
+each saw its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from .measurement import Z95, Estimate
 
-# Standard errors by which a candidate must be worse to be given up. A study looks half a dozen times at every candidate,
-# against a dozen others; 4 standard errors (p = 3e-5) keep the chance of a wrong end below 1 in 400 for all of it.
+# Standard errors by which a candidate must be worse to be given up. A study looks half a dozen times at every
+# candidate, against a dozen others; 4 standard errors (p = 3e-5) keep the chance of a wrong end below 1 in 400 for all
+# of it.
 SURE = 4.0
 FIRST = 256  # samples before the first look
 

@@ -16,10 +16,11 @@ OK, OVER_BUDGET, STOPPED, FAILED = "ok", "over_budget", "stopped", "failed"
 class Candidate:
     """One finished trial.
 
-    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit), `stopped` (worse than another
-    beyond doubt, and evaluated in part: its metric is an estimate) or `failed`. reason: why, for people. excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that
-    the space does not hold. label: the name of a trivial baseline. test: a finalist's numbers, by `search.finalists`:
-    the metric on the test split, `METRIC_difference` to the baseline's there, `latency_ms` and its `latency_ratio` to the
+    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit), `stopped` (worse than
+    another beyond doubt, and evaluated in part: its metric is an estimate) or `failed`. reason: why, for people.
+    excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that the
+    space does not hold. label: the name of a trivial baseline. test: a finalist's numbers, by `search.finalists`: the
+    metric on the test split, `METRIC_difference` to the baseline's there, `latency_ms` and its `latency_ratio` to the
     baseline's, `size_bytes`, and the comparison with the simulation, `parity_...`.
     """
 

@@ -1,4 +1,5 @@
-"""What the numbers of a front can and cannot tell: clusters of members that no test separates, and the optimism of selection.
+"""What the numbers of a front can and cannot tell: clusters of members that no test separates, and the optimism of
+selection.
 
 Everything here takes members and scores, not a `Front`, which stands above this module.
 """

@@ -67,8 +67,8 @@ class Cost:
 class Explanation:
     """The costs of all decisions, the dearest first; `divergence` and `metric` are the whole recipe's, before training.
 
-    suggestion: the milder decision that brings the outputs nearest to the untouched network's per byte, if there is one;
-    its recipe trains as the explained one does. keeps: whether the limits on bytes and MACs hold with it.
+    suggestion: the milder decision that brings the outputs nearest to the untouched network's per byte, if there is
+    one; its recipe trains as the explained one does. keeps: whether the limits on bytes and MACs hold with it.
     """
 
     costs: tuple[Cost, ...]
@@ -115,19 +115,37 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
                 whole = structure.group(group)
                 wider = kept_channels(whole.channels, (keep + whole.channels) / 2 / whole.channels, whole.round_to)
                 milder = changed(step, Prune(group, wider)) if keep < wider < whole.channels else None
-                found.append(Decision(f"{group}: {keep} of {whole.channels} channels", changed(step, None), milder,
-                                      f"{wider} channels of {group} instead of {keep}"))  # fmt: skip
+                found.append(
+                    Decision(
+                        f"{group}: {keep} of {whole.channels} channels",
+                        changed(step, None),
+                        milder,
+                        f"{wider} channels of {group} instead of {keep}",
+                    )
+                )
             case Equalize(by):
                 found.append(Decision(f"ranges equalised (by {by})", changed(step, None)))
             case Sparsify(layer, ratio):
                 half = f"{50 * ratio:g}% zeros in {layer} instead of {100 * ratio:g}%"
-                found.append(Decision(f"{layer}: {100 * ratio:g}% zeros", changed(step, None),
-                                      changed(step, replace(step, ratio=ratio / 2)), half))  # fmt: skip
+                found.append(
+                    Decision(
+                        f"{layer}: {100 * ratio:g}% zeros",
+                        changed(step, None),
+                        changed(step, replace(step, ratio=ratio / 2)),
+                        half,
+                    )
+                )
             case Quantize(layer, bits, activations) if bits < 8 or activations == 32:
                 plain = replace(step, weight_bits=8) if activations < 32 else None
                 milder = changed(step, replace(step, weight_bits=bits + 1)) if bits < 8 else None
-                found.append(Decision(f"{layer}: weights of {bits} bit{'s' * (bits > 1)}", changed(step, plain), milder,
-                                      f"{bits + 1} bits in {layer} instead of {bits}"))  # fmt: skip
+                found.append(
+                    Decision(
+                        f"{layer}: weights of {bits} bit{'s' * (bits > 1)}",
+                        changed(step, plain),
+                        milder,
+                        f"{bits + 1} bits in {layer} instead of {bits}",
+                    )
+                )
             case _:
                 pass
     if rounded := {step.activation_bits for step in recipe.of(Quantize) if step.activation_bits < 32}:
@@ -143,8 +161,8 @@ def explain(
 ) -> Explanation:
     """Take every decision of a recipe back alone, on `images` validation images.
 
-    baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does not
-    fit the network, or is an ensemble.
+    baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does
+    not fit the network, or is an ensemble.
     """
     if recipe.of(Ensemble):
         raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks")

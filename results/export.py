@@ -1,4 +1,6 @@
-"""A member of the front, written as an artifact. Takes the candidate and the study's folder, which knows all the rest."""
+"""A member of the front, written as an artifact. Takes the candidate and the study's folder, which knows all the
+rest.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Front:
             if kept:
                 first.setdefault(point, candidate)
         best = first.values()
-        return tuple(sorted(best, key=lambda c: (c.measurement.value("size_bytes"), c.number)))  # type: ignore[union-attr]
+        return tuple(sorted(best, key=_by_size))
 
     def _inside(self) -> list[Candidate]:
         return [c for c in self.candidates if c.state == OK and c.measurement is not None]
@@ -82,7 +82,9 @@ class Front:
         return None if found is None or base is None else (found, base)
 
     def speed(self, candidate: Candidate) -> str:
-        """`faster`, `same speed` or `slower` than the baseline by the 95% intervals; empty where it was not measured."""
+        """`faster`, `same speed` or `slower` than the baseline by the 95% intervals; empty where it was not
+        measured.
+        """
         pair = self.latency(candidate)
         return speed(*pair) if pair else ""
 
@@ -146,7 +148,8 @@ class Front:
         return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
 
     def select(self, pick: str) -> Candidate:
-        """One candidate: `knee`, `recommended`, a number, an objective's name (its best), or limits (`size_bytes <= 80kB`).
+        """One candidate: `knee`, `recommended`, a number, an objective's name (its best), or limits (`size_bytes <=
+        80kB`).
 
         Under limits (joined by `and`) the member best in the first objective is taken. Raises `ConfigError`.
         """
@@ -167,7 +170,8 @@ class Front:
             limits = Budget.parse(text.split(" and "))
             if unknown := [limit.metric for limit in limits.limits if limit.metric not in self.baseline.metrics]:
                 raise ConfigError(
-                    f"--pick {pick!r}: unknown metric {', '.join(map(repr, unknown))}; metrics: {', '.join(self.baseline.metrics)}"
+                    f"--pick {pick!r}: unknown metric {', '.join(map(repr, unknown))}; metrics: "
+                    f"{', '.join(self.baseline.metrics)}"
                 )
             inside = [c for c in self._chosen(self.members) if self._keeps(limits, c)]
             if not inside:
@@ -176,8 +180,11 @@ class Front:
                 )
             return min(inside, key=lambda c: self.losses(c)[0])
         close = difflib.get_close_matches(text, ["knee", "recommended", *(o.metric for o in self.objectives)], 1)
-        raise ConfigError(f"--pick {pick!r}: write knee, recommended, a candidate's number, an objective ({', '.join(o.metric for o in self.objectives)}) "
-                          f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}")  # fmt: skip
+        raise ConfigError(
+            f"--pick {pick!r}: write knee, recommended, a candidate's number, an objective "
+            f"({', '.join(o.metric for o in self.objectives)}) "
+            f"or a limit such as 'size_bytes <= 80kB'{f'; did you mean {close[0]}?' if close else ''}"
+        )
 
     def _keeps(self, limits: Budget, candidate: Candidate) -> bool:
         assert candidate.measurement is not None
@@ -186,8 +193,10 @@ class Front:
 
     def _chosen(self, members: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         if not members:
-            raise StudyError("the front is empty: no candidate kept the budget; see the least-violating ones, "
-                             "and pick one of them by its number")  # fmt: skip
+            raise StudyError(
+                "the front is empty: no candidate kept the budget; see the least-violating ones, "
+                "and pick one of them by its number"
+            )
         return members
 
     def least_violating(self, count: int = 3) -> list[Candidate]:
@@ -215,9 +224,14 @@ class Front:
         rows = []
         for c in self.candidates:
             row: dict[str, object] = {
-                "number": c.number, "state": c.state, "front": c.number in members, "label": c.label, "reason": c.reason,
-                "speed": self.speed(c), **(self.verdicts(c) if c.number in members else {}),
-            }  # fmt: skip
+                "number": c.number,
+                "state": c.state,
+                "front": c.number in members,
+                "label": c.label,
+                "reason": c.reason,
+                "speed": self.speed(c),
+                **(self.verdicts(c) if c.number in members else {}),
+            }
             for prefix, metrics in (("", c.measurement.metrics if c.measurement else {}), ("test_", c.test)):
                 row |= {prefix + name: value for name, value in flat(metrics).items()}
             row["recipe"] = c.recipe.to_json()
@@ -264,6 +278,11 @@ class Front:
         if self.folder is None:
             raise StudyError(f"candidate {candidate.number} has no file")
         return export_candidate(self.folder, candidate, Path(to), force=force, kept=_numbers(self.members))
+
+
+def _by_size(candidate: Candidate) -> tuple[float, int]:
+    assert candidate.measurement is not None
+    return candidate.measurement.value("size_bytes"), candidate.number
 
 
 def _numbers(members: Sequence[Candidate]) -> str:

@@ -1,8 +1,8 @@
 """The study's memory: one JSON line per finished trial, on disk before the next trial starts.
 
 Optuna's own state is rebuilt from these lines, in memory, whenever a study is opened. That leaves one truth and no
-trial that is forever RUNNING, costs one fsync per trial where Optuna's journal takes one per parameter, and a line that a
-crash tore is simply cut off. (DESIGN.md proposes Optuna's JournalStorage; this does the same with less to repair.)
+trial that is forever RUNNING, costs one fsync per trial where Optuna's journal takes one per parameter, and a line that
+a crash tore is simply cut off. (DESIGN.md proposes Optuna's JournalStorage; this does the same with less to repair.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Journal:
         self.path = path
 
     def read(self, *, mend: bool = False) -> list[dict[str, Any]]:
-        """All records without a last line that a crash tore; `mend` (for the one who writes) cuts that off the file too.
+        """All records without a last line that a crash tore; `mend` (for the one who writes) cuts that off the file
+        too.
 
         Raises `StudyError` for a line that is whole and yet no record.
         """
@@ -46,8 +47,10 @@ class Journal:
                 if not isinstance(record, dict):
                     raise ValueError("a record is a JSON object")
             except ValueError as error:
-                raise StudyError(f"{self.path}:{number} is damaged ({error}); restore the file from a backup, or move the "
-                                 "study's folder away and start anew") from error  # fmt: skip
+                raise StudyError(
+                    f"{self.path}:{number} is damaged ({error}); restore the file from a backup, or move the "
+                    "study's folder away and start anew"
+                ) from error
             records.append(record)
         return records
 
@@ -76,8 +79,11 @@ def locked(directory: Path) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stream.seek(0)
-                raise StudyError(f"{directory} is in use by another search (process {stream.read().strip() or 'unknown'}); wait for its "
-                                 "end, stop it, or give this one another name or --output") from None  # fmt: skip
+                raise StudyError(
+                    f"{directory} is in use by another search (process {stream.read().strip() or 'unknown'}); "
+                    "wait for its "
+                    "end, stop it, or give this one another name or --output"
+                ) from None
             if not _is_at(stream.fileno(), path):  # whoever held it has taken the folder away with it
                 continue
             stream.truncate(0)

@@ -10,10 +10,10 @@ from .candidate import Candidate
 def parity_failure(candidate: Candidate) -> str:
     """In what a finalist's file differs from the network that was simulated.
 
-    At least 99.5% of 1,000 answers must be the same; of fewer the share must not be significantly below that, by its 95%
-    interval. (Without classes: the outputs within 5% of the largest, on average.) And the file's metric must not differ
-    from the simulation's beyond chance (paired 95% interval) and beyond what the inputs tell of it (the 95% interval of
-    the simulation's).
+    At least 99.5% of 1,000 answers must be the same; of fewer the share must not be significantly below that, by its
+    95% interval. (Without classes: the outputs within 5% of the largest, on average.) And the file's metric must not
+    differ from the simulation's beyond chance (paired 95% interval) and beyond what the inputs tell of it (the 95%
+    interval of the simulation's).
 
     Returns:
         Empty where it does not differ, or where nobody has compared.
@@ -24,7 +24,8 @@ def parity_failure(candidate: Candidate) -> str:
     if (answers := known.get("parity_agreement")) is not None:
         if (answers.value if answers.n >= PARITY_INPUTS else answers.high) < PARITY_AGREEMENT:
             reasons.append(
-                f"{100 * answers.value:.2f}% of {answers.n} answers are the simulation's (at least {100 * PARITY_AGREEMENT:g}% are asked)"
+                f"{100 * answers.value:.2f}% of {answers.n} answers are the simulation's (at least "
+                f"{100 * PARITY_AGREEMENT:g}% are asked)"
             )
     elif (mean := known["parity_mean_output"].value) > PARITY_DIFFERENCE:
         reasons.append(

@@ -103,8 +103,8 @@ def retarget(
     """Measure the front of a study on another target; `say` hears of every member.
 
     task: the study's, to measure its metric there too and to compare outputs on its validation inputs; else inputs are
-    made up. Raises `StudyError` when the study or the baseline's file is not there, `TargetError` when the target cannot
-    be used, `ExportFailed` when not even the baseline runs there.
+    made up. Raises `StudyError` when the study or the baseline's file is not there, `TargetError` when the target
+    cannot be used, `ExportFailed` when not even the baseline runs there.
     """
     front = open_front(study)
     if not front.members:
@@ -113,7 +113,7 @@ def retarget(
     protocol, _ = settings_of(folder)
     baseline = _onnx(folder.baseline)
     if baseline is None:
-        raise StudyError(f"{folder.baseline} is missing, and every latency is relative to it; restore the file")  # fmt: skip
+        raise StudyError(f"{folder.baseline} is missing, and every latency is relative to it; restore the file")
     reference = as_target(DEFAULT)
     inputs = list(_inputs(reference.load(baseline, 1), _shape(baseline), task))
     batch = np.resize(inputs[0], (protocol.batch, *inputs[0].shape[1:]))
@@ -131,7 +131,9 @@ def retarget(
             moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))
             continue
         try:
-            latency, ratio = target.latency(model, network, batch, baseline_latency.value, 4 * protocol.seconds, protocol.threads)  # fmt: skip
+            latency, ratio = target.latency(
+                model, network, batch, baseline_latency.value, 4 * protocol.seconds, protocol.threads
+            )
             found = replace(found, latency_ms=latency, ratio=ratio, verdict=verdict(ratio))
             if target.milliseconds is None:
                 runs = target.load(model, protocol.threads)
@@ -189,8 +191,11 @@ def _inputs(reference: Network, shape: Sequence[int], task: Task | None) -> Iter
     seen = 0
     for x, _ in batches(task, "validation"):
         if tuple(x.shape[1:]) != tuple(shape):
-            raise StudyError(f"the task {task.name!r} has inputs of shape {list(x.shape[1:])}, and the study's files take {list(shape)}; name "
-                             "the study's task")  # fmt: skip
+            raise StudyError(
+                f"the task {task.name!r} has inputs of shape {list(x.shape[1:])}, and the study's files take "
+                f"{list(shape)}; name "
+                "the study's task"
+            )
         yield x.numpy()
         seen += len(x)
         if seen >= _INPUTS:

@@ -1,2 +1,2 @@
-"""What carries recipes out: data, tracing, compression, training, export, files and measurement. Nothing here chooses a recipe, judges a
-front, or imports Optuna or MLflow."""
+"""What carries recipes out: data, tracing, compression, training, export, files and measurement. Nothing here chooses a
+recipe, judges a front, or imports Optuna or MLflow."""

@@ -72,16 +72,22 @@ def apply_recipe(
 def measure_again(
     runner: LocalRunner, packed: bytes, recorded: Record, protocol: MeasurementSettings, progress: Progress
 ) -> tuple[RecordRow, ...]:
-    """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign task."""
+    """The rows of a file that ships, measured beside the runner's untouched network; raises `TaskError` for a foreign
+    task.
+    """
     metric = runner.task.metric_name
     known = [row.metric for row in recorded.rows if row.split and row.baseline and row.metric not in COSTS]
     if known and metric not in known:
-        raise TaskError(f"task {runner.task.name!r} measures {metric}, but {', '.join(dict.fromkeys(known))} is recorded; "
-                        "name the task that the artifact was made for")  # fmt: skip
+        raise TaskError(
+            f"task {runner.task.name!r} measures {metric}, but {', '.join(dict.fromkeys(known))} is recorded; "
+            "name the task that the artifact was made for"
+        )
     wanted, given = session(unpack(packed)).get_inputs()[0].shape[1:], list(runner.builder.example.shape[1:])
     if wanted != given:
-        raise TaskError(f"task {runner.task.name!r} gives inputs of shape {given}, but the artifact takes {wanted}; "
-                        "name the task that the artifact was made for")  # fmt: skip
+        raise TaskError(
+            f"task {runner.task.name!r} gives inputs of shape {given}, but the artifact takes {wanted}; "
+            "name the task that the artifact was made for"
+        )
     progress("measuring the untouched network")
     base, base_file = runner.baseline()
     progress("measuring the artifact")
@@ -90,8 +96,14 @@ def measure_again(
     test, test_base = _on_test(runner, packed, base_file, progress)
     latency = _joined(found["latency_ms"], test.get("latency_ms"))
     measured = Measurement({metric: found[metric], **sizes, "latency_ms": latency})
-    return rows(measured, base, protocol, test={name: value for name, value in test.items() if name != "latency_ms"},
-                test_base=test_base, box=4 * protocol.seconds)  # fmt: skip
+    return rows(
+        measured,
+        base,
+        protocol,
+        test={name: value for name, value in test.items() if name != "latency_ms"},
+        test_base=test_base,
+        box=4 * protocol.seconds,
+    )
 
 
 def _joined(first: Estimate, second: Estimate | None) -> Estimate:

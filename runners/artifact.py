@@ -1,4 +1,5 @@
-"""What ships: a directory with the model as plain ONNX, the packed file, the recipe, and what was measured, how and where.
+"""What ships: a directory with the model as plain ONNX, the packed file, the recipe, and what was measured, how and
+where.
 
 `model.onnx` runs in ONNX Runtime alone. `weights.safetensors` is the packed file whose length is `size_bytes`; it holds
 the whole model and gives `model.onnx` bit for bit. `artifact.json` lists the SHA-256 of every file, which finds every
@@ -35,8 +36,8 @@ _FILES_1 = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.js
 # By version: the files that an artifact consists of, beside artifact.json.
 _FILES = {1: _FILES_1, 2: (*_FILES_1, "environment.json")}
 _PROBED = 4, 64  # pseudo-random inputs, and outputs that are kept
-# By what share of the largest output two machines may differ. Floats are added in another order; where layers compute in
-# int8, a number at the border of two steps falls to the other side, and layers behind it make more of that.
+# By what share of the largest output two machines may differ. Floats are added in another order; where layers compute
+# in int8, a number at the border of two steps falls to the other side, and layers behind it make more of that.
 _TOLERANCE_FLOAT, _TOLERANCE_INT8 = 1e-3, 5e-2
 
 
@@ -72,8 +73,8 @@ def write(
 ) -> Path:
     """Write an artifact directory whole; an existing artifact there is replaced, any other directory is refused.
 
-    What the network gives for fixed pseudo-random inputs is added to the measurements as `check`. Raises `ArtifactError`
-    when `directory` holds something else, `OSError` when it cannot be written.
+    What the network gives for fixed pseudo-random inputs is added to the measurements as `check`. Raises
+    `ArtifactError` when `directory` holds something else, `OSError` when it cannot be written.
     """
     directory = directory.absolute()
     check_free(directory)
@@ -217,7 +218,8 @@ def inspect(directory: str | Path) -> VerifiedArtifact:
 
 
 def probe(model: bytes) -> dict[str, Any]:
-    """What a network gives for inputs that are the same everywhere, as plain data: some outputs and how far they may be off.
+    """What a network gives for inputs that are the same everywhere, as plain data: some outputs and how far they may be
+    off.
 
     Raises `ExportFailed` when it does not run. The inputs are uniform in -1..1, from NumPy's frozen Mersenne Twister.
     """
@@ -246,8 +248,10 @@ def card(recipe: Recipe, record: Record, environment: Mapping[str, str]) -> str:
     """The README of an artifact: what it is, its numbers beside the untouched network's, and how to run it."""
     lines = []
     for row in record.rows:
-        one, base = (("-" if m is None else f"{show(row.metric, m.value)} {spread(row.metric, m)}".rstrip())
-                     for m in (row.found, row.baseline))  # fmt: skip
+        one, base = (
+            ("-" if m is None else f"{show(row.metric, m.value)} {spread(row.metric, m)}".rstrip())
+            for m in (row.found, row.baseline)
+        )
         lines.append(f"| {row.name} | {one} | {base} | {row.change()} |")
     table = "\n".join(lines)
     notes = "\n".join(f"- {row.name}: {row.protocol}." for row in record.rows)
@@ -255,9 +259,10 @@ def card(recipe: Recipe, record: Record, environment: Mapping[str, str]) -> str:
     if record.over_budget:
         over = f"\nIt is over the budget it was searched for: {', '.join(record.over_budget)}.\n"
     place = ", ".join(f"{key} {environment[key]}" for key in ("onnxruntime", "torch", "python") if key in environment)
+    processor = environment.get("processor", "an unknown processor") + (f" ({place})" if place else "")
     return f"""# {record.name}
 
-A compressed network of the task `{record.task}`: {recipe.describe()}. Measured on {environment.get("processor", "an unknown processor")}{f" ({place})" * bool(place)}.
+A compressed network of the task `{record.task}`: {recipe.describe()}. Measured on {processor}.
 {over}
 | | this file | the untouched network | |
 |---|---|---|---|
@@ -265,8 +270,8 @@ A compressed network of the task `{record.task}`: {recipe.describe()}. Measured 
 
 {notes}
 
-`size_bytes` is the packed file `weights.safetensors`, which holds the whole model; `model.onnx` is the same model for any
-ONNX runtime. `recipe.yaml` says what was done, and `paretorch apply recipe.yaml` does it to a newer checkpoint.
+`size_bytes` is the packed file `weights.safetensors`, which holds the whole model; `model.onnx` is the same model for
+any ONNX runtime. `recipe.yaml` says what was done, and `paretorch apply recipe.yaml` does it to a newer checkpoint.
 `paretorch verify .` checks these files and measures them again.
 
 ```python
@@ -275,9 +280,9 @@ session = onnxruntime.InferenceSession("model.onnx", disabled_optimizers={DISABL
 outputs = session.run(None, {{"input": images}})[0]          # images: float32 [batch, ...]
 ```
 
-With the optimizer left on, ONNX Runtime may turn layers that were kept in float into int8 ones. On x86 processors without
-VNNI also set the session option `session.x64quantprecision` to `1`: else sums of 8-bit products overflow there. Or, with
-paretorch:
+With the optimizer left on, ONNX Runtime may turn layers that were kept in float into int8 ones. On x86 processors
+without VNNI also set the session option `session.x64quantprecision` to `1`: else sums of 8-bit products overflow there.
+Or, with paretorch:
 
 ```python
 import paretorch

@@ -37,8 +37,8 @@ from .targets.target import Network, Target
 from .task import Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# By what share of the largest output a file may differ from ONNX Runtime: sums in another order; where layers compute in
-# int8, numbers at the border of two steps that fall to the other side.
+# By what share of the largest output a file may differ from ONNX Runtime: sums in another order; where layers compute
+# in int8, numbers at the border of two steps that fall to the other side.
 _FLOAT, _INT8 = 1e-3, 5e-2
 _SECONDS = 0.05  # for which threads are looked at
 
@@ -163,8 +163,11 @@ def _threads(target: Target, network: Network, x: NDArray[Any], expected: NDArra
             network(x)
         own, everybody = time.thread_time() - own, time.process_time() - everybody
         if own < everybody / 2:
-            yield (f"calling_thread = True, but of its CPU time with one thread only {100 * own / everybody:.0f}% is the calling thread's; "
-                   "set it to False")  # fmt: skip
+            yield (
+                f"calling_thread = True, but of its CPU time with one thread only {100 * own / everybody:.0f}% "
+                "is the calling thread's; "
+                "set it to False"
+            )
 
 
 def _computes(milliseconds: Any, model: bytes) -> Iterator[str]:
@@ -190,7 +193,10 @@ def _refuses(target: Target) -> Iterator[str]:
     except ExportFailed:
         return
     except Exception as error:
-        yield f"load of bytes that are no ONNX file raised {_told(error)}; it must raise ExportFailed, which fails one candidate and no study"
+        yield (
+            f"load of bytes that are no ONNX file raised {_told(error)}; it must raise ExportFailed, which fails "
+            "one candidate and no study"
+        )
 
 
 def _told(error: Exception) -> str:

@@ -148,9 +148,9 @@ def fastest(
 
     load: of the target that runs them.
 
-    seconds: how long the obvious way may take for all the files together, which decides how many of the images are used;
-    all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its outputs
-    agree with the obvious way's to 1e-3 of the largest, and every score is the same.
+    seconds: how long the obvious way may take for all the files together, which decides how many of the images are
+    used; all the ways together take some twenty times as long. A way counts only if it is faster by a twentieth, its
+    outputs agree with the obvious way's to 1e-3 of the largest, and every score is the same.
 
     clock: seconds, from any start.
     """

@@ -71,8 +71,8 @@ from .task import Split, Task, batches, dataset, scores
 from .timing.clean_process import CleanProcess, ThisProcess, process_for
 from .training.finetune import finetune
 
-# Up to so many weights zstd may take its time. On ResNet-20's 270 thousand level 19 takes 0.2 s of a trial, level 1 takes
-# 0.01 s and 0.2% to 3% more bytes (12% more at 2 bits and 90% sparsity).
+# Up to so many weights zstd may take its time. On ResNet-20's 270 thousand level 19 takes 0.2 s of a trial, level 1
+# takes 0.01 s and 0.2% to 3% more bytes (12% more at 2 bits and 90% sparsity).
 _ZSTD_19 = 1 << 19
 _IN_MEMORY = 1 << 30  # bytes of validation images that are kept decoded between trials
 PARITY_SECONDS = 20.0  # after which a file is compared with its simulation on fewer inputs
@@ -176,7 +176,9 @@ class LocalRunner:
     # ----------------------------------------------------------------------------------------------- the baseline
 
     def baseline(self) -> tuple[Measurement, bytes]:
-        """The original network, exported, packed, reloaded and measured; raises `TaskError` when it does not survive."""
+        """The original network, exported, packed, reloaded and measured; raises `TaskError` when it does not
+        survive.
+        """
         started = time.perf_counter()
         packed = self.build(Recipe())
         self.use_baseline(packed)
@@ -193,7 +195,9 @@ class LocalRunner:
         return Measurement(estimates, seconds, environment(self.target)), packed
 
     def use_baseline(self, packed: bytes, latency_ms: float | None = None) -> None:
-        """Take a packed baseline as what latencies are relative to; `latency_ms` is what it took when it was measured."""
+        """Take a packed baseline as what latencies are relative to; `latency_ms` is what it took when it was
+        measured.
+        """
         self._baseline = self.target.load(packing.onnx_bytes(packed), self.settings.threads)
         self._baseline_ms = latency_ms
 

@@ -1,7 +1,8 @@
 """Races: the evaluation of a candidate that is significantly worse than a rival is stopped early.
 
 The sampler must still learn what such a candidate is worth, and its score on the first images is biased: those may have
-been easy. So it is told the rival's score over all images, less the paired difference on the images that both have seen.
+been easy. So it is told the rival's score over all images, less the paired difference on the images that both have
+seen.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Rival:
         name: For people, such as `#12`.
         scores: Its metric on every validation sample.
         margin: By how much a candidate may be worse.
-        losses: What it costs in the other objectives; only candidates that cost no less have it as a rival. Empty: all have.
+        losses: What it costs in the other objectives; only candidates that cost no less have it as a rival. Empty: all
+            have.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """The numbers that ship with a file: what was measured, on which split, how, and beside what.
 
-A `Record` is the plain data of an artifact's `measurements.json`. `compare` tells whether two of them agree: exact numbers
-must be equal, a metric must lie inside the recorded interval, and a speed is compared as the ratio to the untouched
-network that was timed beside it, because absolute times of two machines, or of one machine on two days, say little.
+A `Record` is the plain data of an artifact's `measurements.json`. `compare` tells whether two of them agree: exact
+numbers must be equal, a metric must lie inside the recorded interval, and a speed is compared as the ratio to the
+untouched network that was timed beside it, because absolute times of two machines, or of one machine on two days, say
+little.
 """
 
 from __future__ import annotations
@@ -39,14 +40,24 @@ class RecordRow:
 
     def to_dict(self) -> dict[str, Any]:
         base = None if self.baseline is None else asdict(self.baseline)
-        return {"metric": self.metric, "split": self.split or None, **asdict(self.found), "baseline": base,
-                "protocol": self.protocol}  # fmt: skip
+        return {
+            "metric": self.metric,
+            "split": self.split or None,
+            **asdict(self.found),
+            "baseline": base,
+            "protocol": self.protocol,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RecordRow:
         base = data["baseline"]
-        return cls(str(data["metric"]), str(data["split"] or ""), _metric(data), None if base is None else _metric(base),
-                   str(data["protocol"]))  # fmt: skip
+        return cls(
+            str(data["metric"]),
+            str(data["split"] or ""),
+            _metric(data),
+            None if base is None else _metric(base),
+            str(data["protocol"]),
+        )
 
     @property
     def name(self) -> str:
@@ -153,7 +164,11 @@ def rows(
                 parts.append(RecordRow(name, "test", test[name], test_base, _scoring(protocol, "test", test[name])))
         else:
             parts.append(RecordRow(name, "", metric, beside, _EXACT.get(name, "exact")))
-    scored = "test" if any(metric.n and name in test for name, metric in found.metrics.items() if name != "latency_ms") else "validation"  # fmt: skip
+    scored = (
+        "test"
+        if any(metric.n and name in test for name, metric in found.metrics.items() if name != "latency_ms")
+        else "validation"
+    )
     for name, metric in test.items():
         if name not in found.metrics:
             beside, split = (Estimate.exact(1.0), "validation") if name == "latency_ratio" else (None, scored)
@@ -161,12 +176,16 @@ def rows(
     return tuple(parts)
 
 
-_PAIRED = ("the metric less the untouched network's on the same samples; 95% interval for pairs (Bonett & Price 2012 where "
-           "scores are 0 or 1, else normal)")  # fmt: skip
+_PAIRED = (
+    "the metric less the untouched network's on the same samples; 95% interval for pairs (Bonett & Price 2012 where "
+    "scores are 0 or 1, else normal)"
+)
 _FINALIST = {
     "latency_ratio": "the latency as a share of the untouched network's, timed as latency_ms says; 95% interval",
-    "parity_agreement": "the share of equal answers of the packed file in ONNX Runtime and of a simulation of its graph; 95% interval",
-    "parity_metric": "the metric of the packed file less that of the simulation on the same inputs; 95% interval for pairs",
+    "parity_agreement": "the share of equal answers of the packed file in ONNX Runtime and of a simulation of its "
+    "graph; 95% interval",
+    "parity_metric": "the metric of the packed file less that of the simulation on the same inputs; 95% interval for "
+    "pairs",
     "parity_simulated": "the metric of the simulation on these inputs; 95% interval",
     "parity_mean_output": "how far the outputs are off the simulation's, as a share of its largest, on average",
     "parity_max_output": "the same, at most",
@@ -176,7 +195,8 @@ _FINALIST = {
 _EXACT = {
     "size_bytes": "the length of weights.safetensors, which holds the whole model; exact",
     "onnx_bytes": "the length of model.onnx; exact",
-    "zstd_bytes": "the length of the packed file entropy-coded by zstd in the shortest of three forms, level 19 for networks "
+    "zstd_bytes": "the length of the packed file entropy-coded by zstd in the shortest of three forms, level 19 for "
+    "networks "
     f"of up to {1 << 19:,} weights and level 1 for larger ones; exact for one version of zstd",
     "macs": "multiply-adds for one input, counted from the layers' shapes; exact",
 }
@@ -184,8 +204,11 @@ _EXACT = {
 
 def _scoring(protocol: MeasurementSettings | None, split: str, metric: Estimate) -> str:
     runtime = (protocol or MeasurementSettings()).runtime
-    return (f"the mean over the {metric.n} samples of the {split} split, computed by {runtime} from the packed file read back; "
-            "95% interval")  # fmt: skip
+    return (
+        f"the mean over the {metric.n} samples of the {split} split, computed by {runtime} from the packed file "
+        "read back; "
+        "95% interval"
+    )
 
 
 def _timing(
@@ -195,8 +218,11 @@ def _timing(
         return "in ONNX Runtime on the CPU, in turns with the untouched network; 95% interval"
     many = f"{protocol.batch} inputs" if protocol.batch > 1 else "one input"
     if not isinstance(protocol.target, str):
-        return (f"a run on {many}, computed layer by layer as a roofline from the profile of {protocol.target.get('name')}: what the hardware "
-                "could do at best; exact")  # fmt: skip
+        return (
+            f"a run on {many}, computed layer by layer as a roofline from the profile of "
+            f"{protocol.target.get('name')}: what the hardware "
+            "could do at best; exact"
+        )
     clock = "the thread's CPU time" if protocol.threads == 1 and protocol.target in _ON_CPU else "the wall clock"
     place = protocol.runtime + (" on the CPU" if protocol.target in _ON_CPU else "")
     yardstick = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
@@ -206,13 +232,18 @@ def _timing(
         turns = (
             f"in a clean process, pinned, in random order with the untouched network, until ±1% or {box:g} s are over"
         )
-    return (f"a run on {many} of the validation split in {place}, {protocol.threads} "
-            f"thread{'s' * (protocol.threads > 1)}, {clock}; {turns}; the median of the pairs' ratios{yardstick}; 95% interval")  # fmt: skip
+    return (
+        f"a run on {many} of the validation split in {place}, {protocol.threads} "
+        f"thread{'s' * (protocol.threads > 1)}, {clock}; {turns}; the median of the pairs' ratios{yardstick}; "
+        "95% interval"
+    )
 
 
 @dataclass(frozen=True)
 class RecordComparison:
-    """A recorded number beside the same number now. verdict: in words; agrees: whether they are the same for all one knows."""
+    """A recorded number beside the same number now. verdict: in words; agrees: whether they are the same for all one
+    knows.
+    """
 
     name: str
     recorded: str

@@ -8,7 +8,8 @@ Every kind of request says with its type parameter what its result is, so that a
 `submit` (one `Outcome` for all kinds, as first designed, would have been a union that every caller has to take apart).
 
 A trial that fails is a result: the future of a `RunTrial` gives an `Outcome` with a `Failure`. The future of any other
-request raises what went wrong. Errors that are no `TrialError` are raised by the future of a trial, too: they stop a study.
+request raises what went wrong. Errors that are no `TrialError` are raised by the future of a trial, too: they stop a
+study.
 """
 
 from __future__ import annotations
@@ -265,7 +266,8 @@ class MeasureFinalist(Request[tuple[NDArray[np.float64], Estimate | None]]):
 
 @dataclass(frozen=True)
 class CompareSimulation(Request[Mapping[str, Estimate]]):
-    """A packed file beside the simulation of its graph, on inputs of the test split (of validation where there is none).
+    """A packed file beside the simulation of its graph, on inputs of the test split (of validation where there is
+    none).
 
     Args:
         packed: The packed file.

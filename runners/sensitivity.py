@@ -194,7 +194,8 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
             by_layer[layer.name] = distinct
     if not by_layer:
         raise ConfigError(
-            "space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing to measure; "
+            "space: no layer has a choice of weight_bits below 32 or of sparsity above 0, so there is nothing "
+            "to measure; "
             "write weight_bits: [4, 8] or sparsity: [0.0, 0.5], or leave `space` out"
         )
     return by_layer

@@ -29,8 +29,8 @@ from ..spaces.techniques.student import STUDENT
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
-# How important each weight is, from the weight and, as large, the norms of what it is multiplied with on the calibration images
-# (None for layers of more than 8192 inputs).
+# How important each weight is, from the weight and, as large, the norms of what it is multiplied with on the
+# calibration images (None for layers of more than 8192 inputs).
 Criterion = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -48,12 +48,12 @@ class Task:
     trains and calibrates on *train*, selects on *validation*, and looks at *test* once, for the finalists. Of a
     DataLoader the samples, how they are collated and the workers are used; order and `batch_size` are the task's.
     metric: `metric(outputs, targets)` returns one score per sample, higher is better; its mean is the metric and its
-    interval comes from the number of samples. metric_name: how it is called in objectives and budgets.
-    loss: for recovery; cross-entropy when None. criteria: functions that choose zeros, by the name that `Sparsify.criterion`
-    calls them, such as "rules.py:score": from a weight `[output, input, ...]` and the norms of its inputs on the calibration
-    images (as the weight, or None where a layer has more than 8192 inputs) they return a score for each weight, the lowest of
-    which become zero. students: other networks for the same inputs and outputs, by the name that `Student.factory` calls them,
-    as functions without arguments; they may be untrained, then recovery trains them.
+    interval comes from the number of samples. metric_name: how it is called in objectives and budgets. loss: for
+    recovery; cross-entropy when None. criteria: functions that choose zeros, by the name that `Sparsify.criterion`
+    calls them, such as "rules.py:score": from a weight `[output, input, ...]` and the norms of its inputs on the
+    calibration images (as the weight, or None where a layer has more than 8192 inputs) they return a score for each
+    weight, the lowest of which become zero. students: other networks for the same inputs and outputs, by the name that
+    `Student.factory` calls them, as functions without arguments; they may be untrained, then recovery trains them.
 
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
@@ -76,15 +76,21 @@ class Task:
 
     def __post_init__(self) -> None:
         if not callable(self.model) or isinstance(self.model, nn.Module):
-            raise TaskError(f"task {self.name!r}: model must be a function that returns the network, not {type(self.model).__name__}; "
-                            "write model=lambda: load_my_network()")  # fmt: skip
+            raise TaskError(
+                f"task {self.name!r}: model must be a function that returns the network, not "
+                f"{type(self.model).__name__}; "
+                "write model=lambda: load_my_network()"
+            )
         if not callable(self.metric):
             raise TaskError(f"task {self.name!r}: metric must be a function of (outputs, targets), not {self.metric!r}")
         if self.loss is not None and not callable(self.loss):
             raise TaskError(f"task {self.name!r}: loss must be a function of (outputs, targets), not {self.loss!r}")
         if not self.metric_name.isidentifier() or self.metric_name in COSTS:
-            raise TaskError(f"task {self.name!r}: metric_name = {self.metric_name!r}; objectives and budgets call the metric by it: "
-                            f"write a word such as 'f1', none of {', '.join(COSTS)}")  # fmt: skip
+            raise TaskError(
+                f"task {self.name!r}: metric_name = {self.metric_name!r}; objectives and budgets call the "
+                "metric by it: "
+                f"write a word such as 'f1', none of {', '.join(COSTS)}"
+            )
         if self.batch_size < 1:
             raise TaskError(f"task {self.name!r}: batch_size = {self.batch_size}; it must be at least 1")
         for name, factory in self.students.items():
@@ -94,12 +100,18 @@ class Task:
                 or not callable(factory)
                 or isinstance(factory, nn.Module)
             ):
-                raise TaskError(f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name (letters, digits and "
-                                "-_. only, not 'teacher', which is the network itself) and a function that returns the network")  # fmt: skip
+                raise TaskError(
+                    f"task {self.name!r}: students = {{{name!r}: {type(factory).__name__}}}; write a name "
+                    "(letters, digits and "
+                    "-_. only, not 'teacher', which is the network itself) and a function that returns the network"
+                )
         for name, function in self.criteria.items():
             if name in CRITERIA or not known_criterion(name) or not callable(function):
-                raise TaskError(f"task {self.name!r}: criteria = {{{name!r}: {function!r}}}; write a function of (weight, norms), and its "
-                                "name as FILE.py:FUNCTION")  # fmt: skip
+                raise TaskError(
+                    f"task {self.name!r}: criteria = {{{name!r}: {function!r}}}; write a function of (weight, "
+                    "norms), and its "
+                    "name as FILE.py:FUNCTION"
+                )
 
 
 def dataset(task: Task, split: Split) -> Dataset[Any]:
@@ -122,13 +134,17 @@ def _loaded(task: Task, split: Split, loader: DataLoader[Any]) -> Dataset[Any]:
     if isinstance(loader.dataset, IterableDataset):
         return loader.dataset
     if loader.batch_size is None:
-        raise TaskError(f"task {task.name!r}: the {split} DataLoader has a batch_sampler or batch_size=None, which paretorch "
-                        "would ignore, for it draws its own batches; give the dataset itself")  # fmt: skip
+        raise TaskError(
+            f"task {task.name!r}: the {split} DataLoader has a batch_sampler or batch_size=None, which paretorch "
+            "would ignore, for it draws its own batches; give the dataset itself"
+        )
     if isinstance(loader.sampler, SubsetRandomSampler):
         return Subset(loader.dataset, list(loader.sampler.indices))
     if not isinstance(loader.sampler, SequentialSampler | RandomSampler):
-        raise TaskError(f"task {task.name!r}: the {split} DataLoader has a {type(loader.sampler).__name__}, which paretorch would "
-                        "ignore, for it draws its own order; give the dataset itself, or a Subset of it")  # fmt: skip
+        raise TaskError(
+            f"task {task.name!r}: the {split} DataLoader has a {type(loader.sampler).__name__}, which paretorch would "
+            "ignore, for it draws its own order; give the dataset itself, or a Subset of it"
+        )
     return loader.dataset
 
 
@@ -158,8 +174,10 @@ def batches(
         extra = {"collate_fn": data.collate_fn, "num_workers": data.num_workers, "worker_init_fn": data.worker_init_fn}
     for batch in DataLoader(samples, batch_size=batch_size or task.batch_size, generator=generator, **extra):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
-            raise TaskError(f"task {task.name!r}: the {split} data must give (input, target) pairs with one input tensor, "
-                            f"not {type(batch).__name__}")  # fmt: skip
+            raise TaskError(
+                f"task {task.name!r}: the {split} data must give (input, target) pairs with one input tensor, "
+                f"not {type(batch).__name__}"
+            )
         try:
             targets = torch.as_tensor(batch[1])
         except (TypeError, ValueError, RuntimeError) as error:
@@ -204,8 +222,10 @@ def scores(task: Task, outputs: Tensor, targets: Tensor) -> NDArray[np.float64]:
         raise Diverged("the network's outputs hold NaN")
     found = torch.as_tensor(task.metric(outputs, targets)).double()
     if found.shape != (len(outputs),):
-        raise TaskError(f"metric {task.metric_name!r} returned the shape {tuple(found.shape)} for {len(outputs)} samples; "
-                        "it must return one score per sample, as paretorch.accuracy does")  # fmt: skip
+        raise TaskError(
+            f"metric {task.metric_name!r} returned the shape {tuple(found.shape)} for {len(outputs)} samples; "
+            "it must return one score per sample, as paretorch.accuracy does"
+        )
     if not bool(found.isfinite().all()):
         raise Diverged(f"metric {task.metric_name!r} returned {float(found[~found.isfinite()][0])}")
     return found.numpy()

@@ -1,7 +1,7 @@
 """For authors of runners and of searches: a runner whose numbers a function makes up, and the contract of every runner.
 
-With `FunctionRunner` a search runs in milliseconds, without a network, data or files that compute anything; what stands around
-the runner (the journal, the sampler, the rungs, the report) is the real thing. `check_runner` needs no pytest.
+With `FunctionRunner` a search runs in milliseconds, without a network, data or files that compute anything; what stands
+around the runner (the journal, the sampler, the rungs, the report) is the real thing. `check_runner` needs no pytest.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ from .runner import (
 )
 
 # Results that are the same for everybody.
-_FIXED: dict[type, object] = {TrainStudent: {}, TunePlan: (EvaluationPlan(), 1.0), TimeParity: 0.0, RestoreBaseline: None}
+_FIXED: dict[type, object] = {
+    TrainStudent: {},
+    TunePlan: (EvaluationPlan(), 1.0),
+    TimeParity: 0.0,
+    RestoreBaseline: None,
+}
 # The numbers of a recipe, by metric; may raise what a trial raises.
 Measure = Callable[[Recipe], Mapping[str, Estimate]]
 
@@ -65,7 +70,7 @@ class FunctionRunner:
 
         >>> from paretorch.spaces.structure import Layer
         >>> structure = Structure((Layer("fc", "linear", (4, 8), 32),))
-        >>> numbers = {"accuracy": Estimate.rate(9, 10), "size_bytes": Estimate.exact(40), "latency_ms": Estimate.exact(1.0)}
+        >>> numbers = {"accuracy": Estimate.rate(9, 10), "size_bytes": Estimate.exact(40)}
         >>> runner = FunctionRunner(structure, lambda recipe: numbers)
         >>> runner.submit(RunTrial(Recipe((Quantize("fc", 4),)))).result().measurement.value("accuracy")
         0.9

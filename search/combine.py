@@ -1,4 +1,6 @@
-"""The end of a search that may put ensembles together: which are looked through, and which are tried (see `search.ensembles`)."""
+"""The end of a search that may put ensembles together: which are looked through, and which are tried (see
+`search.ensembles`).
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Ensembles of candidates: which to build, foretold from what each network alone gives.
 
-The networks to choose from are the first two nondominated layers of what was measured, whatever its metric: two networks that
-are not accurate enough alone may be so together. Each answers the validation inputs once, and outputs are averaged here, so that
-hundreds of combinations cost seconds: all pairs, and a third network only beside pairs that are better than both their own.
-MACs and latency add up; of the packed bytes the tensors that differ do, while a graph much like another takes part of its bytes.
-Only what the front would grow by is then built, exported and measured, the greatest gain first, as a candidate like any other.
+The networks to choose from are the first two nondominated layers of what was measured, whatever its metric: two
+networks that are not accurate enough alone may be so together. Each answers the validation inputs once, and outputs are
+averaged here, so that hundreds of combinations cost seconds: all pairs, and a third network only beside pairs that are
+better than both their own. MACs and latency add up; of the packed bytes the tensors that differ do, while a graph much
+like another takes part of its bytes. Only what the front would grow by is then built, exported and measured, the
+greatest gain first, as a candidate like any other.
 
-The best of so many combinations is chosen on the validation split, so its number there is partly luck, more so than that of a
-single trial. The test split, which every member of the front meets once, has the last word.
+The best of so many combinations is chosen on the validation split, so its number there is partly luck, more so than
+that of a single trial. The test split, which every member of the front meets once, has the last word.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _ALIKE = 0.4  # what a second graph, deflated behind the first, takes of its byt
 
 @dataclass(frozen=True)
 class Network:
-    """A candidate that an ensemble may hold, and the bytes of its file: of its tensors, by content, and the rest (the graph)."""
+    """A candidate that an ensemble may hold, and the bytes of its file: of its tensors, by content, and the rest (the
+    graph).
+    """
 
     candidate: Candidate
     tensors: Mapping[bytes, int]
@@ -73,7 +76,9 @@ def eligible(front: Front) -> list[Candidate]:
 
 
 def chosen(front: Front, networks: Sequence[Network]) -> list[Network]:
-    """Those that fit into the limits on costs beside another one, so many at most that their pairs are soon looked through."""
+    """Those that fit into the limits on costs beside another one, so many at most that their pairs are soon looked
+    through.
+    """
     fit = [n for n in networks if any(_keeps(front, _costs(front, (n, other))) for other in networks if other is not n)]
     return fit[:_NETWORKS]
 

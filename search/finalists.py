@@ -1,10 +1,10 @@
 """The finalists: the front's members and the baseline on the test split, as files that a clean process has read.
 
-The search selects on the validation split, so the best numbers there are partly luck. Each finalist meets the test split
-once: its metric with an interval, and the *paired* difference to the baseline on the same samples, whose interval is two to
-five times as narrow; its latency in turns with the baseline's. And its answers are compared with those of a simulation of
-its graph (`runners.graphs.simulate`), so that the file that ships is known to compute what was meant. Numbers and scores are
-kept in the study's folder (`results.folder`) after every finalist, and none is measured twice.
+The search selects on the validation split, so the best numbers there are partly luck. Each finalist meets the test
+split once: its metric with an interval, and the *paired* difference to the baseline on the same samples, whose interval
+is two to five times as narrow; its latency in turns with the baseline's. And its answers are compared with those of a
+simulation of its graph (`runners.graphs.simulate`), so that the file that ships is known to compute what was meant.
+Numbers and scores are kept in the study's folder (`results.folder`) after every finalist, and none is measured twice.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def measure_finalists(
 ) -> None:
     """Measure the study's baseline and those members that were not measured yet, and write down each at once.
 
-    Without a test split the files are only compared with their simulation. A file that does not compute is reported and has
-    no numbers.
+    Without a test split the files are only compared with their simulation. A file that does not compute is reported and
+    has no numbers.
 
     Args:
         folder: The study's.

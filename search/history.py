@@ -1,4 +1,6 @@
-"""What a study remembers of its trials, in memory: candidates by number and by recipe. Plain data that the parts of a study share."""
+"""What a study remembers of its trials, in memory: candidates by number and by recipe. Plain data that the parts of a
+study share.
+"""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ def keep_files(
 ) -> None:
     """Remove what nobody can want any more.
 
-    Packed files stay of the front, of the nearest misses, of the reference recipes, and of those that ensembles may be made
-    of. Scores stay of the front, and of each rung's best, which are the rivals of those to come. Trained weights stay of those
-    that may be promoted. What is half trained stays, after an interruption, until the next trial is over, for that one is
-    the one that was interrupted.
+    Packed files stay of the front, of the nearest misses, of the reference recipes, and of those that ensembles may be
+    made of. Scores stay of the front, and of each rung's best, which are the rivals of those to come. Trained weights
+    stay of those that may be promoted. What is half trained stays, after an interruption, until the next trial is over,
+    for that one is the one that was interrupted.
 
     Args:
         files: The candidates' files.

@@ -44,7 +44,9 @@ class Mirror:
         texts: Mapping[str, str],
         environment: Mapping[str, str],
     ) -> None:
-        """Open the store and bring it up to date; raises `StudyError` when it cannot be used. Nothing if `uri` is False."""
+        """Open the store and bring it up to date; raises `StudyError` when it cannot be used. Nothing if `uri` is
+        False.
+        """
         if uri is False:
             return
         from ..results.tracking.tracker import Tracker  # MLflow takes seconds to import

@@ -40,7 +40,9 @@ def begin(
     folder: StudyFolder,
     listener: Listener,
 ) -> Beginning:
-    """What makes the trials fast and their time predictable: how to evaluate, how long trials take, and whether rungs pay."""
+    """What makes the trials fast and their time predictable: how to evaluate, how long trials take, and whether rungs
+    pay.
+    """
     listener.phase("finding the fastest way to evaluate")
     works = preflight.smallest.steps and preflight.metric in preflight.smallest_measured.metrics
     smallest = folder.candidates.packed(preflight.smallest).read_bytes() if works else packed

@@ -1,7 +1,7 @@
 """What can be known before the search: does everything work here, and can the budget be kept at all?
 
-The preflight exports and measures the original network, compresses every kind of layer once in the smallest recipe of the
-space, and exports, reloads and measures that too. What would fail after hours fails here in seconds.
+The preflight exports and measures the original network, compresses every kind of layer once in the smallest recipe of
+the space, and exports, reloads and measures that too. What would fail after hours fails here in seconds.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def smallest_recipe(
     overheads: Mapping[str, cost.FileOverhead],
     metric: str = "size_bytes",
 ) -> Recipe:
-    """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest, of every network.
+    """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest, of every
+    network.
 
-    The axes of a network do not work against each other (fewer channels never make fewer bits dearer), so they are decided
-    in turn. overheads: as in `Preflight`.
+    The axes of a network do not work against each other (fewer channels never make fewer bits dearer), so they are
+    decided in turn. overheads: as in `Preflight`.
     """
 
     def predicted(recipe: Recipe, name: str) -> float:
@@ -129,8 +130,10 @@ def preflight(
     offered = {(axis.kind, choice) for axis in axes if axis.kind.endswith("_bits") for choice in axis.choices}
     if {("weight_bits", 8), ("activation_bits", 8)} <= offered and not facts.exact_products:
         warnings.append(
-            "this processor has no VNNI: ONNX Runtime as it comes adds up products of 8 bits in 16 there, which overflow. "
-            "Here and in paretorch.load the session option session.x64quantprecision = 1 prevents that; set it wherever "
+            "this processor has no VNNI: ONNX Runtime as it comes adds up products of 8 bits in 16 there, "
+            "which overflow. "
+            "Here and in paretorch.load the session option session.x64quantprecision = 1 prevents that; set it "
+            "wherever "
             "the files run on such a processor, or leave 8 out of space.weight_bits (7 bits are exact)"
         )
     return Preflight(structure, axes, baseline, overheads, smallest, measured, tuple(warnings))
@@ -184,5 +187,9 @@ def _limit_problem(
 def _impossible(limit: Limit, reachable: float, baseline: Measurement) -> str:
     bound = show(limit.metric, limit.resolve(baseline.value(limit.metric)))
     share = 100 * reachable / baseline.value(limit.metric)
-    return (f"{limit.text!r} (= {bound}) cannot be kept: the smallest recipe of this space reaches {show(limit.metric, reachable)}; "
-            f"raise the limit to at least {share:.1f}%, or widen the space (fewer bits, more sparsity, narrower or shallower students)")  # fmt: skip
+    return (
+        f"{limit.text!r} (= {bound}) cannot be kept: the smallest recipe of this space reaches "
+        f"{show(limit.metric, reachable)}; "
+        f"raise the limit to at least {share:.1f}%, or widen the space (fewer bits, more sparsity, narrower or "
+        "shallower students)"
+    )

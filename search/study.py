@@ -1,7 +1,7 @@
 """The study: asks for recipes, has them carried out, judges them, remembers them, and ends with a front.
 
-Everything a study knows lies in its folder (`results.folder`), so that a kill at any moment loses at most the trial that
-was running. A `Study` is put together of parts that each have a state of their own:
+Everything a study knows lies in its folder (`results.folder`), so that a kill at any moment loses at most the trial
+that was running. A `Study` is put together of parts that each have a state of their own:
 
     Suggester    the sampler: which recipe comes next               (search.suggest)
     Runner       carries a recipe out, behind one seam              (runners.runner)
@@ -11,9 +11,9 @@ was running. A `Study` is put together of parts that each have a state of their 
     Schedule     how long it takes                                  (search.schedule)
     Mirror       MLflow                                             (search.mirror)
 
-The order of a trial: predict its costs (over the budget: rejected, nothing is compressed), compress, export, time, evaluate,
-write down, tell the sampler, mirror to MLflow. A rejected recipe is told to the sampler like any other, with what is known of
-it.
+The order of a trial: predict its costs (over the budget: rejected, nothing is compressed), compress, export, time,
+evaluate, write down, tell the sampler, mirror to MLflow. A rejected recipe is told to the sampler like any other, with
+what is known of it.
 """
 
 from __future__ import annotations
@@ -90,12 +90,13 @@ class Study:
     Args:
         task: What is compressed.
         space: What may be done; derived from the network when None.
-        objectives: Metrics such as `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when None.
+        objectives: Metrics such as `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when
+            None.
         budget: Limits such as `["size_bytes <= 25%", "accuracy >= -1%"]`.
         directory: The study's folder (`studies/<task name>` when None); a study that is there already is resumed.
         sampler: `ehvi` (our own), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp`, `random`, `qmc`.
-        rungs: Whether every candidate begins untrained and only the best are trained, step by step (see `search.rungs`);
-            None decides it by how long training takes. Only `ehvi` knows rungs.
+        rungs: Whether every candidate begins untrained and only the best are trained, step by step (see
+            `search.rungs`); None decides it by how long training takes. Only `ehvi` knows rungs.
         ensembles: Whether ensembles of the candidates are tried after the trials (see `search.ensembles`).
         seed: Of every random choice.
         threads: CPU threads while latency is measured.
@@ -153,7 +154,8 @@ class Study:
         make_sampler(sampler, 0, 0, {})
         if rungs and sampler != OURS:
             raise ConfigError(
-                f"search.rungs = true with search.sampler = {sampler!r}: only ehvi knows rungs; leave one of the two out"
+                f"search.rungs = true with search.sampler = {sampler!r}: only ehvi knows rungs; leave one of "
+                "the two out"
             )
         self.combines = ensembles
         self.folder = StudyFolder(Path(directory or Path("studies") / task.name).absolute())
@@ -272,8 +274,8 @@ class Study:
     def run(self, trials: int | None = None, time_limit: float | None = None) -> Front:
         """Search until the study has `trials` finished trials in all, or `time_limit` seconds are over, all included.
 
-        A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C the
-        report of the front so far is written before `KeyboardInterrupt` goes on.
+        A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C
+        the report of the front so far is written before `KeyboardInterrupt` goes on.
 
         Args:
             trials: 40 when neither is given, any number in a given time.

@@ -1,4 +1,6 @@
-"""The sampler of a study: ours, which is told what arithmetic knows, or one of Optuna's, made anew for every suggestion."""
+"""The sampler of a study: ours, which is told what arithmetic knows, or one of Optuna's, made anew for every
+suggestion.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,11 @@ def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str
         for o in objectives
         if o.metric not in known
     ]
-    problems += [f"budget: {x.text!r}: unknown metric {x.metric!r}; choose from {', '.join(known)}" for x in budget.limits if x.metric not in known]  # fmt: skip
+    problems += [
+        f"budget: {x.text!r}: unknown metric {x.metric!r}; choose from {', '.join(known)}"
+        for x in budget.limits
+        if x.metric not in known
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -50,7 +54,9 @@ def check_supported(space: Space, structure: Structure, target: Target) -> None:
 
 
 def _steps(space: Space, structure: Structure) -> set[Step]:
-    """Every step that a recipe of the space may hold: each choice, and all pairs of widths of weights and activations."""
+    """Every step that a recipe of the space may hold: each choice, and all pairs of widths of weights and
+    activations.
+    """
     axes = space.axes(structure)
     whole = {axis.name: axis.choices.index(min(axis.choices)) for axis in axes if axis.kind == "depth"}
     picks = []
@@ -88,16 +94,25 @@ def within(space: Space, structure: Structure, target: Target) -> tuple[Space, l
     def suits(bits: int, activations: int) -> bool:
         return bits == 32 or target.supports(Quantize(layer, bits, activations if bits <= 8 else 32)) is None
 
-    all_bits, all_activations = (sorted({c for rule in rules for c in rule.choices}) for rules in (space.weight_bits, space.activation_bits))  # fmt: skip
+    all_bits, all_activations = (
+        sorted({c for rule in rules for c in rule.choices}) for rules in (space.weight_bits, space.activation_bits)
+    )
     bits = [b for b in all_bits if any(suits(b, a) for a in all_activations or [32])]
     activations = [a for a in all_activations if all(suits(b, a) for b in bits)]
     if all_activations and not activations:  # none suits all of them: the one that suits most
         activations = [max(all_activations, key=lambda a: sum(suits(b, a) for b in bits))]
         bits = [b for b in bits if suits(b, activations[0])]
-    gone = [f"{kind} {', '.join(map(str, lost))} bit" for kind, lost in (
-        ("weights", [b for b in all_bits if b not in bits]),
-        ("activations", [a for a in all_activations if a not in activations])) if lost]  # fmt: skip
-    return replace(space, weight_bits=_only(space.weight_bits, bits), activation_bits=_only(space.activation_bits, activations)), gone  # fmt: skip
+    gone = [
+        f"{kind} {', '.join(map(str, lost))} bit"
+        for kind, lost in (
+            ("weights", [b for b in all_bits if b not in bits]),
+            ("activations", [a for a in all_activations if a not in activations]),
+        )
+        if lost
+    ]
+    return replace(
+        space, weight_bits=_only(space.weight_bits, bits), activation_bits=_only(space.activation_bits, activations)
+    ), gone
 
 
 def _only(rules: Sequence[Rule], choices: Collection[int]) -> tuple[Rule, ...]:

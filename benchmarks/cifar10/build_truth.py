@@ -11,8 +11,8 @@ Right answers are counted on 1,000 validation images (every fifth, 100 per class
 anew for every recipe, on 256 training images without crops (every 175th), with their bias taken out as paretorch does.
 Every prefix of groups is run once and shared by all recipes that begin with it.
 
-1,000 images settle an accuracy to about a point: that the best recipe has 89.9% and the one of 8 bits 88.7% is luck, too.
-It is an exact table for samplers to be compared on, and no statement about the network.
+1,000 images settle an accuracy to about a point: that the best recipe has 89.9% and the one of 8 bits 88.7% is luck,
+too. It is an exact table for samplers to be compared on, and no statement about the network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from truths import compressed, packed_bytes
 from paretorch.runners.operators.fold import batchnorms, calibration_bias, reestimate_batchnorms
 
 BITS = (2, 3, 4, 6, 8)
-# The layers whose names begin so; in the order in which they run, so that a prefix of groups is a prefix of the network.
+# The layers whose names begin so; in the order in which they run, so that a prefix of groups is a prefix of the
+# network.
 GROUPS = (
     ("conv1", "layer1"),
     ("layer2",),
@@ -115,7 +116,11 @@ def build() -> None:
             done += 1
             if done in (25, 125) or done % 625 == 0:
                 seconds = time.perf_counter() - started
-                print(f"{done}/{right.size} recipes in {seconds:.0f} s, about {seconds / done * (right.size - done):.0f} s left", flush=True)  # fmt: skip
+                print(
+                    f"{done}/{right.size} recipes in {seconds:.0f} s, about "
+                    f"{seconds / done * (right.size - done):.0f} s left",
+                    flush=True,
+                )
             return
         for level, chosen in enumerate(weights[depth]):
             for layer, weight in zip(groups[depth], chosen, strict=True):
@@ -145,7 +150,9 @@ def check(amount: int, most: int = 5) -> None:
             for layer in layers(model, group):
                 layer.weight.copy_(compressed(layer.weight, BITS[level], 0.0))
         reestimate_batchnorms(model, [calibration], bias)
-        found = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))  # fmt: skip
+        found = sum(
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
         print(f"bits {' '.join(str(BITS[level]) for level in picks)}: {right[picks]} right, on its own {found}")
         worst = max(worst, abs(found - int(right[picks])))
     print(f"at most {worst} images apart")

@@ -72,7 +72,9 @@ class ResNet(nn.Module):
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """uint8 images `[n, 3, 32, 32]`, normalised on the way out; `augment` crops (4 reflected pixels around) and flips."""
+    """uint8 images `[n, 3, 32, 32]`, normalised on the way out; `augment` crops (4 reflected pixels around) and
+    flips.
+    """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, augment: bool = False) -> None:
         self.images, self.labels, self.augment = torch.from_numpy(images), labels, augment

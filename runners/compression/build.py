@@ -44,8 +44,8 @@ from .trace import trace
 
 # Hears in words what is being done.
 Progress = Callable[[str], None]
-# Images at a time for BatchNorm statistics, in the layout that convolutions on a CPU run fastest in: 1.5 to 2.5 times as
-# fast as 128 images in the layout they come in (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
+# Images at a time for BatchNorm statistics, in the layout that convolutions on a CPU run fastest in: 1.5 to 2.5 times
+# as fast as 128 images in the layout they come in (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
 _CHUNK = 32
 
 
@@ -60,7 +60,8 @@ def fast_layout(x: Tensor) -> torch.memory_format:
 
 def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
     """The same network with its weights in a memory format, in place."""
-    return model.to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # torch's stubs lack this overload
+    # torch's stubs lack this overload
+    return model.to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 class Builder:
@@ -113,8 +114,10 @@ class Builder:
             try:
                 found = model(self.example)
             except Exception as error:  # whatever the user's network raises
-                raise TaskError(f"student {name!r} does not run on the task's inputs of shape {tuple(self.example.shape)}: "
-                                f"{type(error).__name__}: {error}") from error  # fmt: skip
+                raise TaskError(
+                    f"student {name!r} does not run on the task's inputs of shape {tuple(self.example.shape)}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
         if not isinstance(found, Tensor) or found.shape != expected:
             shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise TaskError(
@@ -280,10 +283,16 @@ class Builder:
         """One training step, the last of a recipe, from the state between two of its epochs, if there is one."""
         reused = step.epochs >= distill.WORTH and step.distill and not step.features
         finetune(
-            model, self.model, step, self.task, (int(recipe.key[:8], 16) ^ self.seed) % 2**31, progress,
+            model,
+            self.model,
+            step,
+            self.task,
+            (int(recipe.key[:8], 16) ^ self.seed) % 2**31,
+            progress,
             teacher_logits=self.teacher_logits if reused else None,
-            state=state, keep=lambda state: write_atomic(self.files.partial(recipe), state.to_bytes()),
-        )  # fmt: skip
+            state=state,
+            keep=lambda state: write_atomic(self.files.partial(recipe), state.to_bytes()),
+        )
 
 
 def _restored(model: nn.Module, path: Path) -> bool:

@@ -190,7 +190,8 @@ class Statistics:
                     gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                     for name, gradient in zip(names, gradients, strict=True):
                         if gradient is not None:
-                            # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of squares.
+                            # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of
+                            # squares.
                             totals[name] += (gradient * len(images)).square()
         finally:
             for name, weight in weights.items():

@@ -34,9 +34,9 @@ def measure_overhead(
 ) -> cost.FileOverhead:
     """The bytes around the layers' tensors, fitted to a few files, and what few bits round to zero at the axes' levels.
 
-    The files are the baseline (of `baseline_size` bytes, where they are known) and those of 8-bit weights with float, with 8-bit
-    and with mixed activations, without the blocks that can be left out, and with half of the channels. student: the name of the
-    network whose files they are, as it was before any training; that of the task when "".
+    The files are the baseline (of `baseline_size` bytes, where they are known) and those of 8-bit weights with float,
+    with 8-bit and with mixed activations, without the blocks that can be left out, and with half of the channels.
+    student: the name of the network whose files they are, as it was before any training; that of the task when "".
     """
     begin = [Student(factory=student)] if student else []
     structure = builder.structure.named(student)
@@ -80,9 +80,9 @@ def nonzero_shares(
 ) -> dict[str, dict[str, float]]:
     """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these. Nearest
-    rounding stands for the other ways to round, and zeros of least magnitude for the other criteria, which leave about as
-    many. Where ranges may be equalised, also of the weights that are then multiplied.
+    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these.
+    Nearest rounding stands for the other ways to round, and zeros of least magnitude for the other criteria, which
+    leave about as many. Where ranges may be equalised, also of the weights that are then multiplied.
     """
     models = {"none": model}
     for by in (by for axis in axes if axis.kind == "equalize" for by in axis.choices if by != "none"):

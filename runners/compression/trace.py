@@ -93,7 +93,8 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
             kept.append(layer)
     if not kept:
         raise TaskError(
-            "the network has no layer that can be compressed: none of its modules is a convolution (1d, 2d) or a linear layer "
+            "the network has no layer that can be compressed: none of its modules is a convolution (1d, 2d) or "
+            "a linear layer "
             "that runs once per forward pass" + "".join(f"\n  {name}: {reason}" for name, reason in refused[:10])
         )
     refused += _refused(model, calls, names)

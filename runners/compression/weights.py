@@ -1,7 +1,7 @@
 """Weights that are shown to the network as they will ship: zeros, codebooks and integers.
 
-`Sparsify`, `Cluster` and `Quantize` are carried out together, one parametrization for each layer: zeros first, because neither
-scales nor codebooks must see what is zeroed.
+`Sparsify`, `Cluster` and `Quantize` are carried out together, one parametrization for each layer: zeros first, because
+neither scales nor codebooks must see what is zeroed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def shape_weights(
 ) -> None:
     """Register a parametrization for the weight of every layer that is sparse, clustered or quantized.
 
-    With a library, layers are compressed once and then looked up. calibration: of the network before any step, which some
-    methods need.
+    With a library, layers are compressed once and then looked up. calibration: of the network before any step, which
+    some methods need.
     """
     sparse = {part: step for step in recipe.of(Sparsify) for part in parts(model, step.layer)}
     quantized = {part: step for step in recipe.of(Quantize) for part in parts(model, step.layer)}

@@ -1,4 +1,6 @@
-"""The files of candidates in a folder, each named by the key of its recipe: this is the only place that spells the names."""
+"""The files of candidates in a folder, each named by the key of its recipe: this is the only place that spells the
+names.
+"""
 
 from __future__ import annotations
 

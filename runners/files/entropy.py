@@ -1,8 +1,8 @@
 """What a packed file takes after entropy coding: what a download or an archive with zstd would make of it.
 
 Nothing here ships. Packed bits seldom align to bytes, which is what zstd codes, so the numbers are offered to it in
-several forms, and the shortest counts: the packed file, coded or left as it is; integers as a byte each; a bitmap of what
-is not zero, and a byte for each number that is not. Floats go in as they are; the deflated graph stays as it is.
+several forms, and the shortest counts: the packed file, coded or left as it is; integers as a byte each; a bitmap of
+what is not zero, and a byte for each number that is not. Floats go in as they are; the deflated graph stays as it is.
 """
 
 from __future__ import annotations

@@ -41,10 +41,16 @@ def export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
             # Initializers are inputs too (until `_tidied`), or layers of equal weights would come out as sharing one.
             with _quiet():
                 torch.onnx.export(
-                    model, (example,), buffer, dynamo=False,  # type: ignore[arg-type]  # torch's stubs know no buffer
-                    opset_version=20, do_constant_folding=True,
-                    dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}}, keep_initializers_as_inputs=True, **names,
-                )  # fmt: skip  # one argument a line is twice as long
+                    model,
+                    (example,),
+                    buffer,  # type: ignore[arg-type]  # torch's stubs know no buffer
+                    dynamo=False,
+                    opset_version=20,
+                    do_constant_folding=True,
+                    dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+                    keep_initializers_as_inputs=True,
+                    **names,
+                )
             graph = onnx.load_from_string(buffer.getvalue())
         except Exception as first:  # the exporter raises whatever fails inside
             try:

@@ -281,8 +281,8 @@ def _finish_layer(graph: EditedGraph, node: onnx.NodeProto, layer: QuantizedLaye
         graph.add_node("Cast", [source], f"{name}_c", to=TensorProto.INT8)
         source = f"{name}_c"
     zeros = np.zeros(len(scales), np.int8)
-    # ONNX Runtime 1.32 makes MatMulNBits of a product and the DequantizeLinear of its weight, which rounds activations of
-    # any width to 8 bits. It does not where the axis is counted from behind, or the one scale for all is in a row.
+    # ONNX Runtime 1.32 makes MatMulNBits of a product and the DequantizeLinear of its weight, which rounds activations
+    # of any width to 8 bits. It does not where the axis is counted from behind, or the one scale for all is in a row.
     axis = {"axis": layer.axis if eight or not ONNX[node.op_type].product else layer.axis - layer.values.ndim}
     if layer.zero is not None:
         axis, shape = {}, () if eight else (1,)

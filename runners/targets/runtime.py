@@ -86,8 +86,8 @@ def _with_tensors_of_their_own(source: str | bytes) -> bytes:
 def sums_are_exact() -> bool:
     """Whether ONNX Runtime, as it is when nobody sets an option, adds up products of uint8 and int8 exactly here.
 
-    Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of at most 7
-    bits (63) never get there, and the sessions of `session_options` are exact everywhere. Tried out once.
+    Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of at
+    most 7 bits (63) never get there, and the sessions of `session_options` are exact everywhere. Tried out once.
     """
     from onnx import TensorProto, helper, numpy_helper
 

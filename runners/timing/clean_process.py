@@ -1,9 +1,10 @@
 """Packed files measured in a clean process: what is on the disk, and nothing of the search that wrote it.
 
-The process is a fresh Python that imports NumPy and the target's runtime (ONNX Runtime, and then no torch), and nothing of
-the user's. It reads a packed file, unpacks it and runs it on the target. The task stays with the parent, because it may be an object of the user's program that no
-other process can make: the parent reads the samples, sends the inputs, gets the outputs and scores them. So it is the
-same for a task of a configuration and for one that lives in a notebook, and no data set is loaded twice.
+The process is a fresh Python that imports NumPy and the target's runtime (ONNX Runtime, and then no torch), and nothing
+of the user's. It reads a packed file, unpacks it and runs it on the target. The task stays with the parent, because it
+may be an object of the user's program that no other process can make: the parent reads the samples, sends the inputs,
+gets the outputs and scores them. So it is the same for a task of a configuration and for one that lives in a notebook,
+and no data set is loaded twice.
 
 Inputs and outputs go through one socket per batch in flight, as raw bytes after a line of JSON; nothing is pickled. A
 socket whose other end is gone ends its thread, and the kernel ends the process when the parent dies (`prctl(2)`,
@@ -66,7 +67,9 @@ class CleanProcess:
     def __enter__(self) -> CleanProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end()
 
     def scores(
@@ -94,13 +97,19 @@ class CleanProcess:
         return evaluate(network, task, batches, plan)
 
     def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Estimate:
-        """A packed file's latency as a share of another one's, by the protocol of `runners.timing.compare`, on this batch.
+        """A packed file's latency as a share of another one's, by the protocol of `runners.timing.compare`, on this
+        batch.
 
         It ends when half the 95% interval is within 1%, or after `seconds`. Raises `ExportFailed`.
         """
         self._need(1)
-        request = {"do": "time", "paths": [str(path), str(against)], "threads": threads, "seconds": seconds,
-                   "target": self.target}  # fmt: skip
+        request = {
+            "do": "time",
+            "paths": [str(path), str(against)],
+            "threads": threads,
+            "seconds": seconds,
+            "target": self.target,
+        }
         return Estimate(**self._ask(request, batch)["ratio"])
 
     def _need(self, workers: int) -> None:
@@ -114,9 +123,13 @@ class CleanProcess:
         # The child finds the modules that this process found; -P keeps it from looking into the current folder first.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, *map(str, ends)], pass_fds=ends, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=self._errors, env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
+            [sys.executable, "-P", "-m", __name__, *map(str, ends)],
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         self._connections = [ours for ours, _ in pairs]
         for _, theirs in pairs:
             theirs.close()
@@ -168,7 +181,9 @@ class ThisProcess:
     def __enter__(self) -> ThisProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def scores(

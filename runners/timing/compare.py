@@ -6,8 +6,8 @@
 2. Time is taken in blocks of at least 2 ms: one run that is not counted, because the other file has just filled the
    caches with its own weights, and then a row of runs. With one thread the clock is the thread's own CPU time, which
    preemption by other programs does not reach; with more it is the wall clock.
-3. Warm-up: both in turns, at least ten blocks each, until the last five are not clearly faster than the five before; for
-   a tenth of the time limit at most.
+3. Warm-up: both in turns, at least ten blocks each, until the last five are not clearly faster than the five before;
+   for a tenth of the time limit at most.
 4. Pairs: a block of each file, in an order that is drawn anew for every pair. What makes the machine slower for a while
    meets both, and what being second costs meets either.
 5. The estimate is the median of the ratios within pairs, candidate / baseline; its 95% interval is that of a median by
@@ -16,7 +16,8 @@
    fewest for which such an interval exists. Whether it is narrow enough is looked at after 20, 40, 80, ... pairs only.
    Whoever looks after every pair and stops when it looks good stops at lucky moments: the interval then holds the true
    ratio in 91 to 94% of simulated cases, with growing numbers of pairs in 94 to 98%.
-7. The verdict: *faster* when the whole interval is below 1, *slower* when it is above 1, else *no significant difference*.
+7. The verdict: *faster* when the whole interval is below 1, *slower* when it is above 1, else *no significant
+  difference*.
 
 With one file alone steps 2 to 6 are the same for its milliseconds.
 
@@ -59,8 +60,8 @@ Timer = Callable[[], float]  # runs a block and gives the milliseconds of one ru
 class LatencyComparison:
     """What was measured: of each file the milliseconds of a run, and with two the ratio of the first to the second.
 
-    pairs: timed blocks per file. reached: whether the interval (of the ratio, or of the one file's time) is as narrow as
-    asked. inputs: by name, of each file. environment: what the numbers depend on beside the files.
+    pairs: timed blocks per file. reached: whether the interval (of the ratio, or of the one file's time) is as narrow
+    as asked. inputs: by name, of each file. environment: what the numbers depend on beside the files.
     """
 
     ms: tuple[Estimate, ...]
@@ -102,26 +103,44 @@ def compare(
         problems.append(f"time = {seconds:g} s: choose a finite time above 0, such as 20s")
     if problems:
         raise ConfigError(problems, "measure")
-    request = {"files": [str(path) for path in paths], "threads": threads, "batch": batch, "precision": precision,
-               "seconds": seconds, "shapes": {k: list(v) for k, v in (shapes or {}).items()}, "seed": seed}  # fmt: skip
+    request = {
+        "files": [str(path) for path in paths],
+        "threads": threads,
+        "batch": batch,
+        "precision": precision,
+        "seconds": seconds,
+        "shapes": {k: list(v) for k, v in (shapes or {}).items()},
+        "seed": seed,
+    }
     # The child finds the modules that this process found; -P keeps it from looking into the current folder first.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    done = subprocess.run([sys.executable, "-P", "-m", __name__], input=json.dumps(request), capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": path}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         tail = " ".join(done.stderr.split())[-500:] or "it said nothing"
-        raise TargetError(f"the process that measures {' and '.join(map(str, files))} ended with code {done.returncode} "
-                          f"(negative: killed by that signal): {tail}") from None  # fmt: skip
+        raise TargetError(
+            f"the process that measures {' and '.join(map(str, files))} ended with code {done.returncode} "
+            f"(negative: killed by that signal): {tail}"
+        ) from None
     if "error" in answer:
         kind, told = answer["error"]
         raise ConfigError(told, "measure") if kind == "ConfigError" else ArtifactError(told)
-    return LatencyComparison(**answer | {
-        "ms": tuple(Estimate(**entry) for entry in answer["ms"]),
-        "ratio": answer["ratio"] and Estimate(**answer["ratio"]),
-        "inputs": tuple(answer["inputs"]),
-    })  # fmt: skip
+    return LatencyComparison(
+        **answer
+        | {
+            "ms": tuple(Estimate(**entry) for entry in answer["ms"]),
+            "ratio": answer["ratio"] and Estimate(**answer["ratio"]),
+            "inputs": tuple(answer["inputs"]),
+        }
+    )
 
 
 def onnx_file(path: Path) -> Path:

@@ -13,7 +13,9 @@ from ...errors import ConfigError
 Shapes = Mapping[str, Sequence[int]]
 _FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 # Of integers 0 and 1: they are rows of every embedding, and a mask or a token's place may be such a number too.
-_INTEGERS = {f"tensor({n})": np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")}  # fmt: skip
+_INTEGERS = {
+    f"tensor({n})": np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")
+}
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -82,8 +84,10 @@ def _draw(entry: Any, shape: tuple[int, ...], rng: np.random.Generator) -> NDArr
         return rng.integers(0, 256, shape, dtype=np.uint8)
     if entry.type in _INTEGERS:
         return rng.integers(0, 2, shape).astype(_INTEGERS[entry.type])
-    raise ConfigError(f"input {entry.name!r} is of type {entry.type}, for which no input can be made up; "
-                      f"types that can: {', '.join([*_FLOATS, 'tensor(uint8)', *_INTEGERS])}")  # fmt: skip
+    raise ConfigError(
+        f"input {entry.name!r} is of type {entry.type}, for which no input can be made up; "
+        f"types that can: {', '.join([*_FLOATS, 'tensor(uint8)', *_INTEGERS])}"
+    )
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -39,7 +39,8 @@ def fast_layout(x: Tensor) -> Tensor:
 def temperature(step: Recover, done: float) -> float:
     """The temperature when the share `done` (0 to 1) of training is over.
 
-    >>> [temperature(Recover("finetune", 1, temperature=3, temperature_schedule="anneal"), done) for done in (0, 0.5, 1)]
+    >>> step = Recover("finetune", 1, temperature=3, temperature_schedule="anneal")
+    >>> [temperature(step, done) for done in (0, 0.5, 1)]
     [3, 2.0, 1]
     """
     match step.temperature_schedule:

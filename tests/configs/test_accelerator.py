@@ -18,9 +18,13 @@ def test_the_ready_profile_is_what_its_comments_say():
     target = load_target(str(READY))
     assert target.name == "edge-npu"
     assert target.profile == {
-        "name": "edge-npu", "operations": {"4x8": 8e12, "8x8": 4e12, "16x32": 2.5e11, "32x32": 2.5e11},
-        "weight_bytes": 8e9, "activation_bytes": 6.4e10, "shared": False, "layer_seconds": 2e-6,
-    }  # fmt: skip
+        "name": "edge-npu",
+        "operations": {"4x8": 8e12, "8x8": 4e12, "16x32": 2.5e11, "32x32": 2.5e11},
+        "weight_bytes": 8e9,
+        "activation_bytes": 6.4e10,
+        "shared": False,
+        "layer_seconds": 2e-6,
+    }
     assert target.supports(Quantize("fc", 4, 8)) is None
     assert "it has 4x8, 8x8, 16x32, 32x32" in target.supports(Quantize("fc", 3, 8))
 
@@ -43,10 +47,14 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 7, told
     for part in (
-        "name: name 'a b': use letters", "operations_per_second.8x8 = -1: must be greater than 0",
-        "operations_per_second.32x32 = 'fast': must be a number", "bytes_per_second.weights = True: must be a number",
-        "bytes_per_second.activations: is required", "did you mean 'activations'?", "did you mean 'seconds_per_layer'?",
-    ):  # fmt: skip
+        "name: name 'a b': use letters",
+        "operations_per_second.8x8 = -1: must be greater than 0",
+        "operations_per_second.32x32 = 'fast': must be a number",
+        "bytes_per_second.weights = True: must be a number",
+        "bytes_per_second.activations: is required",
+        "did you mean 'activations'?",
+        "did you mean 'seconds_per_layer'?",
+    ):
         assert part in told, told
 
 
@@ -58,9 +66,12 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("operations_per_second: {32x32: 1}\nbytes_per_second: much", "bytes_per_second = 'much': must be a number"),
         ("operations_per_second: {32x32: 1}\nbytes_per_second: .inf", "must be a finite number"),
         ("operations_per_second: !!python/object/apply:os.system [true]\nbytes_per_second: 1", "is not valid YAML"),
-        ("name: torch\noperations_per_second: {32x32: 1}\nbytes_per_second: 1", "a target of that name is there already"),
+        (
+            "name: torch\noperations_per_second: {32x32: 1}\nbytes_per_second: 1",
+            "a target of that name is there already",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_told(text, told, tmp_path):
     (tmp_path / "p.yaml").write_text(text if text.startswith("name") else f"name: p\n{text}")
     with pytest.raises(ConfigError, match=told):

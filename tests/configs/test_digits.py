@@ -16,7 +16,10 @@ from paretorch.runners.compression.trace import trace
 from paretorch.runners.task import batches, example_input, score
 
 CONFIG = Path(paretorch.__file__).parent / "configs" / "digits.yaml"
-HASH = "import hashlib; print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest())"
+HASH = (
+    "import hashlib; print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in "
+    "net.state_dict().values())).hexdigest())"
+)
 
 
 @pytest.fixture(scope="module")

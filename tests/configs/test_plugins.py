@@ -129,8 +129,13 @@ def test_a_file_that_cannot_be_imported(tmp_path, code, message):
     assert message in str(error)
     assert "my_task.py, line 2" in str(error)
     assert error.__cause__ is not None
-    assert not [name for name in sys.modules if name.startswith("paretorch_task_") and "my_task" in name and
-                getattr(sys.modules[name], "__file__", "").startswith(str(tmp_path))]  # fmt: skip
+    assert not [
+        name
+        for name in sys.modules
+        if name.startswith("paretorch_task_")
+        and "my_task" in name
+        and getattr(sys.modules[name], "__file__", "").startswith(str(tmp_path))
+    ]
 
 
 def test_an_exception_in_the_function(tmp_path):

@@ -50,11 +50,20 @@ def test_the_defaults():
     config = parse(TASK)
     assert (config.name, config.objectives, config.budget, config.to_space()) == ("study", None, (), None)
     assert config.search.model_dump() == {
-        "sampler": "ehvi", "trials": None, "time": None, "rungs": None, "ensembles": False, "seed": 0,
-    }  # fmt: skip
+        "sampler": "ehvi",
+        "trials": None,
+        "time": None,
+        "rungs": None,
+        "ensembles": False,
+        "seed": 0,
+    }
     assert config.measure.model_dump() == {
-        "threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512, "target": "onnxruntime",
-    }  # fmt: skip
+        "threads": 1,
+        "batch": 1,
+        "seconds": 0.5,
+        "calibration_images": 512,
+        "target": "onnxruntime",
+    }
     assert config.mlflow.uri is None
     assert config.directory == Path.cwd() / "studies" / "study"
 
@@ -169,8 +178,13 @@ def test_the_snapshot_is_plain_and_complete():
     snapshot = json.loads(json.dumps(config_dict(config)))
     assert parse(snapshot) == config
     assert snapshot["search"] == {
-        "sampler": "ehvi", "trials": None, "time": "7200.0s", "rungs": None, "ensembles": False, "seed": 0,
-    }  # fmt: skip
+        "sampler": "ehvi",
+        "trials": None,
+        "time": "7200.0s",
+        "rungs": None,
+        "ensembles": False,
+        "seed": 0,
+    }
     assert "source" not in snapshot
 
 

@@ -178,8 +178,14 @@ def start(warm, folder, store):
         number = next(warm.numbers)
         out, err = folder / f".stdout-{number}", folder / f".stderr-{number}"
         out.touch(), err.touch()
-        request = {"arguments": [str(a) for a in arguments], "cwd": str(cwd or folder), "env": env,
-                   "stdout": str(out), "stderr": str(err), "file_bytes": file_bytes}  # fmt: skip
+        request = {
+            "arguments": [str(a) for a in arguments],
+            "cwd": str(cwd or folder),
+            "env": env,
+            "stdout": str(out),
+            "stderr": str(err),
+            "file_bytes": file_bytes,
+        }
         return Running(warm.ask(request), folder, out, err, warm)
 
     return begin
@@ -207,17 +213,23 @@ def finished(study):
 
 
 def runs(database, study=None):
-    """Of a study in an MLflow store (of all without one): the status of the parents; number and status of the children."""
+    """Of a study in an MLflow store (of all without one): the status of the parents; number and status of the
+    children.
+    """
     connection = sqlite3.connect(database)
     rows = connection.execute(
         "SELECT r.run_uuid, r.status, p.value, n.value, d.value FROM runs r "
         "LEFT JOIN tags p ON p.run_uuid = r.run_uuid AND p.key = 'mlflow.parentRunId' "
         "LEFT JOIN tags n ON n.run_uuid = r.run_uuid AND n.key = 'paretorch.number' "
-        "LEFT JOIN tags d ON d.run_uuid = r.run_uuid AND d.key = 'paretorch.study_dir' WHERE r.lifecycle_stage = 'active'"
+        "LEFT JOIN tags d ON d.run_uuid = r.run_uuid AND d.key = 'paretorch.study_dir' WHERE r.lifecycle_stage "
+        "= 'active'"
     ).fetchall()
     connection.close()
-    parents = {run: status for run, status, parent, _, where in rows
-               if parent is None and study in (None, where and Path(where))}  # fmt: skip
+    parents = {
+        run: status
+        for run, status, parent, _, where in rows
+        if parent is None and study in (None, where and Path(where))
+    }
     return list(parents.values()), [(int(n), status) for _, status, parent, n, _ in rows if parent in parents]
 
 

@@ -36,21 +36,36 @@ def task_file(folder, body, name="bad.py"):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["-s", "budgett=[size_bytes <= 30%]"], "budgett = ['size_bytes <= 30%']: unknown key; did you mean 'budget'? keys here: name, task"),
-        (["-s", "search.trails=5"], "search.trails = 5: unknown key; did you mean 'trials'? keys here: sampler, trials"),
-        (["-s", "space.weight_bits=[{choices: [4], layers: 'conv9*'}]"],
-         "weight_bits.0.layers: pattern 'conv9*' selects no layer; write a name, a glob such as 'layer1.*', first, last, or a kind"),
+        (
+            ["-s", "budgett=[size_bytes <= 30%]"],
+            "budgett = ['size_bytes <= 30%']: unknown key; did you mean 'budget'? keys here: name, task",
+        ),
+        (
+            ["-s", "search.trails=5"],
+            "search.trails = 5: unknown key; did you mean 'trials'? keys here: sampler, trials",
+        ),
+        (
+            ["-s", "space.weight_bits=[{choices: [4], layers: 'conv9*'}]"],
+            "weight_bits.0.layers: pattern 'conv9*' selects no layer; write a name, a glob such as 'layer1.*', "
+            "first, last, or a kind",
+        ),
         (["-s", "budget=size_bytes <= 2%"], "'size_bytes <= 2%' (= 6"),
         (["-s", "budget=macs <= 1%"], "cannot be kept: the smallest recipe of this space reaches"),
         (["-s", "budget=[size_bytes <= 1 kg, accuracy <= 50%]"], "2 problems"),
         (["-s", "task=tusk.py:task"], "tusk.py does not exist; did you mean task.py?"),
-        (["-s", "task=task.py:tusk"], "has no function 'tusk'; did you mean 'task'? functions there: blobs, network, make, task"),
+        (
+            ["-s", "task=task.py:tusk"],
+            "has no function 'tusk'; did you mean 'task'? functions there: blobs, network, make, task",
+        ),
         (["--time", "soon"], "search.time: duration 'soon'; write numbers with the units d, h, m, s"),
-        (["-s", "objectives=[speed]"], "objectives: unknown metric 'speed'; choose from accuracy, size_bytes, latency_ms, macs"),
+        (
+            ["-s", "objectives=[speed]"],
+            "objectives: unknown metric 'speed'; choose from accuracy, size_bytes, latency_ms, macs",
+        ),
         (["-s", "search.sampler=tpa"], "search.sampler = 'tpa': choose from ehvi, tpe, nsga2"),
         (["-s", "mlflow.uri=./mlruns"], "MLflow 3 has no file store any more"),
     ],
-)  # fmt: skip
+)
 def test_configuration(paretorch, nothing, options, told):
     done = paretorch("search", "config.yaml", *options, code=2)
     assert told in done.text
@@ -79,28 +94,69 @@ def test_an_impossible_budget_says_what_is_possible(paretorch, nothing):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("def model():\n    net = good.network()\n    net[0].weight.data[0] = float('nan')\n    return net\n\n\ndef task():\n    return good.make(model)\n",
-         ["the network's 0.weight holds NaN or infinity in 9 of 72 numbers", "check the checkpoint that your model function loads"]),
-        ("def task():\n    return good.make(metric=lambda outputs, targets: torch.full((len(outputs),), float('nan')))\n",
-         ["the untouched network cannot be measured: metric 'accuracy' returned nan", "check the metric, the validation data and the checkpoint"]),
-        ("def task():\n    return good.make(metric=lambda outputs, targets: (outputs.argmax(1) == targets).float().mean())\n",
-         ["metric 'accuracy' returned the shape () for 100 samples", "one score per sample"]),
-        ("class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = good.network()\n\n"
-         "    def forward(self, x):\n        y = self.net(x)\n        return y if len(x) < 3 else -y\n\n\ndef task():\n    return good.make(lambda: Net().eval())\n",
-         ["the exported network does not compute what the torch network does", "control flow on the input"]),
-        ("class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = good.network()\n\n"
-         "    def forward(self, x):\n        return self.net(x), x\n\n\ndef task():\n    return good.make(lambda: Net().eval())\n",
-         ["the network must return one tensor with a row per input", "returned tuple"]),
-        ("class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = good.network()\n\n"
-         "    def forward(self, x):\n        return print(1 / 0) if torch.jit.is_tracing() or torch.compiler.is_compiling() else self.net(x)\n\n\ndef task():\n    return good.make(lambda: Net().eval())\n",
-         ["the network cannot be exported to ONNX: ZeroDivisionError"]),
-        ("def model():\n    return good.network()[:3]\n\n\ndef task():\n    raise RuntimeError('no disk today')\n",
-         ["bad.py: task() failed: RuntimeError: no disk today (", "bad.py, line 12, in task)"]),
-        ("def model():\n    raise OSError('weights.pt is gone')\n\n\ndef task():\n    return good.make(model)\n",
-         ["task 'blobs': its model function failed: OSError: weights.pt is gone"]),
+        (
+            "def model():\n    net = good.network()\n    net[0].weight.data[0] = float('nan')\n    return "
+            "net\n\n\ndef task():\n    return good.make(model)\n",
+            [
+                "the network's 0.weight holds NaN or infinity in 9 of 72 numbers",
+                "check the checkpoint that your model function loads",
+            ],
+        ),
+        (
+            "def task():\n    return good.make(metric=lambda outputs, targets: torch.full((len(outputs),), "
+            "float('nan')))\n",
+            [
+                "the untouched network cannot be measured: metric 'accuracy' returned nan",
+                "check the metric, the validation data and the checkpoint",
+            ],
+        ),
+        (
+            "def task():\n    return good.make(metric=lambda outputs, targets: (outputs.argmax(1) == "
+            "targets).float().mean())\n",
+            ["metric 'accuracy' returned the shape () for 100 samples", "one score per sample"],
+        ),
+        (
+            "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = "
+            "good.network()\n\n"
+            "    def forward(self, x):\n        y = self.net(x)\n        return y if len(x) < 3 else "
+            "-y\n\n\ndef task():\n    return good.make(lambda: Net().eval())\n",
+            ["the exported network does not compute what the torch network does", "control flow on the input"],
+        ),
+        (
+            "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = "
+            "good.network()\n\n"
+            "    def forward(self, x):\n        return self.net(x), x\n\n\ndef task():\n    return "
+            "good.make(lambda: Net().eval())\n",
+            ["the network must return one tensor with a row per input", "returned tuple"],
+        ),
+        (
+            "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.net = "
+            "good.network()\n\n"
+            "    def forward(self, x):\n        return print(1 / 0) if torch.jit.is_tracing() or "
+            "torch.compiler.is_compiling() else self.net(x)\n\n\ndef task():\n    return good.make(lambda: "
+            "Net().eval())\n",
+            ["the network cannot be exported to ONNX: ZeroDivisionError"],
+        ),
+        (
+            "def model():\n    return good.network()[:3]\n\n\ndef task():\n    raise RuntimeError('no disk today')\n",
+            ["bad.py: task() failed: RuntimeError: no disk today (", "bad.py, line 12, in task)"],
+        ),
+        (
+            "def model():\n    raise OSError('weights.pt is gone')\n\n\ndef task():\n    return good.make(model)\n",
+            ["task 'blobs': its model function failed: OSError: weights.pt is gone"],
+        ),
     ],
-    ids=["nan-weights", "nan-metric", "metric-shape", "control-flow", "tuple", "no-export", "task-fails", "model-fails"],
-)  # fmt: skip
+    ids=[
+        "nan-weights",
+        "nan-metric",
+        "metric-shape",
+        "control-flow",
+        "tuple",
+        "no-export",
+        "task-fails",
+        "model-fails",
+    ],
+)
 def test_task(paretorch, folder, nothing, command, body, told):
     if command == "check" and not told[0].startswith("the un"):
         pytest.skip("the same as search does first")
@@ -132,8 +188,8 @@ def test_an_empty_class_folder(paretorch, folder, nothing):
     builtin(folder)
     done = paretorch("search", "config.yaml", code=2)
     assert (
-        f"empty class folder dog in {folder}/images: no .jpg, .png or other image in it; add images or delete the folder"
-        in done.text
+        f"empty class folder dog in {folder}/images: no .jpg, .png or other image in it; add images or delete "
+        "the folder" in done.text
     )
     nothing(done)
 

@@ -53,9 +53,14 @@ def test_python_gives_the_same_front(study, folder, monkeypatch):
 
     config = load(folder / "config.yaml")
     found = paretorch.Study(
-        load_task(config), config.to_space(), budget=config.budget, seconds=0.002, calibration_images=32,
-        directory=folder / "mine", mlflow=False,
-    ).run(trials=12)  # fmt: skip
+        load_task(config),
+        config.to_space(),
+        budget=config.budget,
+        seconds=0.002,
+        calibration_images=32,
+        directory=folder / "mine",
+        mlflow=False,
+    ).run(trials=12)
     from paretorch.results.front import open_front
 
     theirs = open_front(study)
@@ -137,14 +142,20 @@ def test_a_file_that_is_not_what_was_simulated_leaves_by_force_alone(paretorch, 
     assert known[key]["parity_agreement"]["value"] >= 0.995
     known[key]["parity_agreement"] |= {"value": 0.9, "low": 0.82, "high": 0.95}
     (mine / "finalists.json").write_text(json.dumps(known))
-    told = (f"candidate {number}: its file does not compute what was simulated: 90.00% of 100 answers are the simulation's (at "
-            "least 99.5% are asked); pick another one, or take it all the same with --force")  # fmt: skip
+    told = (
+        f"candidate {number}: its file does not compute what was simulated: 90.00% of 100 answers are the "
+        "simulation's (at "
+        "least 99.5% are asked); pick another one, or take it all the same with --force"
+    )
     assert told in paretorch("export", mine, "--pick", "knee", "--to", "deploy", code=2).text
     assert told in paretorch("register", mine, "--pick", "knee", "--name", "blobs", code=2).text
     assert not (folder / "deploy").exists()
     paretorch("export", mine, "--pick", "knee", "--to", "deploy", "--force")
-    (row,) = [row for row in json.loads((folder / "deploy" / "measurements.json").read_text())["metrics"]
-              if row["metric"] == "parity_agreement"]  # fmt: skip
+    (row,) = [
+        row
+        for row in json.loads((folder / "deploy" / "measurements.json").read_text())["metrics"]
+        if row["metric"] == "parity_agreement"
+    ]
     assert (row["value"], row["split"]) == (0.9, "test")
     shown = paretorch("front", mine)
     assert f"#{number} is not what was simulated: 90.00% of 100 answers" in shown.text
@@ -156,7 +167,8 @@ def test_a_file_that_is_not_what_was_simulated_leaves_by_force_alone(paretorch, 
     [
         (
             "best",
-            "--pick 'best': write knee, recommended, a candidate's number, an objective (accuracy, size_bytes) or a limit",
+            "--pick 'best': write knee, recommended, a candidate's number, an objective (accuracy, size_bytes) "
+            "or a limit",
         ),
         ("99", "there is no candidate 99; the front has"),
         ("size_bytes <= 1B", "no member of the front keeps it"),
@@ -242,11 +254,15 @@ def test_options_of_search(paretorch, folder):
 
 def test_methods_and_patterns_are_searched(paretorch, folder, look):
     """Rounding, criterion and 2:4 in one configuration: through check, search and export."""
-    text = (folder / "config.yaml").read_text().replace(
-        "sparsity: [0.0, 0.5]",
-        "sparsity: [{choices: [0.0, 0.5]}, {layers: last, choices: [0.0, '2:4']}]\n"
-        "  rounding: [nearest, gptq, adaround]\n  criterion: [magnitude, taylor, obs]\n  ranges: [mse, entropy]",
-    )  # fmt: skip
+    text = (
+        (folder / "config.yaml")
+        .read_text()
+        .replace(
+            "sparsity: [0.0, 0.5]",
+            "sparsity: [{choices: [0.0, 0.5]}, {layers: last, choices: [0.0, '2:4']}]\n"
+            "  rounding: [nearest, gptq, adaround]\n  criterion: [magnitude, taylor, obs]\n  ranges: [mse, entropy]",
+        )
+    )
     (folder / "config.yaml").write_text(text)
     checked = paretorch("check", "config.yaml")
     assert "sparsity 0 2:4" in checked.text
@@ -258,7 +274,12 @@ def test_methods_and_patterns_are_searched(paretorch, folder, look):
     steps = [step for candidate in found.values() for step in candidate["recipe"]["steps"]]
     assert {"gptq", "adaround"} & {step.get("rounding") for step in steps}
     assert {"obs", "taylor"} & {step.get("criterion") for step in steps}
-    chosen = next(n for n, c in found.items() if any(s.get("rounding") or s.get("criterion") for s in c["recipe"]["steps"]) and c["state"] in ("front", "ok", "done"))  # fmt: skip
+    chosen = next(
+        n
+        for n, c in found.items()
+        if any(s.get("rounding") or s.get("criterion") for s in c["recipe"]["steps"])
+        and c["state"] in ("front", "ok", "done")
+    )
     paretorch("export", "studies/blobs", "--pick", chosen, "--to", "out")
     shipped = (folder / "out" / "recipe.yaml").read_text()
     assert "rounding: " in shipped or "criterion: " in shipped
@@ -318,7 +339,14 @@ def test_init_and_search(paretorch, folder, look):
 
 def typed(*arguments):
     environment = os.environ | {"COLUMNS": "80"}
-    return subprocess.run([sys.executable, "-m", "paretorch.cli", *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "paretorch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,8 +373,10 @@ def test_help_fits_80_columns(paretorch, command):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, paretorch.cli as c\ntry:\n    c.app(['--help'])\nexcept SystemExit:\n    pass\n" \
-           "print([m for m in ('torch', 'optuna', 'mlflow', 'onnxruntime', 'rich.live', 'pydantic') if m in sys.modules])"  # fmt: skip
+    code = (
+        "import sys, paretorch.cli as c\ntry:\n    c.app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'optuna', 'mlflow', 'onnxruntime', 'rich.live', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -423,7 +453,10 @@ def test_sensitivity_in_mlflow(paretorch, folder):
 
     (study / "mlflow.db").write_text("no database, and long enough to be sure of it " * 50)
     broken = paretorch("sensitivity", "config.yaml", "--images", "32", own_store=True)
-    assert "wrote sensitivity.json, sensitivity.csv, sensitivity.png to studies/blobs warning: MLflow store " in broken.text  # fmt: skip
+    assert (
+        "wrote sensitivity.json, sensitivity.csv, sensitivity.png to studies/blobs warning: MLflow store "
+        in broken.text
+    )
     assert "not a database" in broken.text
     assert json.loads((study / "sensitivity.json").read_text())["images"] == 32
     assert mirrored(study) == second
@@ -483,14 +516,20 @@ def test_measure(paretorch, study, folder):
         (["."], "holds no model.onnx; name an .onnx file"),
         (["task.py"], "task.py is no ONNX model that ONNX Runtime can load"),
         (["plain", "--against", "gone"], "there is no file gone"),
-        (["plain", "--shape", "input=1,1,7,7"], "model.onnx: input 'input' is [batch, 1, 6, 6] in the file, which the shape 1,1,7,7 does not fit"),
+        (
+            ["plain", "--shape", "input=1,1,7,7"],
+            "model.onnx: input 'input' is [batch, 1, 6, 6] in the file, which the shape 1,1,7,7 does not fit",
+        ),
         (["plain", "--shape", "image=1,1,6,6"], "--shape 'image': there is no such input; inputs: input"),
         (["plain", "--precision", "0%", "--time", "soon", "--shape", "input"], "measure: 3 problems"),
-        (["plain", "--precision", "0"], "--precision: '0': write a share of the time above 0% and below 100%, such as 2%"),
+        (
+            ["plain", "--precision", "0"],
+            "--precision: '0': write a share of the time above 0% and below 100%, such as 2%",
+        ),
         (["plain", "--threads", "0"], "threads = 0: this process may use"),
         (["plain", "--batch", "0"], "batch = 0: a run needs at least one input"),
     ],
-)  # fmt: skip
+)
 def test_bad_measure(paretorch, study, folder, options, told):
     if options[0] == "plain":
         paretorch("export", study, "--pick", "0", "--to", "plain")
@@ -517,7 +556,10 @@ def test_retarget(paretorch, study, folder):
     assert {p.name for p in (study / "targets").iterdir()} == {"npu.json", "torch.json"}
     (study / "targets" / "npu.json").unlink()
 
-    assert "choose from onnxruntime, openvino, torch, torch-cuda" in paretorch("retarget", study, "--target", "tensorrt", code=2).text  # fmt: skip
+    assert (
+        "choose from onnxruntime, openvino, torch, torch-cuda"
+        in paretorch("retarget", study, "--target", "tensorrt", code=2).text
+    )
     assert "there is no study in" in paretorch("retarget", "nowhere", "--target", "torch", code=2).text
     (folder / "npu.yaml").write_text(npu.replace("1e8", "-1").replace("3x32", "three"))
     assert "2 problems" in paretorch("retarget", study, "--target", "npu.yaml", code=2).text

@@ -64,9 +64,13 @@ class Command:
 
     def __init__(self, arguments, cwd):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paretorch.cli", *arguments], cwd=cwd, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [sys.executable, "-m", "paretorch.cli", *arguments],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     def kill(self):
         self.process.kill()
@@ -157,7 +161,8 @@ def test_interrupted(start, paretorch, folder, store, look, number):
 
 def test_interrupted_before_the_first_trial(start, paretorch, folder):
     (folder / "slow.py").write_text(
-        "import time\nfrom task import make\n\n\ndef task():\n    open('here', 'w').close()\n    time.sleep(30)\n    return make()\n"
+        "import time\nfrom task import make\n\n\ndef task():\n    open('here', 'w').close()\n    "
+        "time.sleep(30)\n    return make()\n"
     )
     running = start("search", "config.yaml", "--set", "task=slow.py:task")
     running.until((folder / "here").exists)

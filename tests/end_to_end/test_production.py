@@ -156,8 +156,18 @@ def test_outputs_that_differ(paretorch, ready):
     assert "The files are intact, but outputs differ" in done.text
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md",
-                                  "environment.json", "artifact.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx",
+        "weights.safetensors",
+        "recipe.yaml",
+        "measurements.json",
+        "README.md",
+        "environment.json",
+        "artifact.json",
+    ],
+)
 def test_a_damaged_artifact(paretorch, ready, name):
     path = ready / "deploy" / name
     intact = path.read_bytes()
@@ -180,14 +190,20 @@ def test_what_is_no_artifact(paretorch, ready):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--task", "newer.py:wide"], "gives inputs of shape [1, 8, 8], but the artifact takes [1, 6, 6]; name the task"),
+        (
+            ["--task", "newer.py:wide"],
+            "gives inputs of shape [1, 8, 8], but the artifact takes [1, 6, 6]; name the task",
+        ),
         (["--task", "newer.py:f1"], "task 'blobs' measures f1, but accuracy is recorded; name the task"),
         (["--task", "newer.py:tusk"], "has no function 'tusk'; did you mean 'task'?"),
         (["--task", "tusk.py:task"], "tusk.py does not exist; did you mean task.py?"),
-        (["--task", "task.py:task", "--config", "config.yaml"], "--task and --config both name a task; write one of them"),
+        (
+            ["--task", "task.py:task", "--config", "config.yaml"],
+            "--task and --config both name a task; write one of them",
+        ),
         (["--config", "confg.yaml"], "there is no such file; did you mean config.yaml?"),
     ],
-)  # fmt: skip
+)
 def test_another_task(paretorch, ready, options, told):
     done = paretorch("verify-here", "deploy", *options, code=2)
     assert told in done.text
@@ -214,7 +230,11 @@ def test_a_newer_checkpoint(paretorch, ready):
     assert second["protocol"] == first["protocol"], "measured and calibrated as it was in the study"
     measured, before = ({(row["metric"], row["split"]) for row in data["metrics"]} for data in (second, first))
     # A study measures more of its finalists.
-    assert measured == {pair for pair in before if pair[0] == "accuracy" or not pair[0].startswith(("accuracy", "latency_ratio", "parity"))}  # fmt: skip
+    assert measured == {
+        pair
+        for pair in before
+        if pair[0] == "accuracy" or not pair[0].startswith(("accuracy", "latency_ratio", "parity"))
+    }
     assert {("accuracy_difference", "test"), ("latency_ratio", "validation"), ("parity_agreement", "test")} <= before
     assert (ready / "newer/recipe.yaml").read_bytes() == (ready / "deploy/recipe.yaml").read_bytes()
     assert (ready / "newer/weights.safetensors").read_bytes() != (ready / "deploy/weights.safetensors").read_bytes()
@@ -252,13 +272,21 @@ def test_a_recipe_with_all_kinds_of_steps(paretorch, ready):
         ("!!python/object/apply:os.system ['touch evil']", "mine.yaml is not a recipe: it is not YAML text"),
         ("steps: []", "mine.yaml: not a recipe: KeyError('version')"),
         ("{version: 99, steps: []}", "recipe version 99 is not one that this paretorch reads (1..1)"),
-        ("{version: 1, steps: [{step: shrink}]}", "unknown step 'shrink'; steps: student, prune, lowrank, equalize, sparsify"),
-        ("{version: 1, steps: [{step: quantize, layer: '4', weight_bits: 9}]}", "quantize 4: weight_bits = 9; choose from 1..8"),
-        ("{version: 1, steps: [{step: quantize, layer: conv9, weight_bits: 4}]}",
-         "the recipe does not fit this network: - no layer 'conv9' that can be compressed layers here: 0, 4 groups"),
+        (
+            "{version: 1, steps: [{step: shrink}]}",
+            "unknown step 'shrink'; steps: student, prune, lowrank, equalize, sparsify",
+        ),
+        (
+            "{version: 1, steps: [{step: quantize, layer: '4', weight_bits: 9}]}",
+            "quantize 4: weight_bits = 9; choose from 1..8",
+        ),
+        (
+            "{version: 1, steps: [{step: quantize, layer: conv9, weight_bits: 4}]}",
+            "the recipe does not fit this network: - no layer 'conv9' that can be compressed layers here: 0, 4 groups",
+        ),
         ("{version: 1, steps: [{step: prune, group: '0', keep: 99}]}", "group '0' has 8 channels, 99 cannot be kept"),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_cannot_be_used(paretorch, ready, text, told):
     if text is not None:
         (ready / "mine.yaml").write_text(text)

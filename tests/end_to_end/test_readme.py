@@ -56,7 +56,11 @@ def test_every_link_and_picture_is_there(page: Path) -> None:
     text = page.read_text()
     targets = re.findall(r"\]\(([^)#]+)\)", text)
     assert [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()] == []
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}  # fmt: skip
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 

@@ -1,4 +1,6 @@
-"""A registered candidate where neither paretorch nor torch is installed: loaded, and served over HTTP, pickle forbidden."""
+"""A registered candidate where neither paretorch nor torch is installed: loaded, and served over HTTP, pickle
+forbidden.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,12 @@ def clean(elsewhere, store):
     """The variables of a shell in that environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MLFLOW"))}
     return kept | {
-        "PATH": f"{elsewhere}/env/bin:{os.environ['PATH']}", "MLFLOW_TRACKING_URI": f"sqlite:///{store}",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "PATH": f"{elsewhere}/env/bin:{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{store}",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +109,16 @@ print(json.dumps(model.predict(np.array(json.load(sys.stdin), np.float32)).tolis
 
 def test_it_loads_without_paretorch_and_torch(registered, expected, clean, tmp_path):
     x, outputs = expected
-    done = subprocess.run(["python", "-c", LOAD], input=json.dumps(x.tolist()), env=clean, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["python", "-c", LOAD],
+        input=json.dumps(x.tolist()),
+        env=clean,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == outputs.tolist()
 
@@ -127,8 +140,9 @@ def test_it_is_served_without_paretorch_and_torch(registered, expected, clean, t
     address = f"http://127.0.0.1:{port}"
     log = tmp_path / "served.log"
     with log.open("w") as out:
-        server = subprocess.Popen([*command.split(), "-p", str(port)], env=clean, cwd=tmp_path, stdout=out, stderr=out,
-                                  start_new_session=True)  # fmt: skip
+        server = subprocess.Popen(
+            [*command.split(), "-p", str(port)], env=clean, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 300
         while True:

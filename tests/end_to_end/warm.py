@@ -51,11 +51,28 @@ def _wait(pid, seconds):
 
 # All that a search imports on its way; what is missing here only makes the tests slower.
 PRELOAD = (
-    "paretorch.cli", "paretorch.configs.plugins", "paretorch.cli.show", "paretorch.cli.watcher", "paretorch.results.export", "paretorch.results.report.write",
-    "paretorch.search.study", "paretorch.results.tracking.tracker", "matplotlib.backends.backend_agg", "matplotlib.figure", "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking.client", "pandas", "plotly.graph_objects", "plotly.subplots",
-    "rich.live", "sympy", "torch._dynamo", "torch.onnx", "torch_pruning",
-)  # fmt: skip
+    "paretorch.cli",
+    "paretorch.configs.plugins",
+    "paretorch.cli.show",
+    "paretorch.cli.watcher",
+    "paretorch.results.export",
+    "paretorch.results.report.write",
+    "paretorch.search.study",
+    "paretorch.results.tracking.tracker",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.tracking.client",
+    "pandas",
+    "plotly.graph_objects",
+    "plotly.subplots",
+    "rich.live",
+    "sympy",
+    "torch._dynamo",
+    "torch.onnx",
+    "torch_pruning",
+)
 
 
 def main():

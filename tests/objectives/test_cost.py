@@ -56,9 +56,17 @@ def structure_of(model):
     inputs = {"1": (("a", 8),), "2": (("a", 8),), "3": (("b", 12),), "5": (("c", 96),)}
     kinds = {"1": "depthwise", "5": "linear"}
     made = tuple(
-        Layer(name, kinds.get(name, "conv"), tuple(m.weight.shape), costs[name], m.bias is not None, output.get(name), inputs.get(name, ()))
+        Layer(
+            name,
+            kinds.get(name, "conv"),
+            tuple(m.weight.shape),
+            costs[name],
+            m.bias is not None,
+            output.get(name),
+            inputs.get(name, ()),
+        )
         for name, m in layers.items()
-    )  # fmt: skip
+    )
     return Structure(made, tuple(Group(name, width, 1) for name, width in WIDTHS.items()))
 
 

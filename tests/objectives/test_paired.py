@@ -57,7 +57,9 @@ def test_agreement_so_far_is_no_certainty():
 
 
 def coverage(n, more, less):
-    """How often the interval holds the truth, exactly: over all counts of samples that only one of the two gets right."""
+    """How often the interval holds the truth, exactly: over all counts of samples that only one of the two gets
+    right.
+    """
     held = 0.0
     for b in range(n + 1):
         for c in range(n + 1 - b):

@@ -40,8 +40,15 @@ def test_nondominated_is_what_no_other_beats(found):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.integers(2, 3).flatmap(lambda d: st.lists(st.lists(
-    st.sampled_from([-math.inf, 0.0, 1.0, math.inf, math.nan]), min_size=d, max_size=d), min_size=1, max_size=6)))  # fmt: skip
+@given(
+    st.integers(2, 3).flatmap(
+        lambda d: st.lists(
+            st.lists(st.sampled_from([-math.inf, 0.0, 1.0, math.inf, math.nan]), min_size=d, max_size=d),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
 def test_what_is_not_a_number_beats_nothing_and_is_not_beaten(found):
     expected = [not any(beats(other, point) for other in found) for point in found]
     assert nondominated(found).tolist() == expected

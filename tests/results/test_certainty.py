@@ -24,7 +24,9 @@ from paretorch.spaces.recipe import Recipe
 from paretorch.spaces.techniques.quantize import Quantize
 
 N = 400
-BASE = Measurement({"accuracy": Estimate.rate(900, 1000), "size_bytes": Estimate.exact(1000), "latency_ms": Estimate(8, 7.9, 8.1, 50)})  # fmt: skip
+BASE = Measurement(
+    {"accuracy": Estimate.rate(900, 1000), "size_bytes": Estimate.exact(1000), "latency_ms": Estimate(8, 7.9, 8.1, 50)}
+)
 
 
 def right(count, first=0):
@@ -35,8 +37,11 @@ def right(count, first=0):
 
 
 def member(number, size, accuracy=0.9, latency=4.0, **test):
-    metrics = {"accuracy": Estimate.rate(accuracy * 1000, 1000), "size_bytes": Estimate.exact(size),
-               "latency_ms": Estimate(latency, 0.99 * latency, 1.01 * latency, 50)}  # fmt: skip
+    metrics = {
+        "accuracy": Estimate.rate(accuracy * 1000, 1000),
+        "size_bytes": Estimate.exact(size),
+        "latency_ms": Estimate(latency, 0.99 * latency, 1.01 * latency, 50),
+    }
     return Candidate(number, Recipe((Quantize(f"layer{number}", 8),)), OK, measurement=Measurement(metrics), test=test)
 
 
@@ -48,8 +53,14 @@ def finalists(directory, members, scores, objectives=("accuracy", "size_bytes"),
     for candidate, each in zip(members, scores, strict=True):
         write_scores(directory / "finalists" / f"{candidate.recipe.key}.npy", each)
         found.append(replace(candidate, test={"accuracy": Estimate.of(each), **candidate.test}))
-    front = Front(tuple(found), tuple(map(Objective.parse, objectives)), Budget(), BASE, directory,
-                  None if base is None else Estimate.of(base))  # fmt: skip
+    front = Front(
+        tuple(found),
+        tuple(map(Objective.parse, objectives)),
+        Budget(),
+        BASE,
+        directory,
+        None if base is None else Estimate.of(base),
+    )
     if base is not None:
         write_scores(directory / "finalists" / f"{BASELINE}.npy", base)
     return front
@@ -63,8 +74,10 @@ def test_a_member_joins_the_cheapest_one_that_is_not_worse(tmp_path):
     front = finalists(tmp_path, members, scores)
     assert front.clusters == {0: 0, 1: 0, 2: 2, 3: 2, 4: 0}
     assert describe_clusters(front.clusters, front.quality) == [
-        "#0 is recommended over #1, #4: cheaper, and in accuracy not told apart on the test split (paired, 5% for each pair)",
-        "#2 is recommended over #3: cheaper, and in accuracy not told apart on the test split (paired, 5% for each pair)",
+        "#0 is recommended over #1, #4: cheaper, and in accuracy not told apart on the test split (paired, 5% "
+        "for each pair)",
+        "#2 is recommended over #3: cheaper, and in accuracy not told apart on the test split (paired, 5% for "
+        "each pair)",
     ]
     assert [front.verdicts(m)["cluster"] for m in front.members] == [0, 0, 2, 2, 0]
     assert front.select("recommended").number == front.clusters[front.knee().number]
@@ -86,8 +99,12 @@ def test_what_is_faster_has_an_advantage_where_that_is_an_objective(tmp_path):
     three = ("accuracy", "size_bytes", "latency_ms")
     assert finalists(tmp_path, [slow, fast], same, three).clusters == {0: 0, 1: 1}
     # Where bytes are no objective, the fastest is the cheapest.
-    assert finalists(tmp_path, [replace(slow, measurement=member(0, 100, 0.95, 9.0).measurement), fast], same,
-                     ("accuracy", "latency_ms")).clusters == {0: 1, 1: 1}  # fmt: skip
+    assert finalists(
+        tmp_path,
+        [replace(slow, measurement=member(0, 100, 0.95, 9.0).measurement), fast],
+        same,
+        ("accuracy", "latency_ms"),
+    ).clusters == {0: 1, 1: 1}
 
 
 @given(st.lists(st.integers(0, 2**12 - 1), min_size=1, max_size=7))
@@ -107,7 +124,12 @@ def test_the_recommended_one_is_cheaper_and_nowhere_beyond_doubt_worse(tmp_path,
 
 
 def test_without_numbers_on_the_test_split_nothing_is_one(tmp_path):
-    front = Front((member(0, 100), member(1, 200, 0.95)), (Objective("accuracy", True), Objective("size_bytes", False)), Budget(), BASE)  # fmt: skip
+    front = Front(
+        (member(0, 100), member(1, 200, 0.95)),
+        (Objective("accuracy", True), Objective("size_bytes", False)),
+        Budget(),
+        BASE,
+    )
     assert front.clusters == {}
     assert front.select("recommended") == front.knee()
 
@@ -148,7 +170,10 @@ def test_outputs_without_classes_are_held_to_their_size():
     del known["parity_agreement"]
     assert not parity_failure(member(0, 100, **known))
     known["parity_mean_output"] = Estimate.exact(0.06)
-    assert parity_failure(member(0, 100, **known)) == "its outputs are 6% of the largest off the simulation's on average (at most 5% are allowed)"  # fmt: skip
+    assert (
+        parity_failure(member(0, 100, **known))
+        == "its outputs are 6% of the largest off the simulation's on average (at most 5% are allowed)"
+    )
 
 
 def test_it_is_marked_recommended_to_nobody_and_exported_by_force_alone(tmp_path):
@@ -160,7 +185,10 @@ def test_it_is_marked_recommended_to_nobody_and_exported_by_force_alone(tmp_path
     table = front.table().set_index("number")
     assert table.loc[1, "parity"] == "passed"
     assert table.loc[0, "parity"].startswith("failed")
-    with pytest.raises(StudyError, match=r"candidate 0: its file does not compute what was simulated: 90\.00% of 1000 answers .*--force"):  # fmt: skip
+    with pytest.raises(
+        StudyError,
+        match=r"candidate 0: its file does not compute what was simulated: 90\.00% of 1000 answers .*--force",
+    ):
         front.export("0", tmp_path / "deploy")
     with pytest.raises(StudyError, match="was not kept"):  # which is asked after it
         front.export("0", tmp_path / "deploy", force=True)
@@ -175,8 +203,10 @@ def test_optimism_is_a_difference_of_means_of_pairs(tmp_path):
     vals = [np.where(rng.random(300) < 0.1, rng.random(300) < 0.9, base_val).astype(float) for _ in range(3)]
     tests = [np.where(rng.random(N) < 0.1, rng.random(N) < 0.8, base_test).astype(float) for _ in range(3)]
     members = [member(n, 100 + n, 0.8 + n / 100) for n in range(3)]
-    members = [replace(m, measurement=Measurement({**m.measurement.metrics, "accuracy": Estimate.of(v)}))
-               for m, v in zip(members, sorted(vals, key=np.mean), strict=True)]  # fmt: skip
+    members = [
+        replace(m, measurement=Measurement({**m.measurement.metrics, "accuracy": Estimate.of(v)}))
+        for m, v in zip(members, sorted(vals, key=np.mean), strict=True)
+    ]
     vals = sorted(vals, key=np.mean)
     front = finalists(tmp_path, members, tests, base=base_test.astype(float))
     front = replace(front, baseline=Measurement({**BASE.metrics, "accuracy": Estimate.of(base_val.astype(float))}))
@@ -202,8 +232,14 @@ def test_optimism_is_a_difference_of_means_of_pairs(tmp_path):
 def test_finalists_of_an_older_study_are_read(tmp_path):
     """Before there were clusters an entry held three numbers, the baseline's among them, and no scores beside it."""
     candidate = member(0, 100)
-    old = {name: vars(metric) for name, metric in
-           {"accuracy": Estimate.rate(90, 100), "latency_ms": Estimate(1, 0.9, 1.1, 10), "size_bytes": Estimate.exact(7)}.items()}  # fmt: skip
+    old = {
+        name: vars(metric)
+        for name, metric in {
+            "accuracy": Estimate.rate(90, 100),
+            "latency_ms": Estimate(1, 0.9, 1.1, 10),
+            "size_bytes": Estimate.exact(7),
+        }.items()
+    }
     (tmp_path / "finalists.json").write_text(json.dumps({BASELINE: old, candidate.recipe.key: old}))
     finalists = StudyFolder(tmp_path).read_finalists()
     (found,), base = stored.with_tests([candidate], finalists), stored.tested_baseline(finalists)

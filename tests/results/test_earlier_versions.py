@@ -1,7 +1,7 @@
 """A study and an artifact that an earlier version has written: they open, resume, report, export and verify.
 
-`study_v1` was written before results had a folder of their own, by the task in `small_task.py`, whose numbers are exact on every
-machine: 12 trials of `SPACE`, and the artifact of the recommended member.
+`study_v1` was written before results had a folder of their own, by the task in `small_task.py`, whose numbers are exact
+on every machine: 12 trials of `SPACE`, and the artifact of the recommended member.
 """
 
 import csv

@@ -78,9 +78,28 @@ def test_the_suggestion_is_milder_and_trains_as_before(runner):
 
 def test_what_is_taken_back():
     structure = Structure((), (Group("a", 32, 8),), ("block1", "block2"), ())
-    recipe = Recipe((Student(("block1", "block2")), Prune("a", 16), Equalize(), Sparsify("b", 0.5), Quantize("b", 4, 8), Quantize("c", 16), Recover("batchnorm")))  # fmt: skip
+    recipe = Recipe(
+        (
+            Student(("block1", "block2")),
+            Prune("a", 16),
+            Equalize(),
+            Sparsify("b", 0.5),
+            Quantize("b", 4, 8),
+            Quantize("c", 16),
+            Recover("batchnorm"),
+        )
+    )
     found = {decision.what: decision for decision in decisions(recipe, structure)}
-    assert set(found) == {"block1: left out", "block2: left out", "a: 16 of 32 channels", "ranges equalised (by weights)", "b: 50% zeros", "b: weights of 4 bits", "c: weights of 16 bits", "activations of 8 bits"}  # fmt: skip
+    assert set(found) == {
+        "block1: left out",
+        "block2: left out",
+        "a: 16 of 32 channels",
+        "ranges equalised (by weights)",
+        "b: 50% zeros",
+        "b: weights of 4 bits",
+        "c: weights of 16 bits",
+        "activations of 8 bits",
+    }
     assert found["block1: left out"].without.of(Student) == [Student(("block2",))]
     assert found["a: 16 of 32 channels"].milder.of(Prune) == [Prune("a", 24)]
     assert not found["ranges equalised (by weights)"].without.of(Equalize)

@@ -225,8 +225,15 @@ def test_the_table_survives_csv_and_keeps_the_test_split(study, tmp_path):
 
 def test_a_candidate_survives_json():
     full = candidate(
-        3, 0.8, 400, state=OVER_BUDGET, reason="too slow", excess={"latency_ms <= 4": 0.5}, picks={"width": 1},
-        label="width 0.5", test={"accuracy": Estimate.rate(790, IMAGES)},
-    )  # fmt: skip
+        3,
+        0.8,
+        400,
+        state=OVER_BUDGET,
+        reason="too slow",
+        excess={"latency_ms <= 4": 0.5},
+        picks={"width": 1},
+        label="width 0.5",
+        test={"accuracy": Estimate.rate(790, IMAGES)},
+    )
     for found in (full, Candidate(4, Recipe(), FAILED, "diverged")):
         assert Candidate.from_dict(json.loads(json.dumps(found.to_dict()))) == found

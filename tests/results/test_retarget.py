@@ -26,9 +26,7 @@ from paretorch.spaces.space import Space
 from paretorch.spaces.structure import Layer, Structure
 from paretorch.spaces.techniques.quantize import Quantize
 
-SPACE = Space(
-    weight_bits=(Rule((4, 8)),), activation_bits=(Rule((8, 32), share=True),), channels=(Rule((0.0, 0.5)),)
-)  # fmt: skip
+SPACE = Space(weight_bits=(Rule((4, 8)),), activation_bits=(Rule((8, 32), share=True),), channels=(Rule((0.0, 0.5)),))
 NPU = analytic(Profile("npu", {"4x8": 8e9, "8x8": 4e9, "32x32": 1e9}, 1e8, 1e9, layer_seconds=1e-6))
 STRUCTURE = Structure(tuple(Layer(name, "conv", (8, 8, 3, 3), 1000) for name in ("a", "b", "c", "d", "e")))
 
@@ -79,8 +77,9 @@ def test_a_choice_that_cannot_run_is_refused_with_its_layers_and_the_reason(tmp_
         search(tmp_path / "s", space=SPACE, target="torch")
     assert caught.value.source == "space, on the target torch"
     assert [p.split(":")[0] for p in caught.value.problems] == [
-        "weights 4 bit, activations 8 bit on 0, 3", "weights 8 bit, activations 8 bit on 0, 3",
-    ]  # fmt: skip
+        "weights 4 bit, activations 8 bit on 0, 3",
+        "weights 8 bit, activations 8 bit on 0, 3",
+    ]
     assert "no kernels for 8-bit activations" in caught.value.problems[0]
     assert not (tmp_path / "s").exists()
 
@@ -90,9 +89,11 @@ def test_only_some_pairs_of_widths_are_refused():
     with pytest.raises(ConfigError) as caught:
         check_supported(space, STRUCTURE, NPU)
     assert [p.split(": npu has no unit")[0] for p in caught.value.problems] == [
-        "weights 3 bit on b", "weights 3 bit, activations 8 bit on b", "weights 4 bit on a, c, d and 1 more",
+        "weights 3 bit on b",
+        "weights 3 bit, activations 8 bit on b",
+        "weights 4 bit on a, c, d and 1 more",
         "weights 8 bit on a, b, c and 2 more",
-    ]  # fmt: skip
+    ]
     check_supported(replace(space, weight_bits=(Rule((4, 8, 32)),), activation_bits=(Rule((8,)),)), STRUCTURE, NPU)
 
 
@@ -251,8 +252,12 @@ def test_what_was_found_is_written_and_logged(searched, directory):
 
     home = directory / "blobs"
     shutil.copytree(searched, home)
-    search(home, mlflow=f"sqlite:///{directory / 'mlflow.db'}", space=SPACE,
-           objectives=["accuracy", "size_bytes", "latency_ms"])  # fmt: skip
+    search(
+        home,
+        mlflow=f"sqlite:///{directory / 'mlflow.db'}",
+        space=SPACE,
+        objectives=["accuracy", "size_bytes", "latency_ms"],
+    )
     found = retarget(home, NPU)
     path = found.write(home)
     assert path == home / "targets" / "npu.json"

@@ -53,16 +53,28 @@ class Inverted(nn.Module):
 def mobile(c=16, e=48):
     d = 2 * c
     return nn.Sequential(
-        conv(3, c, 3, 2, act=nn.ReLU6), Inverted(c, e), conv(c, d, 1, act=nn.ReLU6), conv(d, d, 3, 2, d, nn.ReLU6),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(d, 10),
-    )  # fmt: skip
+        conv(3, c, 3, 2, act=nn.ReLU6),
+        Inverted(c, e),
+        conv(c, d, 1, act=nn.ReLU6),
+        conv(d, d, 3, 2, d, nn.ReLU6),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(d, 10),
+    )
 
 
 def perceptron(a=64, b=48):
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(192, a), nn.BatchNorm1d(a), nn.ReLU(),
-        nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, 10),
-    )  # fmt: skip
+        nn.Flatten(),
+        nn.Linear(192, a),
+        nn.BatchNorm1d(a),
+        nn.ReLU(),
+        nn.Linear(a, b, bias=False),
+        nn.BatchNorm1d(b),
+        nn.ReLU(),
+        nn.Linear(b, 10),
+    )
 
 
 class Gated(nn.Module):
@@ -81,10 +93,17 @@ class Gated(nn.Module):
 
 def sound():
     return nn.Sequential(
-        nn.Conv1d(3, 16, 5, padding=2), nn.BatchNorm1d(16), nn.ReLU(), nn.MaxPool1d(2),
-        nn.Conv1d(16, 24, 3, padding=1, bias=False), nn.BatchNorm1d(24), nn.ReLU(),
-        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(24, 10),
-    )  # fmt: skip
+        nn.Conv1d(3, 16, 5, padding=2),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(16, 24, 3, padding=1, bias=False),
+        nn.BatchNorm1d(24),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    )
 
 
 class Tokens(nn.Module):

@@ -37,8 +37,15 @@ from paretorch.spaces.techniques.quantize import Quantize
 from paretorch.spaces.techniques.recover import Recover
 from paretorch.spaces.techniques.sparsify import Sparsify
 
-FILES = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md", "environment.json",
-         "artifact.json")  # fmt: skip
+FILES = (
+    "model.onnx",
+    "weights.safetensors",
+    "recipe.yaml",
+    "measurements.json",
+    "README.md",
+    "environment.json",
+    "artifact.json",
+)
 VERSION_1 = Path(__file__).with_name("artifact_v1")
 HERE = {"processor": "a CPU", "onnxruntime": "1.22"}
 RECIPE = Recipe((Quantize("1", 8, 8),))
@@ -53,7 +60,13 @@ def packed(network):
 def written_to(directory, packed):
     exact = {"size_bytes": Estimate.exact(len(packed)), "onnx_bytes": Estimate.exact(packing.unpack(packed).ByteSize())}
     found = Measurement({**exact, "latency_ms": Estimate(2.0, 1.9, 2.1, 50), "accuracy": Estimate.rate(971, 1000)})
-    base = Measurement({"size_bytes": Estimate.exact(1e5), "latency_ms": Estimate(4.0, 3.9, 4.1, 50), "accuracy": Estimate.rate(973, 1000)})  # fmt: skip
+    base = Measurement(
+        {
+            "size_bytes": Estimate.exact(1e5),
+            "latency_ms": Estimate(4.0, 3.9, 4.1, 50),
+            "accuracy": Estimate.rate(973, 1000),
+        }
+    )
     record = Record(
         "best",
         "mine",
@@ -78,8 +91,12 @@ def test_an_artifact_holds_all_that_is_needed(written, packed):
     measured = {entry["metric"]: entry for entry in json.loads(contents["measurements.json"])["metrics"]}
     assert measured["size_bytes"]["value"] == measured["size_bytes"]["high"] == len(packed)
     assert measured["size_bytes"]["split"] is None
-    assert measured["accuracy"] | {"baseline": 0, "protocol": 0} == {"metric": "accuracy", "split": "validation",
-        "baseline": 0, "protocol": 0} | vars(Estimate.rate(971, 1000))  # fmt: skip
+    assert measured["accuracy"] | {"baseline": 0, "protocol": 0} == {
+        "metric": "accuracy",
+        "split": "validation",
+        "baseline": 0,
+        "protocol": 0,
+    } | vars(Estimate.rate(971, 1000))
     assert "1000 samples of the validation split" in measured["accuracy"]["protocol"]
     for text in ("one input", "2 threads", "in turns with the untouched network", "0.25 s", "4 ms"):
         assert text in measured["latency_ms"]["protocol"]
@@ -155,11 +172,17 @@ def test_any_change_of_any_file_is_noticed(name, written):
 
 @pytest.mark.parametrize(
     "listing",
-    ["[]", "1", "{}", '{"format": "other", "version": 1}', '{"format": "paretorch.artifact", "version": 3}',
-     '{"format": "paretorch.artifact", "version": "1", "sha256": {}}',
-     '{"format": "paretorch.artifact", "version": 1, "sha256": 1}',
-     json.dumps({"format": "paretorch.artifact", "version": 1, "sha256": list(FILES[:-1])})],
-)  # fmt: skip
+    [
+        "[]",
+        "1",
+        "{}",
+        '{"format": "other", "version": 1}',
+        '{"format": "paretorch.artifact", "version": 3}',
+        '{"format": "paretorch.artifact", "version": "1", "sha256": {}}',
+        '{"format": "paretorch.artifact", "version": 1, "sha256": 1}',
+        json.dumps({"format": "paretorch.artifact", "version": 1, "sha256": list(FILES[:-1])}),
+    ],
+)
 def test_a_listing_that_is_none_is_refused(listing, written):
     (written / "artifact.json").write_text(listing)
     with pytest.raises(ArtifactError):

@@ -1,4 +1,6 @@
-"""Evaluation in several ways: the same predictions in each, in the data's order, and an end when somebody asks for it."""
+"""Evaluation in several ways: the same predictions in each, in the data's order, and an end when somebody asks for
+it.
+"""
 
 import threading
 

@@ -26,13 +26,26 @@ from paretorch.spaces.techniques.sparsify import Sparsify
 from paretorch.spaces.techniques.student import Student
 
 MIXED = Recipe(
-    (Student(("layer1.1",)), Prune("down", 16), Sparsify("fc", 0.5), Quantize("stem", 8, 8), Quantize("down", 3),
-     Quantize("fc", 16))
-)  # fmt: skip
+    (
+        Student(("layer1.1",)),
+        Prune("down", 16),
+        Sparsify("fc", 0.5),
+        Quantize("stem", 8, 8),
+        Quantize("down", 3),
+        Quantize("fc", 16),
+    )
+)
 THIN = Recipe(
-    (LowRank("down", 8), Sparsify("down", 0.5), Cluster("down", 3), LowRank("fc", 4), Quantize("fc", 8, 8),
-     Cluster("stem", 4), Recover("finetune", 0.5, 0.01))
-)  # fmt: skip
+    (
+        LowRank("down", 8),
+        Sparsify("down", 0.5),
+        Cluster("down", 3),
+        LowRank("fc", 4),
+        Quantize("fc", 8, 8),
+        Cluster("stem", 4),
+        Recover("finetune", 0.5, 0.01),
+    )
+)
 TRAINED = Recipe((*MIXED.steps, Recover("finetune", 0.5, 0.01)))
 
 

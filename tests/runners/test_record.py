@@ -51,7 +51,13 @@ def test_bytes_are_exact(now, agrees):
 def test_a_speed_is_the_ratio_to_the_untouched_network(ratio, base, verdict):
     def timed(share, yardstick):
         value = share * yardstick
-        return RecordRow("latency_ms", "validation", Estimate(value, 0.98 * value, 1.02 * value, 50), Estimate(yardstick, 0.99 * yardstick, 1.01 * yardstick, 50), "")  # fmt: skip
+        return RecordRow(
+            "latency_ms",
+            "validation",
+            Estimate(value, 0.98 * value, 1.02 * value, 50),
+            Estimate(yardstick, 0.99 * yardstick, 1.01 * yardstick, 50),
+            "",
+        )
 
     found = one(timed(0.5, 4.0), timed(ratio, base))
     assert found.verdict == verdict

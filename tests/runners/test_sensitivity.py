@@ -86,8 +86,10 @@ def test_by_axis_gives_one_number_per_choice(network, task_of, tmp_path):
     runner = runner_of(network, task_of, tmp_path, "perceptron")
     space = Space(
         weight_bits=(Rule((32, 8, 4), ("1", "4"), share=True), Rule((6, 8), ("7",))),
-        activation_bits=(Rule((8, 32)),), sparsity=(Rule((0.0, 0.5), ("7",)),), width=(1.0, 0.5),
-    )  # fmt: skip
+        activation_bits=(Rule((8, 32)),),
+        sparsity=(Rule((0.0, 0.5), ("7",)),),
+        width=(1.0, 0.5),
+    )
     found = measure_sensitivity(runner.builder, space)
     d = found.divergence
     assert found.by_axis(space, runner.structure) == {
@@ -153,8 +155,12 @@ def test_methods_are_the_first_of_the_space(network, task_of, tmp_path):
     for reuse in (True, False):
         found = measure_sensitivity(runner.builder, space, reuse=reuse)
         assert [(row.weight_bits, row.sparsity) for row in found.rows[:5]] == [
-            (2, 0.0), (32, "2:4"), (2, "2:4"), (32, 0.75), (2, 0.75)
-        ]  # fmt: skip
+            (2, 0.0),
+            (32, "2:4"),
+            (2, "2:4"),
+            (32, 0.75),
+            (2, 0.75),
+        ]
         assert found.divergence("fc", 2) == pytest.approx(plain.divergence("fc", 2), rel=1e-3)
         recipe = Recipe((Sparsify("layer1.0.conv1", 0.5, "obs", "2:4"), Quantize("layer1.0.conv1", 2, 32, "gptq")))
         dense, model = runner.builder.comparable(), runner.builder.comparable()
@@ -210,8 +216,12 @@ class Aliased(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.bn, self.act, self.b, self.fc = (
-            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.LeakyReLU(0.3, inplace=True), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
-        )  # fmt: skip
+            nn.Conv2d(3, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.LeakyReLU(0.3, inplace=True),
+            nn.Conv2d(6, 6, 3),
+            nn.Linear(6, 4),
+        )
         self.drop, self.same = nn.Dropout(0.5), nn.Identity()
 
     def forward(self, x):
@@ -247,8 +257,9 @@ def made(name, network, settle):
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "mobile", "gated", "sound", "tokens", "branches", "convolutional", "twice", "aliased", "sighted"]
-)  # fmt: skip
+    "name",
+    ["residual", "mobile", "gated", "sound", "tokens", "branches", "convolutional", "twice", "aliased", "sighted"],
+)
 def test_recorded_calls_change_nothing(name, network, settle, task_of, tmp_path):
     model, x = made(name, network, settle)
     runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=150))
@@ -262,9 +273,11 @@ def test_recorded_calls_change_nothing(name, network, settle, task_of, tmp_path)
             (r.layer, r.weight_bits, r.bytes) for r in without.rows
         ]
         torch.testing.assert_close(
-            torch.tensor([r.divergence for r in found.rows]), torch.tensor([r.divergence for r in without.rows]),
-            rtol=1e-3, atol=1e-10,
-        )  # fmt: skip
+            torch.tensor([r.divergence for r in found.rows]),
+            torch.tensor([r.divergence for r in without.rows]),
+            rtol=1e-3,
+            atol=1e-10,
+        )
     assert max(r.divergence for r in without.rows) > 1e-6
 
 

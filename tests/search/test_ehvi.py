@@ -121,9 +121,7 @@ def test_a_limit_that_has_to_be_learned_is_learned():
 def test_what_is_infeasible_is_not_on_the_front():
     """The best recipe is forbidden: one that is worse than it must still look like an improvement."""
     trials = told(20)
-    best = create_trial(
-        params=dict.fromkeys(SPACE, 0), distributions=SPACE, values=[0.0, 0.0], constraints={"x": 1.0}
-    )  # fmt: skip
+    best = create_trial(params=dict.fromkeys(SPACE, 0), distributions=SPACE, values=[0.0, 0.0], constraints={"x": 1.0})
     fair = [
         create_trial(params=t.params, distributions=SPACE, values=t.values, constraints={"x": -1.0}) for t in trials
     ]
@@ -140,9 +138,12 @@ def test_what_was_never_measured_teaches_nothing():
     asked = []
     for made_up in (0.0, 0.9):
         refused = create_trial(
-            params=dict.fromkeys(SPACE, 3), distributions=SPACE, values=[made_up, 1.0],
-            constraints={"cost": 0.3, "speed": 0.0}, user_attrs={UNKNOWN: [0, "speed"]},
-        )  # fmt: skip
+            params=dict.fromkeys(SPACE, 3),
+            distributions=SPACE,
+            values=[made_up, 1.0],
+            constraints={"cost": 0.3, "speed": 0.0},
+            user_attrs={UNKNOWN: [0, "speed"]},
+        )
         others = told(15, constraints={"cost": -0.1, "speed": -0.1})
         asked.append(rebuilt([*others, refused], EHVISampler(0, known=known)).ask(SPACE).params)
     assert asked[0] == asked[1]
@@ -267,7 +268,12 @@ def test_a_choice_of_networks_with_axes_of_their_own():
             for _ in range(40):
                 trial = study.ask(space)
                 picks = tuple(trial.params[name] for name in space)
-                seen.add(tuple(p if conditions.get(n, ("", picks[0]))[1] == picks[0] else 0 for n, p in zip(space, picks, strict=True)))  # fmt: skip
+                seen.add(
+                    tuple(
+                        p if conditions.get(n, ("", picks[0]))[1] == picks[0] else 0
+                        for n, p in zip(space, picks, strict=True)
+                    )
+                )
                 points.append(tuple(map(float, two_networks(picks))))
                 study.tell(trial, points[-1])
             if conditional:

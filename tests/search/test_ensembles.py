@@ -48,7 +48,9 @@ def blobs(count, seed):
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))  # fmt: skip
+        net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
+        )
         x, y = blobs(256, 1).tensors
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
         for _ in range(20):
@@ -193,23 +195,32 @@ def networks_of(front, rest=0, shared=0):
     """Networks whose files are the given number of bytes, of which the first ones are the same in all."""
     numbers = itertools.count()
     return [
-        Network(c, {b"same": shared, bytes([next(numbers)]): int(c.measurement.value("size_bytes")) - shared - rest}, rest)
+        Network(
+            c, {b"same": shared, bytes([next(numbers)]): int(c.measurement.value("size_bytes")) - shared - rest}, rest
+        )
         for c in eligible(front)
-    ]  # fmt: skip
+    ]
 
 
 def test_two_layers_of_what_was_measured_to_its_end_are_eligible():
     pair = Recipe((Ensemble((Recipe().to_json(), Recipe((Quantize("a", 4),)).to_json())),))
     front = front_of(
-        candidate(0, 0.9, 500), candidate(1, 0.8, 300, OVER_BUDGET), candidate(2, 0.85, 500), candidate(3, 0.7, 500),
-        candidate(4, 0.99, 10, STOPPED), candidate(5, 0.99, 10, recipe=pair),
-        Candidate(6, Recipe((Quantize("b", 4),)), FAILED), Candidate(7, Recipe((Quantize("c", 4),)), OVER_BUDGET),
-    )  # fmt: skip
+        candidate(0, 0.9, 500),
+        candidate(1, 0.8, 300, OVER_BUDGET),
+        candidate(2, 0.85, 500),
+        candidate(3, 0.7, 500),
+        candidate(4, 0.99, 10, STOPPED),
+        candidate(5, 0.99, 10, recipe=pair),
+        Candidate(6, Recipe((Quantize("b", 4),)), FAILED),
+        Candidate(7, Recipe((Quantize("c", 4),)), OVER_BUDGET),
+    )
     assert [c.number for c in eligible(front)] == [0, 2, 1]
 
 
 def test_costs_add_up_and_what_is_too_dear_is_not_looked_at():
-    front = front_of(candidate(0, 0.9, 500), candidate(1, 0.8, 300), candidate(2, 0.7, 200), budget=["size_bytes <= 60%"])  # fmt: skip
+    front = front_of(
+        candidate(0, 0.9, 500), candidate(1, 0.8, 300), candidate(2, 0.7, 200), budget=["size_bytes <= 60%"]
+    )
     networks = networks_of(front, rest=100, shared=50)
     assert [n.candidate.number for n in chosen(front, networks)] == [0, 1, 2]
     found = combinations(front, networks, always(0.5))
@@ -241,7 +252,9 @@ def test_a_third_network_joins_pairs_that_are_better_than_both():
 
 
 def test_the_greatest_gain_comes_first_and_what_is_known_or_beaten_never():
-    front = front_of(candidate(0, 0.8, 300), candidate(1, 0.7, 200), candidate(2, 0.6, 150), budget=["accuracy >= -10%"])  # fmt: skip
+    front = front_of(
+        candidate(0, 0.8, 300), candidate(1, 0.7, 200), candidate(2, 0.6, 150), budget=["accuracy >= -10%"]
+    )
     networks = networks_of(front)
     gains = {(0, 1): 0.85, (0, 2): 0.89, (1, 2): 0.805}
     found = combinations(front, networks, lambda ensembles: [gains.get(places, 0.0) for places in ensembles])
@@ -259,6 +272,8 @@ def test_the_greatest_gain_comes_first_and_what_is_known_or_beaten_never():
 
 
 def test_an_empty_front_takes_the_first_that_keeps_the_limits():
-    front = front_of(candidate(0, 0.7, 300, OVER_BUDGET), candidate(1, 0.7, 200, OVER_BUDGET), budget=["accuracy >= 0.8"])  # fmt: skip
+    front = front_of(
+        candidate(0, 0.7, 300, OVER_BUDGET), candidate(1, 0.7, 200, OVER_BUDGET), budget=["accuracy >= 0.8"]
+    )
     found = combinations(front, networks_of(front), always(0.85))
     assert best(front, found, ()) is not None

@@ -192,7 +192,9 @@ def test_buckets_are_the_same_in_blocks():
 
 
 def test_many_items_of_whole_costs():
-    """Front and integer programme, both exact, agree; a lazy solver would stop at the first choice that is nearly best."""
+    """Front and integer programme, both exact, agree; a lazy solver would stop at the first choice that is nearly
+    best.
+    """
     random = np.random.default_rng(1)
     costs = random.integers(0, 12, (30, 8))
     losses = -costs * random.integers(90, 110, (30, 1)) + random.integers(0, 40, costs.shape)
@@ -205,7 +207,9 @@ def test_many_items_of_whole_costs():
 
 
 def powers(bits):
-    """Costs 0 or 1, 0 or 2, 0 or 4 ...: the sums are all whole numbers, each of one choice, and a loss is minus a cost."""
+    """Costs 0 or 1, 0 or 2, 0 or 4 ...: the sums are all whole numbers, each of one choice, and a loss is minus a
+    cost.
+    """
     return [[0, -(2**bit)] for bit in range(bits)], [[0, 2**bit] for bit in range(bits)]
 
 

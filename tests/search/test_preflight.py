@@ -22,9 +22,13 @@ from paretorch.spaces.space import Space
 from paretorch.spaces.techniques.recover import Recover
 
 SPACE = Space(
-    weight_bits=(Rule((3, 8)),), activation_bits=(Rule((8, 32), share=True),), sparsity=(Rule((0.0, 0.5)),),
-    channels=(Rule((0.0, 0.5)),), width=(1.0, 0.5), recovery=(Recover("batchnorm"), Recover("finetune", epochs=1)),
-)  # fmt: skip
+    weight_bits=(Rule((3, 8)),),
+    activation_bits=(Rule((8, 32), share=True),),
+    sparsity=(Rule((0.0, 0.5)),),
+    channels=(Rule((0.0, 0.5)),),
+    width=(1.0, 0.5),
+    recovery=(Recover("batchnorm"), Recover("finetune", epochs=1)),
+)
 
 
 @pytest.fixture(scope="module")

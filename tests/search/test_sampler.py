@@ -19,11 +19,14 @@ def study(sampler, count, told=()):
         params = {name: (i * (j + 3) + j) % 4 for j, name in enumerate(SPACE)}
         made.add_trial(
             create_trial(
-                state=TrialState.COMPLETE, values=[sum(params.values()) + i / 100, params["axis0"]], params=params,
-                distributions=SPACE, constraints={"limit": 0.1 if i % 3 else -0.1},
+                state=TrialState.COMPLETE,
+                values=[sum(params.values()) + i / 100, params["axis0"]],
+                params=params,
+                distributions=SPACE,
+                constraints={"limit": 0.1 if i % 3 else -0.1},
                 system_attrs={key: i // 20} if key else {},
             )
-        )  # fmt: skip
+        )
     return made
 
 

@@ -53,7 +53,9 @@ def small(seed=None):
 
 
 def task(student=small):
-    return Task("blobs", network, blobs(256, 1), blobs(100, 2), blobs(100, 3), batch_size=32, students={"small": student})  # fmt: skip
+    return Task(
+        "blobs", network, blobs(256, 1), blobs(100, 2), blobs(100, 3), batch_size=32, students={"small": student}
+    )
 
 
 class Heard(Quiet):

@@ -79,7 +79,8 @@ class Fake:
     """Makes the runners of studies whose numbers are made up.
 
     requests: what all of them were asked for. fails: gives the error of a recipe, or None. refuses: the error of every
-    finalist's file, or None. finalists: whose files were measured as finalists. facts: what a runner says of its task, or None.
+    finalist's file, or None. finalists: whose files were measured as finalists. facts: what a runner says of its task,
+    or None.
     """
 
     def __init__(self):
@@ -193,15 +194,20 @@ def test_the_same_seed_gives_the_same_recipes_and_the_same_files(tmp_path):
     assert all(c.test["accuracy"].n == 100 for c in front.members)
     assert front.test_baseline.n == 100
     assert {path.name for path in (tmp_path / "0" / "finalists").iterdir()} == {
-        "baseline.npy", *(f"{c.recipe.key}.npy" for c in front.members),
-    }  # fmt: skip
+        "baseline.npy",
+        *(f"{c.recipe.key}.npy" for c in front.members),
+    }
     for member in front.members:
-        assert member.test["accuracy_difference"].value == pytest.approx(member.test["accuracy"].value - front.test_baseline.value)  # fmt: skip
+        assert member.test["accuracy_difference"].value == pytest.approx(
+            member.test["accuracy"].value - front.test_baseline.value
+        )
         assert member.test["size_bytes"] == member.measurement.metrics["size_bytes"]
         assert member.test["parity_agreement"].value >= 0.995
         assert front.verdicts(member) == {
-            "speed": front.speed(member), "cluster": front.clusters[member.number], "parity": "passed",
-        }  # fmt: skip
+            "speed": front.speed(member),
+            "cluster": front.clusters[member.number],
+            "parity": "passed",
+        }
     size = {c.recipe.key: c.measurement.value("size_bytes") for c in first.candidates if c.measurement}
     assert all(len(data) == size[name.partition(".")[0]] for name, data in files.items())
 
@@ -261,8 +267,11 @@ def test_a_metric_that_is_nan_for_some_recipe_is_a_result(tmp_path):
 
 def test_a_metric_that_is_nan_for_the_untouched_network_is_a_mistake(tmp_path):
     task = blob_task(metric=lambda outputs, targets: torch.full((len(outputs),), float("nan")))
-    with pytest.raises(TaskError, match=r"task 'blobs': the untouched network cannot be measured: metric 'accuracy' returned nan\. "
-                       "Every candidate is compared with it, so check the metric"):  # fmt: skip
+    with pytest.raises(
+        TaskError,
+        match=r"task 'blobs': the untouched network cannot be measured: metric 'accuracy' returned nan\. "
+        "Every candidate is compared with it, so check the metric",
+    ):
         study(tmp_path / "s", task=task).run(9)
     assert not (tmp_path / "s").exists()
 
@@ -435,12 +444,15 @@ def test_a_mistake_in_code_stops_the_study_which_can_be_resumed(tmp_path, fake):
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"sampler": "random"}, 'sampler: "ehvi" then, "random" now'),
-        ({"budget": ("size_bytes <= 50%",)}, 'budget: ["size_bytes <= 60%", "accuracy >= -10%"] then, ["size_bytes <= 50%"] now'),
+        (
+            {"budget": ("size_bytes <= 50%",)},
+            'budget: ["size_bytes <= 60%", "accuracy >= -10%"] then, ["size_bytes <= 50%"] now',
+        ),
         ({"objectives": ["accuracy", "latency_ms"]}, r'objectives: ["max accuracy", "min size_bytes"] then'),
         ({"space": TINY}, "space: "),
         ({"threads": 2}, "measure: "),
     ],
-)  # fmt: skip
+)
 def test_another_configuration_is_refused(tmp_path, fake, change, told):
     fake.study(tmp_path).run(3)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -579,8 +591,12 @@ def test_a_failed_preflight_leaves_nothing(tmp_path, fake):
 
 def test_what_a_kill_leaves_behind_is_cleaned_up(tmp_path, fake):
     fake.study(tmp_path).run(9)
-    left = [tmp_path / ".study.json.123.partial", tmp_path / "candidates" / f".{'0' * 16}.safetensors.123.partial",
-            tmp_path / "report" / ".front.html.99.part", tmp_path / "candidates" / f"{'0' * 16}.safetensors"]  # fmt: skip
+    left = [
+        tmp_path / ".study.json.123.partial",
+        tmp_path / "candidates" / f".{'0' * 16}.safetensors.123.partial",
+        tmp_path / "report" / ".front.html.99.part",
+        tmp_path / "candidates" / f"{'0' * 16}.safetensors",
+    ]
     for path in left:
         path.write_text("half")
     with (tmp_path / "trials.jsonl").open("a") as stream:
@@ -606,7 +622,9 @@ def test_a_deleted_file_of_a_finalist_is_made_again(tmp_path):
 
 
 def test_what_is_lost_of_the_finalists_is_measured_again_and_nothing_else(tmp_path, fake):
-    """Scores that somebody deleted, a comparison with the simulation that a kill prevented, a study of an older version."""
+    """Scores that somebody deleted, a comparison with the simulation that a kill prevented, a study of an older
+    version.
+    """
     asked = fake.finalists
     fake.study(tmp_path, budget=()).run(20)
     path = tmp_path / "finalists.json"
@@ -679,8 +697,16 @@ def test_mlflow_that_fails_in_the_middle_does_not_stop_the_search(tmp_path, fake
     listener = Stop()
     found = fake.study(tmp_path, listener, mlflow=None, config={"a": 1}, config_text="a: 1")
     found.run(9)
-    assert events == [("start", ["config.yaml", "config_resolved.json", "study.json"]), ("sync", 0), ("log", 0), ("log", 1),
-                      ("log", 2), ("log", 3), ("sync", 9), ("FINISHED", 9)]  # fmt: skip
+    assert events == [
+        ("start", ["config.yaml", "config_resolved.json", "study.json"]),
+        ("sync", 0),
+        ("log", 0),
+        ("log", 1),
+        ("log", 2),
+        ("log", 3),
+        ("sync", 9),
+        ("FINISHED", 9),
+    ]
     assert "warning: MLflow store is away. The search goes on without MLflow" in "".join(listener.said)
     events.clear()
     with pytest.raises(KeyboardInterrupt):

@@ -40,10 +40,16 @@ sparsify = st.builds(
 prune = st.builds(Prune, st.sampled_from(NAMES), st.integers(1, 512))
 student = st.builds(Student, st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(tuple))
 recover = st.sampled_from((Recover("batchnorm"), Recover("statistics"))) | st.builds(
-    Recover, st.just("finetune"), st.floats(0.01, 20) | st.integers(1, 20), st.floats(1e-5, 1), st.floats(0, 1),
-    train=st.sampled_from(("all", "last", "scales")), temperature_schedule=st.sampled_from(("constant", "warmup", "anneal")),
-    features=st.floats(0, 10) | st.integers(0, 3), patience=st.integers(0, 9),
-)  # fmt: skip
+    Recover,
+    st.just("finetune"),
+    st.floats(0.01, 20) | st.integers(1, 20),
+    st.floats(1e-5, 1),
+    st.floats(0, 1),
+    train=st.sampled_from(("all", "last", "scales")),
+    temperature_schedule=st.sampled_from(("constant", "warmup", "anneal")),
+    features=st.floats(0, 10) | st.integers(0, 3),
+    patience=st.integers(0, 9),
+)
 
 
 def identity(step):
@@ -124,7 +130,8 @@ def test_the_key_is_stable_across_versions_of_this_code():
     assert recipe.key == "1c002597b9a2cbf1"
     recipe = Recipe((Recover("finetune", 1),))
     assert recipe.to_json() == (
-        '{"steps":[{"distill":0.9,"epochs":1.0,"learning_rate":0.01,"method":"finetune","step":"recover","temperature":2.0}],'
+        '{"steps":[{"distill":0.9,"epochs":1.0,"learning_rate":0.01,"method":"finetune","step":"recover",'
+        '"temperature":2.0}],'
         '"version":1}'
     )
     assert Recipe((Recover("finetune", 1, train="last"),)).to_dict()["steps"][0]["train"] == "last"
@@ -404,9 +411,16 @@ def test_an_ensemble_is_the_same_in_any_order_and_form(members, random):
         (("[]", Recipe().to_json()), (), "holds no steps and version"),
         (('{"steps": [{"step": "melt"}], "version": 1}', Recipe().to_json()), (), "unknown step 'melt'"),
         ((Recipe((Quantize("fc", 4),)).to_json(), Recipe().to_json()), (Recover("batchnorm"),), "stands alone"),
-        ((Recipe((Ensemble((Recipe((Quantize("fc", 4),)).to_json(), Recipe().to_json())),)).to_json(), Recipe().to_json()), (), "an ensemble itself"),
+        (
+            (
+                Recipe((Ensemble((Recipe((Quantize("fc", 4),)).to_json(), Recipe().to_json())),)).to_json(),
+                Recipe().to_json(),
+            ),
+            (),
+            "an ensemble itself",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_ensemble_of_what_cannot_be_averaged_is_refused(members, more, said):
     with pytest.raises(RecipeError, match=said):
         Recipe((Ensemble(members), *more))

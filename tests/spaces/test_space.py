@@ -230,9 +230,11 @@ def test_each_choice_arrives_at_each_target(case):
 
 def test_methods_are_searched_and_written_only_where_they_have_an_effect():
     space = Space(
-        weight_bits=(Rule((3, 16, 32), ("fc", "stem")),), sparsity=(Rule((0.0, 0.5, "2:4"), ("fc",)),),
-        criterion=(Rule(("magnitude", "obs"), share=True),), rounding=(Rule(("nearest", "gptq"), share=True),),
-    )  # fmt: skip
+        weight_bits=(Rule((3, 16, 32), ("fc", "stem")),),
+        sparsity=(Rule((0.0, 0.5, "2:4"), ("fc",)),),
+        criterion=(Rule(("magnitude", "obs"), share=True),),
+        rounding=(Rule(("nearest", "gptq"), share=True),),
+    )
     structure = residual()
     both = {"criterion/all": 1, "rounding/all": 1}
     recipe = space.recipe(structure, {**both, "weight_bits/stem": 1, "sparsity/fc": 2})
@@ -245,8 +247,10 @@ def test_methods_are_searched_and_written_only_where_they_have_an_effect():
 def test_ranges_are_equalised_only_where_that_has_an_effect():
     structure = replace(residual(), pairs=(("blocks.0.conv1", ("blocks.0.conv2",)),))
     space = Space(
-        weight_bits=(Rule((4, 32), ("fc",)),), depth=(0, 1, 2), equalize=("none", "weights", "activations"),
-    )  # fmt: skip
+        weight_bits=(Rule((4, 32), ("fc",)),),
+        depth=(0, 1, 2),
+        equalize=("none", "weights", "activations"),
+    )
     picks = {"equalize": 2, "weight_bits/fc": 0}
     assert space.recipe(structure, picks).steps == (Equalize("activations"), Quantize("fc", 4))
     assert space.encode(structure, space.recipe(structure, picks))["equalize"] == 2
@@ -264,10 +268,18 @@ def test_a_space_without_methods_is_written_as_before_there_were_any():
     """What a study compares when it goes on: one of an earlier version must find its space unchanged."""
     space = Space(weight_bits=(Rule((4, 8)),), recovery=(None, Recover("batchnorm")))
     assert plain(space) == {
-        "weight_bits": ({"choices": (4, 8), "layers": ("*",), "share": False},), "activation_bits": (), "sparsity": (),
-        "channels": (), "width": (1.0,), "depth": (0,), "ladder": False,
-        "recovery": (None, {"method": "batchnorm", "epochs": 0.0, "learning_rate": 0.01, "distill": 0.9, "temperature": 2.0}),
-    }  # fmt: skip
+        "weight_bits": ({"choices": (4, 8), "layers": ("*",), "share": False},),
+        "activation_bits": (),
+        "sparsity": (),
+        "channels": (),
+        "width": (1.0,),
+        "depth": (0,),
+        "ladder": False,
+        "recovery": (
+            None,
+            {"method": "batchnorm", "epochs": 0.0, "learning_rate": 0.01, "distill": 0.9, "temperature": 2.0},
+        ),
+    }
     assert plain(replace(space, rounding=(Rule(("gptq",), share=True),)))["rounding"][0]["choices"] == ("gptq",)
 
 
@@ -304,9 +316,10 @@ def test_choices_that_some_layers_cannot_have_are_refused_with_these_layers():
     ):
         both.axes(structure)
     own = Space(
-        sparsity=(Rule((0.0, "2:4"), ("fc",)),), criterion=(Rule(("obs",), ("conv", "depthwise")),),
+        sparsity=(Rule((0.0, "2:4"), ("fc",)),),
+        criterion=(Rule(("obs",), ("conv", "depthwise")),),
         rounding=(Rule(("nearest", "gptq"), share=True), Rule(("nearest",), ("fc",))),
-    )  # fmt: skip
+    )
     assert own.axes(structure)
 
 
@@ -367,8 +380,10 @@ def test_share_makes_one_choice_for_all():
     assert [axis.name for axis in axes] == ["weight_bits/all", "weight_bits/stem", "weight_bits/fc"]
     recipe = space.recipe(structure, {"weight_bits/all": 1})
     assert {s.layer: s.weight_bits for s in recipe.of(Quantize)} == {
-        "stem": 6, "fc": 6, **{f"blocks.{b}.conv{c}": 8 for b in (0, 1) for c in (1, 2)},
-    }  # fmt: skip
+        "stem": 6,
+        "fc": 6,
+        **{f"blocks.{b}.conv{c}": 8 for b in (0, 1) for c in (1, 2)},
+    }
 
 
 def test_a_layer_named_like_a_shared_rule_keeps_its_own_axis():
@@ -413,16 +428,28 @@ def test_all_problems_come_at_once():
         problem.split(":")[0] + ":" + problem.split(":")[1].split(";")[0] for problem in caught.value.problems
     )
     expected = [
-        "weight_bits.0.choices: 9 is not possible", "weight_bits.0.choices: '8' is not possible",
-        "weight_bits.1.layers: pattern 'nothing' selects no layer", "weight_bits.1.layers: pattern 'nowhere' selects no layer",
-        "activation_bits.0.choices: 12 is not possible", "cluster_bits.0.choices: 16 is not possible",
-        "rank.0.choices: 0.0 is not possible", "rank.1.layers: pattern 'nothere' selects no layer", "sparsity.0.choices: 1.0 is not possible",
-        "sparsity.0.choices: 'half' is not possible", "rounding.0.choices: 'up' is not possible",
-        "sparsity.1.choices: no choice", "channels.0.choices: -0.1 is not possible",
-        "channels.0.layers: pattern 'fc' selects no group", "width: 0.0 is not possible",
-        "equalize: 'all' is not possible", "equalize: no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and reshapes",
-        "depth: -1 is not possible", "depth: 0.5 is not possible", "recover: method 'pray', epochs 0.0",
-    ]  # fmt: skip
+        "weight_bits.0.choices: 9 is not possible",
+        "weight_bits.0.choices: '8' is not possible",
+        "weight_bits.1.layers: pattern 'nothing' selects no layer",
+        "weight_bits.1.layers: pattern 'nowhere' selects no layer",
+        "activation_bits.0.choices: 12 is not possible",
+        "cluster_bits.0.choices: 16 is not possible",
+        "rank.0.choices: 0.0 is not possible",
+        "rank.1.layers: pattern 'nothere' selects no layer",
+        "sparsity.0.choices: 1.0 is not possible",
+        "sparsity.0.choices: 'half' is not possible",
+        "rounding.0.choices: 'up' is not possible",
+        "sparsity.1.choices: no choice",
+        "channels.0.choices: -0.1 is not possible",
+        "channels.0.layers: pattern 'fc' selects no group",
+        "width: 0.0 is not possible",
+        "equalize: 'all' is not possible",
+        "equalize: no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, "
+        "pooling and reshapes",
+        "depth: -1 is not possible",
+        "depth: 0.5 is not possible",
+        "recover: method 'pray', epochs 0.0",
+    ]
     assert keys == sorted(expected)
 
 
@@ -477,8 +504,11 @@ def test_a_rank_that_saves_nothing_is_never_offered():
     convolution, stem, fc = (1.0, 0.5, 0.25), (1.0, 0.5, 0.25), (1.0, 0.5, 0.25)
     # 64 x 27: up to 18 of 27; 64 x 576: up to 57 of 64; 10 x 64: up to 8 of 10; a depthwise layer has no such choice.
     assert axes == {
-        "rank/stem": stem, "rank/blocks.0.conv1": convolution, "rank/blocks.0.conv2": convolution, "rank/fc": fc,
-    }  # fmt: skip
+        "rank/stem": stem,
+        "rank/blocks.0.conv1": convolution,
+        "rank/blocks.0.conv2": convolution,
+        "rank/fc": fc,
+    }
     assert Space(rank=(Rule((1.0, 0.5), ("depthwise",)),)).axes(structure) == Space().axes(structure)
     # A square matrix saves below half of its rank only.
     square = Structure((Layer("a", "linear", (64, 64), 64 * 64), Layer("b", "linear", (64, 32), 64 * 32)))
@@ -507,10 +537,13 @@ def test_zeros_grow_only_where_there_are_any_and_criterion_and_rounding_then_hav
     structure = residual(1)
     grown, plain_training = Recover("finetune", 2, gradual=True), Recover("finetune", 2)
     space = Space(
-        weight_bits=(Rule((3,), share=True),), sparsity=(Rule((0.0, 0.5), share=True),), cluster_bits=(Rule((32, 4), share=True),),
-        criterion=(Rule(("obs", "taylor"), share=True),), rounding=(Rule(("gptq", "nearest"), share=True),),
+        weight_bits=(Rule((3,), share=True),),
+        sparsity=(Rule((0.0, 0.5), share=True),),
+        cluster_bits=(Rule((32, 4), share=True),),
+        criterion=(Rule(("obs", "taylor"), share=True),),
+        rounding=(Rule(("gptq", "nearest"), share=True),),
         recovery=(None, grown, plain_training),
-    )  # fmt: skip
+    )
     found: dict[Recipe, list[dict[str, int]]] = {}
     axes = space.axes(structure)
     for combination in itertools.product(*(range(len(axis.choices)) for axis in axes)):

@@ -1,4 +1,6 @@
-"""What the calibration images say of layers: against hooks and loops, from the disk as from the network, and in builds."""
+"""What the calibration images say of layers: against hooks and loops, from the disk as from the network, and in
+builds.
+"""
 
 import copy
 import itertools
@@ -151,7 +153,14 @@ def test_builds_are_the_same_with_the_library_and_without(name, network, task_of
     assert built == [built[0]] * 4
     plain = {"gptq": "nearest", "adaround": "nearest"}.get(name)
     if plain:
-        assert built[0] != runner.build(Recipe((Quantize(*(METHODS[name][0].layer, 3 if name == "gptq" else 2, 8 if name == "gptq" else 32)), Recover("batchnorm"))))  # fmt: skip
+        assert built[0] != runner.build(
+            Recipe(
+                (
+                    Quantize(*(METHODS[name][0].layer, 3 if name == "gptq" else 2, 8 if name == "gptq" else 32)),
+                    Recover("batchnorm"),
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("name", ["gptq", "adaround", "both"])
@@ -245,7 +254,9 @@ def test_what_a_layer_cannot_have_is_refused(network, task_of, tmp_path):
 
 
 def test_depthwise_layers_are_rounded_for_their_own_inputs(network, task_of, tmp_path):
-    """A whole network of all kinds of layers, each method in turn, and the outputs are nearer than with nearest rounding."""
+    """A whole network of all kinds of layers, each method in turn, and the outputs are nearer than with nearest
+    rounding.
+    """
     model, x = network("mobile")
     structure = trace(model, x)
     calibration = Calibration(model, x.split(32))
@@ -262,7 +273,9 @@ def test_depthwise_layers_are_rounded_for_their_own_inputs(network, task_of, tmp
 
 
 def test_criteria_rank_as_they_should(network):
-    """On a network whose inputs differ in size, what knows of the inputs does better than magnitude, and all better than chance."""
+    """On a network whose inputs differ in size, what knows of the inputs does better than magnitude, and all better
+    than chance.
+    """
     model, x = network("perceptron")
     x = x * torch.linspace(0.1, 3, x[0].numel()).view(1, *x.shape[1:])
     structure = trace(model, x)
@@ -282,9 +295,20 @@ def test_criteria_rank_as_they_should(network):
 def test_the_draw_depends_on_the_seed_and_the_layer_alone(network):
     model, x = network("residual")
     made = [
-        compress_layer(model.get_submodule(layer).weight, 32, 0.5, Method("random"), Calibration(model, x[:n].split(16), seed=seed).untouched[layer])
-        for layer, n, seed in (("layer1.0.conv1", 32, 0), ("layer1.0.conv1", 16, 0), ("layer1.0.conv1", 32, 1), ("layer1.1.conv1", 32, 0))
-    ]  # fmt: skip
+        compress_layer(
+            model.get_submodule(layer).weight,
+            32,
+            0.5,
+            Method("random"),
+            Calibration(model, x[:n].split(16), seed=seed).untouched[layer],
+        )
+        for layer, n, seed in (
+            ("layer1.0.conv1", 32, 0),
+            ("layer1.0.conv1", 16, 0),
+            ("layer1.0.conv1", 32, 1),
+            ("layer1.1.conv1", 32, 0),
+        )
+    ]
     assert torch.equal(made[0].mask, made[1].mask)
     for one, two in itertools.combinations((made[0], made[2], made[3]), 2):
         assert 0.3 < float(np.mean(one.mask.numpy() == two.mask.numpy())) < 0.7

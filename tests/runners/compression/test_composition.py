@@ -1,4 +1,6 @@
-"""Every composition of steps on one layer or many: it works and is what was foretold, or it is refused with the reason."""
+"""Every composition of steps on one layer or many: it works and is what was foretold, or it is refused with the
+reason.
+"""
 
 import copy
 

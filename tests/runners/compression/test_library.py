@@ -297,9 +297,11 @@ for turn in range(6):
 def test_two_processes_write_at_once(tmp_path):
     """The same entries in a folder too small for all of them, so that each prunes what the other reads."""
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     for writer in writers:
         writer.stdin.write("go\n")
         writer.stdin.flush()

@@ -25,13 +25,16 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 ZEROS = (0.0, 0.3, 0.5, 0.7, 0.9, 0.95)
 ACTIVATIONS = (Rule(("static", "dynamic"), ("linear",)),)
 SPACE = Space(
-    weight_bits=(Rule(BITS),), activation_bits=(Rule((8, 32)),), sparsity=(Rule(ZEROS),), activations=ACTIVATIONS,
+    weight_bits=(Rule(BITS),),
+    activation_bits=(Rule((8, 32)),),
+    sparsity=(Rule(ZEROS),),
+    activations=ACTIVATIONS,
     scheme=(Rule(SCHEMES),),
-)  # fmt: skip
+)
 EQUALIZE = ("none", "weights", "activations")
 NETWORKS = {"residual": (24, 48), "mobile": (48, 192), "perceptron": (256, 160), "tokens": (96,)}
-# A file of 32 kB or more is foretold within 1%. Of a smaller one the deflated graph is too large a share for that: unlike
-# recipes' graphs differ by up to 320 bytes from what the fit says.
+# A file of 32 kB or more is foretold within 1%. Of a smaller one the deflated graph is too large a share for that:
+# unlike recipes' graphs differ by up to 320 bytes from what the fit says.
 LARGE, PER_CENT, BYTES = 32_000, 0.01, 320
 
 
@@ -59,7 +62,9 @@ def foretold(network, task_of, tmp_path_factory):
 
 @st.composite
 def recipes(draw, structure):
-    """Any bits, activations, sparsity, channels and blocks; half of them the same everywhere, as a search's often are."""
+    """Any bits, activations, sparsity, channels and blocks; half of them the same everywhere, as a search's often
+    are.
+    """
     drop = tuple(block for block in structure.blocks if draw(st.integers(0, 4)) == 0)
     alive = [layer for layer in structure.layers if not inside(layer.name, drop)]
     made = {layer.output for layer in alive}
@@ -71,9 +76,13 @@ def recipes(draw, structure):
         steps.append(Equalize(by))
     late = st.sampled_from(("static", "dynamic"))
     level = st.tuples(
-        st.sampled_from(BITS), st.sampled_from(ACTIVATION_BITS), st.sampled_from(ZEROS), late, st.sampled_from((0, 32)),
+        st.sampled_from(BITS),
+        st.sampled_from(ACTIVATION_BITS),
+        st.sampled_from(ZEROS),
+        late,
+        st.sampled_from((0, 32)),
         st.sampled_from(SCHEMES),
-    )  # fmt: skip
+    )
     shared = draw(st.none() | level)
     for layer in alive:
         bits, activations, zeros, how, size, scheme = shared or draw(level)

@@ -23,11 +23,19 @@ from paretorch.spaces.techniques.student import Student
 
 
 def small():
-    """Other layers under other names, one of a name and a shape that the network has too; without weights of its own."""
+    """Other layers under other names, one of a name and a shape that the network has too; without weights of its
+    own.
+    """
     return nn.Sequential(
-        nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 24, 3, 2, 1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
 
 
 @pytest.fixture
@@ -55,9 +63,15 @@ def test_a_student_is_traced_and_costs_what_it_is(runner):
 def test_it_is_compressed_trained_exported_and_measured(runner):
     runner.baseline()
     recipe = Recipe(
-        (Student(factory="small"), Prune("0", 16), Sparsify("3", 0.5), Quantize("3", 4, 8), Quantize("7", 8),
-         Recover("finetune", 12, 0.1))
-    )  # fmt: skip
+        (
+            Student(factory="small"),
+            Prune("0", 16),
+            Sparsify("3", 0.5),
+            Quantize("3", 4, 8),
+            Quantize("7", 8),
+            Recover("finetune", 12, 0.1),
+        )
+    )
     measured = runner.run(recipe).metrics
     data = runner.path(recipe).read_bytes()
     assert measured["size_bytes"].value == len(data) < 0.5 * len(runner.build(Recipe()))
@@ -102,9 +116,13 @@ def test_moments_are_the_students_own(network, task_of, tmp_path):
         runner.build(Recipe((Student(factory="other"), *r))) for r in ((), (Recover("statistics"),))
     )
     one, two = (
-        sorted(onnx.numpy_helper.to_array(entry).std() for entry in packing.unpack(data).graph.initializer if len(entry.dims) == 4)
+        sorted(
+            onnx.numpy_helper.to_array(entry).std()
+            for entry in packing.unpack(data).graph.initializer
+            if len(entry.dims) == 4
+        )
         for data in (plain_file, corrected)
-    )  # fmt: skip
+    )
     assert one == pytest.approx(two, rel=1e-3)
 
 

@@ -372,7 +372,8 @@ def test_resnet18_at_half_its_channels_is_the_published_one():
     assert (published, parameters) == (487_202_536, 3_055_880)
     ours = macs(structure, recipe)
     assert ours == counted(live, structure, x[:1])[1]
-    # Theirs counts BatchNorm (twice), ReLU, pooling and the bias too; ours is what convolutions and the linear layer multiply.
+    # Theirs counts BatchNorm (twice), ReLU, pooling and the bias too; ours is what convolutions and the linear layer
+    # multiply.
     assert ours == 483_149_824
     assert published - ours == elementwise(live, x[:1]) + live.fc.bias.numel()
 

@@ -51,8 +51,11 @@ def tensor(name, kind, count, bits, zeros, seed):
 
 def model_of(tensors):
     nodes = [helper.make_node("Identity", ["input"], ["output"])]
-    nodes += [helper.make_node("MatMulNBits", ["input", t.name], [f"{t.name}_out"], domain="com.microsoft")
-              for t in tensors if t.data_type == TensorProto.UINT8]  # fmt: skip
+    nodes += [
+        helper.make_node("MatMulNBits", ["input", t.name], [f"{t.name}_out"], domain="com.microsoft")
+        for t in tensors
+        if t.data_type == TensorProto.UINT8
+    ]
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("input", "output")]
     return helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:], tensors))
 
@@ -165,10 +168,23 @@ def entries(model):
 
 @pytest.mark.parametrize(
     ("bits", "zeros", "kind"),
-    [(1, 0.0, "sign"), (2, 0.0, "sign"), (8, 0.1, "dense"), (8, 0.5, "bitmap"), (8, 0.8, "index"), (4, 0.1, "dense"), (4, 0.5, "bitmap"), (4, 0.9, "index"),
-     (2, 0.3, "ternary"), (2, 0.5, "bitmap"), (2, 0.8, "index"), (32, 0.02, "dense"), (32, 0.05, "bitmap"),
-     (32, 0.95, "index")],
-)  # fmt: skip
+    [
+        (1, 0.0, "sign"),
+        (2, 0.0, "sign"),
+        (8, 0.1, "dense"),
+        (8, 0.5, "bitmap"),
+        (8, 0.8, "index"),
+        (4, 0.1, "dense"),
+        (4, 0.5, "bitmap"),
+        (4, 0.9, "index"),
+        (2, 0.3, "ternary"),
+        (2, 0.5, "bitmap"),
+        (2, 0.8, "index"),
+        (32, 0.02, "dense"),
+        (32, 0.05, "bitmap"),
+        (32, 0.95, "index"),
+    ],
+)
 def test_the_shortest_way_is_taken(bits, zeros, kind):
     count = 2000
     nonzero = count - round(count * zeros)
@@ -331,18 +347,18 @@ GRAPH = zlib.compress(model_of([tensor("a", "int8", 20, 3, 0.0, 0)]).SerializeTo
         forged(graph=b"no zlib"),
         forged(graph=zlib.compress(b"\xff\xff"), index=zlib.compress(b"[]")),
         forged(graph=GRAPH, index=zlib.compress(b"no json")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[7,\"dense\",3]]")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"dense\"]]")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"dense\",\"3\"]]")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"dense\",3]]")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"bitmap\",3,2]]"), payload=b"\xff\xff"),
-        forged(graph=GRAPH, index=zlib.compress(b"{\"a\":1}")),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"rle\",3]]"), payload=bytes(8)),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"ternary\",2]]"), payload=bytes(3)),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"index\",3,2]]"), payload=b"\xff\xff\xff"),
-        forged(graph=GRAPH, index=zlib.compress(b"[[0,\"index\",3,-2]]"), payload=b"\xff\xff\xff"),
+        forged(graph=GRAPH, index=zlib.compress(b'[[7,"dense",3]]')),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"dense"]]')),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"dense","3"]]')),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"dense",3]]')),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"bitmap",3,2]]'), payload=b"\xff\xff"),
+        forged(graph=GRAPH, index=zlib.compress(b'{"a":1}')),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"rle",3]]'), payload=bytes(8)),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"ternary",2]]'), payload=bytes(3)),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"index",3,2]]'), payload=b"\xff\xff\xff"),
+        forged(graph=GRAPH, index=zlib.compress(b'[[0,"index",3,-2]]'), payload=b"\xff\xff\xff"),
     ],
-)  # fmt: skip
+)
 def test_a_forgery_with_a_fitting_digest_is_an_artifact_error_too(data):
     with pytest.raises(ArtifactError):
         unpack(data)

@@ -62,7 +62,11 @@ class Graph:
             self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_d"]))
             return f"{name}_d"
         values = self.random.integers(-LARGEST, LARGEST + 1, shape, dtype=np.int8)
-        inputs = [self.constant(name, values), self.scale(name, shape[axis]), self.constant(f"{name}_z", np.zeros(shape[axis], np.int8))]  # fmt: skip
+        inputs = [
+            self.constant(name, values),
+            self.scale(name, shape[axis]),
+            self.constant(f"{name}_z", np.zeros(shape[axis], np.int8)),
+        ]
         self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_d"], axis=axis))
         return f"{name}_d"
 
@@ -110,7 +114,9 @@ def test_a_convolution(seed, groups, stride, bias, clamp, zero):
     outputs = 16 if groups == 8 else 12
     given_bias = [graph.bias("x", "w", outputs, zero)] if bias else []
     w = graph.weight("w", (outputs, 8 // groups, 3, 3), 0, zero)
-    y = graph.node("Conv", [x, w, *given_bias], "y", group=groups, strides=[stride] * 2, pads=[1, 0, 1, 2], kernel_shape=[3, 3])  # fmt: skip
+    y = graph.node(
+        "Conv", [x, w, *given_bias], "y", group=groups, strides=[stride] * 2, pads=[1, 0, 1, 2], kernel_shape=[3, 3]
+    )
     y = graph.quantized(y, 40 if zero else 8, clamp)
     agree(graph.model(inputs, y, 4), inputs, ["IntegerConv"])
 
@@ -156,7 +162,10 @@ def test_sums_that_float32_cannot_hold_are_added_up_in_float64():
     graph.constants[-3].CopyFrom(numpy_helper.from_array(np.full((4, 3000), LARGEST, np.int8), "w"))
     y = graph.node("Gemm", [x, w], "y", transB=1)
     about = [graph.constant("y_s", np.float32(50.0)), graph.constant("y_z", np.uint8(7))]
-    graph.nodes += [helper.make_node("QuantizeLinear", [y, *about], ["y_q"]), helper.make_node("DequantizeLinear", ["y_q", *about], ["y_d"])]  # fmt: skip
+    graph.nodes += [
+        helper.make_node("QuantizeLinear", [y, *about], ["y_q"]),
+        helper.make_node("DequantizeLinear", ["y_q", *about], ["y_d"]),
+    ]
     model = graph.model(inputs, "y_d", 2)
     (found,) = ReferenceEvaluator(fuse(model), new_ops=OPS).run(None, inputs)
     np.testing.assert_array_equal(found, session(model).run(None, inputs)[0])
@@ -195,7 +204,9 @@ def test_a_quantized_network_is_simulated_to_the_last_bit(name, bits, scheme, ne
     steps = [Quantize(layer.name, bits, 8, scheme=scheme) for layer in runner.structure.layers]
     groups = [Prune(g.name, g.channels // 2) for g in runner.structure.groups[:1]]
     graph = packing.unpack(runner.build(Recipe((*steps, *groups, Recover("batchnorm")))))
-    assert {"Conv", "Add"} & {node.op_type.removeprefix("Integer") for node in fuse(graph).graph.node if node.domain == DOMAIN}  # fmt: skip
+    assert {"Conv", "Add"} & {
+        node.op_type.removeprefix("Integer") for node in fuse(graph).graph.node if node.domain == DOMAIN
+    }
     found = Simulation(graph)(x)
     expected = torch.from_numpy(session(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -208,7 +219,12 @@ def test_whether_sums_are_exact_is_found_out(inputs):
     x = random.integers(128, 256, (5, inputs), dtype=np.uint8)
     weight = random.integers(100, 128, (inputs, 24), dtype=np.int8)
     nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
-    ends = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", inputs])], [helper.make_tensor_value_info("y", TensorProto.INT32, ["n", 24])]  # fmt: skip
+    ends = (
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["n", 24])],
+    )
     graph = helper.make_graph(nodes, "sums", *ends, [numpy_helper.from_array(weight, "w")])
-    (found,) = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)).run(None, {"x": x})  # fmt: skip
+    (found,) = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)).run(
+        None, {"x": x}
+    )
     assert (found == x.astype(int) @ weight.astype(int)).all() == sums_are_exact()

@@ -164,8 +164,10 @@ def test_bytes_are_foretold_within_a_per_cent(name, runner_of, data):
         recipes.append(Recipe((*steps, *(s for s in uniform(runner, 8, keep=keep).steps if isinstance(s, Prune)))))
     recipes = list(dict.fromkeys(recipes))
     files = {recipe: runner.build(recipe, recovery=False) for recipe in recipes}
-    measured = {recipe: Measurement({"accuracy": Estimate.exact(0.5), "size_bytes": Estimate.exact(len(packed))})
-                for recipe, packed in files.items()}  # fmt: skip
+    measured = {
+        recipe: Measurement({"accuracy": Estimate.exact(0.5), "size_bytes": Estimate.exact(len(packed))})
+        for recipe, packed in files.items()
+    }
     candidates = tuple(Candidate(n, recipe, OK, "", measured[recipe]) for n, recipe in enumerate(recipes))
     front = Front(
         candidates, (Objective.parse("accuracy"), Objective.parse("size_bytes")), Budget(), measured[recipes[0]]

@@ -70,7 +70,9 @@ def optimized(graph, folder):
     """The graph that ONNX Runtime makes of a model and runs."""
     options = session_options(1)
     options.optimized_model_filepath = str(folder / "optimized.onnx")
-    ort.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS)  # fmt: skip
+    ort.InferenceSession(
+        graph.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+    )
     return onnx.load(options.optimized_model_filepath)
 
 
@@ -92,8 +94,20 @@ def plans(structure):
     }
 
 
-PLANS = ("int8", "int4", "even int8, odd float", "odd int8, even 3 bits", "mixed bits", "sparse int8", "3 bits", "signs",
-         "8 bits", "half", "sparse", "untouched")  # fmt: skip
+PLANS = (
+    "int8",
+    "int4",
+    "even int8, odd float",
+    "odd int8, even 3 bits",
+    "mixed bits",
+    "sparse int8",
+    "3 bits",
+    "signs",
+    "8 bits",
+    "half",
+    "sparse",
+    "untouched",
+)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +164,9 @@ def test_a_file_computes_what_it_says_and_runs_as_planned(name, plan, traced, tm
 @pytest.mark.parametrize("others", [None, 8])
 @pytest.mark.parametrize("name", ["perceptron", "tokens", "residual", "branches"])
 def test_dynamic_ranges_are_those_of_each_call(name, others, traced, tmp_path):
-    """One kernel a layer in ONNX Runtime, what ONNX's reference makes of the file, and for each batch ranges of its own."""
+    """One kernel a layer in ONNX Runtime, what ONNX's reference makes of the file, and for each batch ranges of its
+    own.
+    """
     model, x, structure = traced(name)
     linear = [layer.name for layer in structure.layers if layer.kind == "linear"]
     steps = [Quantize(n, (8, 4, 2, 1)[i % 4], 8, activations="dynamic") for i, n in enumerate(linear)]
@@ -252,9 +268,21 @@ def test_int8_layers_against_fake_quantization_in_torch(network):
 
 @pytest.mark.parametrize(
     ("bits", "activations", "kind"),
-    [(1, 8, "INT2"), (2, 8, "INT2"), (3, 8, "INT4"), (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8"),
-     (1, 32, "INT2"), (2, 32, "INT2"), (4, 32, "INT4"), (5, 32, "INT8"), (8, 32, "INT8"), (16, 32, "FLOAT16")],
-)  # fmt: skip
+    [
+        (1, 8, "INT2"),
+        (2, 8, "INT2"),
+        (3, 8, "INT4"),
+        (4, 8, "INT4"),
+        (5, 8, "INT8"),
+        (8, 8, "INT8"),
+        (1, 32, "INT2"),
+        (2, 32, "INT2"),
+        (4, 32, "INT4"),
+        (5, 32, "INT8"),
+        (8, 32, "INT8"),
+        (16, 32, "FLOAT16"),
+    ],
+)
 def test_weights_are_stored_in_their_type_only(bits, activations, kind, network):
     model, x = network("perceptron")
     graph, _ = export(model, x, Recipe(tuple(Quantize(name, bits, activations) for name in ("1", "4", "7"))))
@@ -328,7 +356,9 @@ def test_names_cost_little(bits, traced):
 
 
 def test_signs_stay_signs_where_a_channel_is_switched_off(network):
-    """BatchNorm's factor of 0, and a bias that asks for larger steps than the weights have: still a bit for each weight."""
+    """BatchNorm's factor of 0, and a bias that asks for larger steps than the weights have: still a bit for each
+    weight.
+    """
     model, x = network("perceptron")
     with torch.no_grad():
         model[2].weight[3], model[2].bias[3] = 0.0, 5.0
@@ -398,12 +428,18 @@ def test_affine_weights_have_one_scale_and_one_zero_point(name, activations, how
         return
     bits = (3, 7, 4, 2, 5)
     plans = {
-        scheme: Recipe(tuple(
-            step for i, layer in enumerate(layers)
-            for step in (Quantize(layer.name, bits[i % 5], activations, activations=how, scheme=scheme), Sparsify(layer.name, 0.5))
-        ))
+        scheme: Recipe(
+            tuple(
+                step
+                for i, layer in enumerate(layers)
+                for step in (
+                    Quantize(layer.name, bits[i % 5], activations, activations=how, scheme=scheme),
+                    Sparsify(layer.name, 0.5),
+                )
+            )
+        )
         for scheme in SCHEMES
-    }  # fmt: skip
+    }
     symmetric, _ = export(model, x, plans["symmetric"], structure)
     graph, reference = export(model, x, plans["affine"], structure)
     assert operators(graph) == operators(symmetric)
@@ -463,7 +499,9 @@ def test_a_bias_that_is_too_large_for_the_steps_of_affine_weights():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["perceptron", "tokens"])
 def test_groups_of_weights_have_scales_of_their_own(name, packed, traced):
-    """Whole groups, one that is cut short and one that is longer than the row; BatchNorm's factors, zeros; folded at loading."""
+    """Whole groups, one that is cut short and one that is longer than the row; BatchNorm's factors, zeros; folded at
+    loading.
+    """
     model, x, structure = traced(name)
     names = [layer.name for layer in structure.layers]
     sizes = (32, 32, 16, 16) if packed else (128, 32, 16, 256)
@@ -597,7 +635,11 @@ class Last(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
-        self.a, self.b = (nn.Linear(12, 16), nn.Linear(16, 10, bias=False)) if kind == "tokens" else (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 6))  # fmt: skip
+        self.a, self.b = (
+            (nn.Linear(12, 16), nn.Linear(16, 10, bias=False))
+            if kind == "tokens"
+            else (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 6))
+        )
 
     def forward(self, x):
         y = self.b(F.relu(self.a(x)))
@@ -640,7 +682,10 @@ def test_a_network_with_attention_is_exported_around_it(capfd):
 
 
 def test_what_the_older_exporter_cannot_do_is_not_printed(capfd):
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(100, 2)), torch.randn(4, 3, 9, 9)  # fmt: skip
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(100, 2)),
+        torch.randn(4, 3, 9, 9),
+    )
     found = run(export_float(model.eval(), x[:2]), x, (1,))
     np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert capfd.readouterr() == ("", "")

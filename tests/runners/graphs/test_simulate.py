@@ -33,19 +33,33 @@ def node_model(node, shape, constants):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     tensors = [helper.make_tensor(n, TensorProto.FLOAT, a.shape, a.tobytes(), raw=True) for n, a in constants.items()]
-    made = helper.make_model(helper.make_graph([node], "g", [x], [y], tensors), opset_imports=[helper.make_opsetid("", 21)])  # fmt: skip
+    made = helper.make_model(
+        helper.make_graph([node], "g", [x], [y], tensors), opset_imports=[helper.make_opsetid("", 21)]
+    )
     made.ir_version = 10
     return made
 
 
 CASES = {
     "asymmetric pads": (helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 0, 2, 3], strides=[2, 1]), (4, 4, 3, 3)),
-    "groups and dilations": (helper.make_node("Conv", ["x", "w"], ["y"], group=4, dilations=[2, 1], pads=[2, 1, 2, 1]), (8, 1, 3, 3)),
+    "groups and dilations": (
+        helper.make_node("Conv", ["x", "w"], ["y"], group=4, dilations=[2, 1], pads=[2, 1, 2, 1]),
+        (8, 1, 3, 3),
+    ),
     "pool": (helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]), None),
-    "pool, pads of its own": (helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 3], strides=[1, 2], pads=[0, 1, 1, 0]), None),
-    "pool, rounded up": (helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1), None),
-    "pool, padded and rounded up": (helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 2], strides=[2, 3], pads=[1, 1, 1, 1], ceil_mode=1), None),
-}  # fmt: skip
+    "pool, pads of its own": (
+        helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 3], strides=[1, 2], pads=[0, 1, 1, 0]),
+        None,
+    ),
+    "pool, rounded up": (
+        helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
+        None,
+    ),
+    "pool, padded and rounded up": (
+        helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 2], strides=[2, 3], pads=[1, 1, 1, 1], ceil_mode=1),
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

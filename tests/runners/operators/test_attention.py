@@ -47,7 +47,12 @@ def masks(kind, n, targets, sources):
     hidden[:, 0] = False
     causal = torch.ones(targets, sources, dtype=torch.bool).triu(1)
     added = torch.randn(3 * n, targets, sources, generator=generator)
-    return {"none": {}, "padding": {"key_padding_mask": hidden}, "bool": {"attn_mask": causal}, "float": {"attn_mask": added}}[kind]  # fmt: skip
+    return {
+        "none": {},
+        "padding": {"key_padding_mask": hidden},
+        "bool": {"attn_mask": causal},
+        "float": {"attn_mask": added},
+    }[kind]
 
 
 @pytest.mark.parametrize("mask", ["none", "padding", "bool", "float"])
@@ -97,7 +102,9 @@ def test_what_it_cannot_replace_stays():
     class Own(nn.MultiheadAttention):
         pass
 
-    kept = nn.ModuleList([nn.MultiheadAttention(8, 2, add_zero_attn=True), nn.MultiheadAttention(8, 2, add_bias_kv=True), Own(8, 2)])  # fmt: skip
+    kept = nn.ModuleList(
+        [nn.MultiheadAttention(8, 2, add_zero_attn=True), nn.MultiheadAttention(8, 2, add_bias_kv=True), Own(8, 2)]
+    )
     assert [type(part) for part in open_attention(copy.deepcopy(kept))] == [type(part) for part in kept]
 
 
@@ -132,7 +139,9 @@ def test_the_file_of_an_encoder_is_smaller_and_the_same_network(tmp_path):
 
 @pytest.mark.parametrize(("left_float", "products"), [("", 4), ("q_proj", 2), ("v_proj", 3), ("out_proj", 4)])
 def test_its_products_run_in_int8_where_the_target_is_faster_so(left_float, products, tmp_path):
-    """Two attentions of two products each; what is left float is in the first. Both products hang on queries and keys."""
+    """Two attentions of two products each; what is left float is in the first. Both products hang on queries and
+    keys.
+    """
     torch.manual_seed(0)
     model, x = Classifier().eval(), torch.randn(256, 6, 12)
     data = TensorDataset(x, model(x).argmax(1))
@@ -156,7 +165,9 @@ def test_its_products_run_in_int8_where_the_target_is_faster_so(left_float, prod
 
 
 def test_tokens_are_rounded_around_zero_and_ahead_of_moves_where_products_are(tmp_path):
-    """The output of attention is moved twice before a layer reads it; what a ReLU makes has no negative half to spare."""
+    """The output of attention is moved twice before a layer reads it; what a ReLU makes has no negative half to
+    spare.
+    """
     torch.manual_seed(0)
     model, x = Classifier().eval(), torch.randn(256, 6, 12)
     data = TensorDataset(x, model(x).argmax(1))
@@ -184,7 +195,9 @@ def test_tokens_are_rounded_around_zero_and_ahead_of_moves_where_products_are(tm
 
 
 class Pair(nn.Module):
-    """Attention of a sequence to itself, then to a part of it, whose keys and values are narrower; skips around both."""
+    """Attention of a sequence to itself, then to a part of it, whose keys and values are narrower; skips around
+    both.
+    """
 
     def __init__(self, batch_first=True, bias=True):
         super().__init__()
@@ -248,7 +261,9 @@ def test_torchvisions_vit_loses_heads_and_hidden_channels():
     model, x = open_attention(vit), torch.randn(8, 3, 32, 32)
     structure = trace(model, x)
     layers = [f"encoder.layers.encoder_layer_{n}" for n in range(2)]
-    assert [g.name for g in structure.groups] == [f"{name}.{part}" for name in layers for part in ("self_attention.q_proj", "mlp.0")]  # fmt: skip
+    assert [g.name for g in structure.groups] == [
+        f"{name}.{part}" for name in layers for part in ("self_attention.q_proj", "mlp.0")
+    ]
     recipe = Recipe(tuple(Prune(g.name, g.channels // 2) for g in structure.groups))
     pruned = compress(copy.deepcopy(model), recipe, structure, x[:2])
     assert [pruned.get_submodule(f"{name}.self_attention").num_heads for name in layers] == [2, 2]

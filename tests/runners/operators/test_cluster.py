@@ -160,9 +160,15 @@ def odd_batchnorms():
     """A convolution, a linear layer, each with a BatchNorm of negative, tiny and zero weights."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(),
-        nn.Linear(12 * 16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10, bias=False),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 24),
+        nn.BatchNorm1d(24),
+        nn.ReLU(),
+        nn.Linear(24, 10, bias=False),
+    ).eval()
     for norm in (model[1], model[5]):
         nn.init.normal_(norm.weight)
         norm.weight.data[:3] = torch.tensor([0.0, -1.0, 1e-9])

@@ -1,4 +1,6 @@
-"""Cross-layer equalisation: the network computes what it did, ranges are alike, and a network of uneven channels is won back."""
+"""Cross-layer equalisation: the network computes what it did, ranges are alike, and a network of uneven channels is won
+back.
+"""
 
 import copy
 
@@ -91,12 +93,20 @@ def test_three_layers_with_a_depthwise_one_between_meet_in_the_middle():
     """All three ranges of a channel become their geometric mean, which is what the pair-wise rule converges to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    ranges = [model[0].weight.abs().amax((1, 2, 3)), model[2].weight.abs().amax((1, 2, 3)), model[4].weight.abs().amax((0, 2, 3))]  # fmt: skip
+    ranges = [
+        model[0].weight.abs().amax((1, 2, 3)),
+        model[2].weight.abs().amax((1, 2, 3)),
+        model[4].weight.abs().amax((0, 2, 3)),
+    ]
     pairs, _ = find_pairs(model, torch.randn(2, 3, 8, 8))
     for pair, scales in zip(pairs, equalizing_scales(model, pairs), strict=True):
         scale_channels(model, pair, scales)
     mean = torch.stack(ranges).log().mean(0).exp()
-    for found in (model[0].weight.abs().amax((1, 2, 3)), model[2].weight.abs().amax((1, 2, 3)), model[4].weight.abs().amax((0, 2, 3))):  # fmt: skip
+    for found in (
+        model[0].weight.abs().amax((1, 2, 3)),
+        model[2].weight.abs().amax((1, 2, 3)),
+        model[4].weight.abs().amax((0, 2, 3)),
+    ):
         torch.testing.assert_close(found, mean, rtol=5e-3, atol=0)
 
 
@@ -199,7 +209,9 @@ def test_sums_are_left_alone(network):
 
 
 def uneven(model, x, decades=1.0):
-    """The same network, its channels' ranges made uneven: rows times 10^U(-decades, decades), columns by the inverse."""
+    """The same network, its channels' ranges made uneven: rows times 10^U(-decades, decades), columns by the
+    inverse.
+    """
     torch.manual_seed(2)
     for pair in find_pairs(model, x[:2])[0]:
         count = len(model.get_submodule(pair.maker).weight)
@@ -210,15 +222,25 @@ def uneven(model, x, decades=1.0):
 def plain():
     """A network without BatchNorm."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
 
 
 @pytest.mark.parametrize("by", EQUALIZATIONS)
 @pytest.mark.parametrize(("bits", "activations"), [(4, 32), (8, 8)])
 def test_uneven_channels_are_won_back(by, bits, activations, task_of, tmp_path):
-    """Of the files' outputs: what few bits and one range for all channels lose is, equalised, what the even network loses so."""
+    """Of the files' outputs: what few bits and one range for all channels lose is, equalised, what the even network
+    loses so.
+    """
     torch.manual_seed(0)
     even, x = plain().eval(), torch.randn(128, 3, 8, 8)
     expected = even(x).detach()
@@ -272,7 +294,9 @@ def recipes_beside(structure):
 
 
 def test_it_composes_with_every_step(network, task_of, tmp_path):
-    """The files are others than without it, of about the same size, and answer about the same; again they are the same."""
+    """The files are others than without it, of about the same size, and answer about the same; again they are the
+    same.
+    """
     model, x = network("residual")
     runner = LocalRunner(task_of(model, x), tmp_path, MeasurementSettings(calibration_images=64))
     for number, (what, steps) in enumerate(recipes_beside(runner.structure).items()):
@@ -286,7 +310,9 @@ def test_it_composes_with_every_step(network, task_of, tmp_path):
 
 
 def test_statistics_are_those_of_the_equalised_network(network):
-    """GPTQ and OBS ask for the inputs that a layer is given after equalisation; without any other step BatchNorm stays."""
+    """GPTQ and OBS ask for the inputs that a layer is given after equalisation; without any other step BatchNorm
+    stays.
+    """
     model, x = network("residual")
     structure = trace(model, x[:4])
     calibration = Calibration(model, [x[:64]])

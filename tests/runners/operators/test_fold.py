@@ -96,7 +96,9 @@ def test_an_untouched_network_keeps_its_statistics_whatever_the_calibration_imag
 
 
 def test_variances_behind_one_scale_move_together(settle):
-    """The means of all channels are re-estimated, the variances by the geometric mean of their changes; untouched ones stay."""
+    """The means of all channels are re-estimated, the variances by the geometric mean of their changes; untouched ones
+    stay.
+    """
     torch.manual_seed(0)
     model, _ = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 8, 8), 64)
     other = [1.7 * torch.randn(16, 3, 8, 8) + 0.4 for _ in range(3)]

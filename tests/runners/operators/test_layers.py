@@ -148,7 +148,9 @@ def test_a_weight_is_written_in_place_or_replaced(case):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_kind_may_store_its_inputs_first(groups):
-    """As a transposed convolution does: `[inputs, outputs of a group, kernel]`. It is computed here by its weight output-first."""
+    """As a transposed convolution does: `[inputs, outputs of a group, kernel]`. It is computed here by its weight
+    output-first.
+    """
     kind = replace(CONVOLUTION, types=(nn.ConvTranspose2d,), output_axis=1, input_axis=0)
     torch.manual_seed(0)
     layer, x = nn.ConvTranspose2d(6, 9, 3, groups=groups, bias=False).requires_grad_(False), torch.randn(2, 6, 5, 5)
@@ -268,7 +270,10 @@ def is_layer_class(name: str) -> bool:
 
 def test_a_layer_that_is_named_is_seen():
     """The check below stands on this reading."""
-    source = "from torch import nn\nfrom torch.nn import Linear as L\na = nn.Linear(1, 2)\nb = isinstance(a, nn.Conv2d)\nc = L\n"
+    source = (
+        "from torch import nn\nfrom torch.nn import Linear as L\na = nn.Linear(1, 2)\nb = isinstance(a, "
+        "nn.Conv2d)\nc = L\n"
+    )
     assert named_layers(source) == ([3], [4, 5])
     assert named_layers(MODULES[TABLE].read_text())[1]
 

@@ -75,7 +75,9 @@ def test_codes_are_rounded_half_to_even():
 
 
 def test_signs_are_those_of_xnor_net():
-    """Rastegari et al. 2016, equations 4 to 6: sign(W), and the mean of |W| over each output channel, of all pairs the best."""
+    """Rastegari et al. 2016, equations 4 to 6: sign(W), and the mean of |W| over each output channel, of all pairs the
+    best.
+    """
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     weight[2, 0] = 0
     scale = weight_scales(weight, 1)
@@ -94,8 +96,8 @@ def test_signs_are_those_of_xnor_net():
 def test_gradients_are_those_of_lsq(seed, bits):
     """Esser et al. 2020, equations 2, 3 and 5, with one scale per output channel and a factor of our own.
 
-    The factor makes the step of a scale the one that the weights would take along it: scale^2 / |weights|^2. A sign does not
-    depend on the scale, and lets every gradient through.
+    The factor makes the step of a scale the one that the weights would take along it: scale^2 / |weights|^2. A sign
+    does not depend on the scale, and lets every gradient through.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 4, 2, generator=generator).requires_grad_()
@@ -181,15 +183,20 @@ def test_the_affine_grid_of_least_error_comes_close_to_the_best(shift):
     for bits in (2, 3, 4):
         scale, zero = affine_grid(weight, bits)
         ours = float((codes(weight, scale, bits, zero) * scale - weight).square().sum())
-        every = [((codes(weight, step, bits, z) * step - weight).square().sum(), float(step), z)
-                 for z in range(2**bits) for step in torch.linspace(0.02, 3, 300)[:, None]]  # fmt: skip
+        every = [
+            ((codes(weight, step, bits, z) * step - weight).square().sum(), float(step), z)
+            for z in range(2**bits)
+            for step in torch.linspace(0.02, 3, 300)[:, None]
+        ]
         assert ours <= float(min(every)[0]) * 1.1
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 999), st.integers(2, 8))
 def test_gradients_of_affine_weights_are_those_of_lsq(seed, bits):
-    """As above with one scale for all, other limits, and a channel's step divided by its BatchNorm's factor; the zero point is fixed."""
+    """As above with one scale for all, other limits, and a channel's step divided by its BatchNorm's factor; the zero
+    point is fixed.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight, upstream = (torch.randn(3, 4, 2, generator=generator) for _ in range(2))
     norm = nn.BatchNorm1d(3).eval()

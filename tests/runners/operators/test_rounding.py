@@ -135,7 +135,9 @@ def test_no_row_is_worse_than_nearest_and_zeros_stay(bits, seed, groups, zeros):
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("method", [gptq, adaround])
 def test_little_is_left_of_the_error_of_nearest_rounding(method, bits):
-    """On inputs that follow from each other, where there is much to gain; the best of all 2^8 or 3^8 roundings as the bound."""
+    """On inputs that follow from each other, where there is much to gain; the best of all 2^8 or 3^8 roundings as the
+    bound.
+    """
     weight, hessian = case(6, 8)
     scale = weight_scales(weight, bits)
     every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0) if bits == 2 else (-1.0, 1.0), repeat=8)))
@@ -151,7 +153,9 @@ def test_little_is_left_of_the_error_of_nearest_rounding(method, bits):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 4), st.integers(0, 999), st.sampled_from([3, 4, 20]), st.booleans())
 def test_groups_are_rounded_for_the_whole_row(bits, seed, size, sparse):
-    """Each weight on the grid of its group, no row worse than nearest, and most far better on inputs that follow from each other."""
+    """Each weight on the grid of its group, no row worse than nearest, and most far better on inputs that follow from
+    each other.
+    """
     weight, hessian = case(4, 20, seed)
     mask = mask_of(weight.abs(), 0.5) if sparse and bits > 1 else None
     wide = spread(weight_scales(weight if mask is None else weight * mask, bits, group_size=size), weight, size)
@@ -163,7 +167,9 @@ def test_groups_are_rounded_for_the_whole_row(bits, seed, size, sparse):
 
 
 def affine_case(bits, seed, sparse):
-    """`(weight, hessian, mask, factor, scale, zero, the scale as wide as the weight, the weight rounded to the nearest)`."""
+    """`(weight, hessian, mask, factor, scale, zero, the scale as wide as the weight, the weight rounded to the
+    nearest)`.
+    """
     weight, hessian = case(4, 20, seed)
     factor = torch.tensor([1.0, -0.5, 3.0, -1e-3])
     mask = mask_of(weight.abs(), 0.5) if sparse else torch.ones_like(weight)
@@ -186,7 +192,9 @@ def test_affine_weights_lose_less_than_when_rounded_to_the_nearest(method):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(2, 4), st.integers(0, 999), st.booleans())
 def test_affine_weights_are_rounded_on_the_grid_of_the_folded_weight(bits, seed, sparse):
-    """One scale and zero point for what a BatchNorm of factors of both signs makes of the weight; no row worse than nearest."""
+    """One scale and zero point for what a BatchNorm of factors of both signs makes of the weight; no row worse than
+    nearest.
+    """
     weight, hessian, mask, factor, scale, zero, wide, near = affine_case(bits, seed, sparse)
     for method in (gptq, adaround):
         found = method(weight, wide, bits, hessian, mask, zero=zero)
@@ -228,7 +236,9 @@ def test_refit_is_least_squares(seed, ratio):
 
 
 def surgeon(weight, hessian, pattern):
-    """Exact OBS, row by row, with a new inverse at each zero, in NumPy: the inputs in their order, and what each costs."""
+    """Exact OBS, row by row, with a new inverse at each zero, in NumPy: the inputs in their order, and what each
+    costs.
+    """
     full, channels = damped(hessian)[0].numpy(), weight.shape[1]
     positions = weight[0, 0].numel()
     keep, of = map(int, pattern.split(":")) if pattern else (0, channels)

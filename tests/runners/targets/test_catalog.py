@@ -37,7 +37,8 @@ def test_a_missing_runtime_says_how_to_install_it(monkeypatch):
 
 
 def test_an_unknown_target_names_the_known_ones():
-    with pytest.raises(TargetError, match=r"no target 'openvin'; choose from onnxruntime, openvino, torch, torch-cuda, .*did you mean 'openvino'"):  # fmt: skip  # the message in one piece
+    with pytest.raises(TargetError, match=r"no target 'openvin'; choose from onnxruntime, openvino, torch, "
+        r"torch-cuda, .*did you mean 'openvino'"):  # fmt: skip  # the message in one piece
         as_target("openvin")
     with pytest.raises(TargetError, match="not the profile of an accelerator"):
         as_target({"name": "npu", "speed": 3})

@@ -21,8 +21,16 @@ from paretorch.spaces.techniques.quantize import Quantize
 from paretorch.spaces.techniques.student import Student
 
 PROFILE = Profile("npu", {"4x8": 4e12, "8x8": 2e12, "8x32": 1e11, "16x32": 1e11, "32x32": 1e11}, 1e10, 1e11)
-MIXED = Recipe((Student(("layer1.1",)), Prune("down", 16), Quantize("stem", 8, 8), Quantize("layer1.0.conv1", 4, 8),
-                Quantize("layer1.0.conv2", 6), Quantize("fc", 16)))  # fmt: skip
+MIXED = Recipe(
+    (
+        Student(("layer1.1",)),
+        Prune("down", 16),
+        Quantize("stem", 8, 8),
+        Quantize("layer1.0.conv1", 4, 8),
+        Quantize("layer1.0.conv2", 6),
+        Quantize("fc", 16),
+    )
+)
 
 
 @pytest.fixture
@@ -54,9 +62,14 @@ def test_widths_and_channels_are_read_off_the_file(runner):
     assert sum(c.macs for c in found.values()) == cost.macs(runner.structure, MIXED)
     widths = {name: (c.weight_bits, c.activation_bits) for name, c in found.items()}
     assert widths == {
-        "stem": (8, 8), "layer1.0.conv1": (4, 8), "layer1.0.conv2": (6, 32), "down": (32, 32),
-        "layer2.0.conv1": (32, 32), "layer2.0.conv2": (32, 32), "fc": (16, 32),
-    }  # fmt: skip
+        "stem": (8, 8),
+        "layer1.0.conv1": (4, 8),
+        "layer1.0.conv2": (6, 32),
+        "down": (32, 32),
+        "layer2.0.conv1": (32, 32),
+        "layer2.0.conv2": (32, 32),
+        "fc": (16, 32),
+    }
     assert found["stem"].weights == 16 * 3 * 9
     assert (found["stem"].inputs, found["stem"].outputs) == (3 * 64, 16 * 64)
     # Its output is read by an int8 layer and as a float by the Add.
@@ -134,7 +147,10 @@ def test_widths_without_a_unit_take_the_next_wider_one_or_are_refused():
 def test_supports_names_the_units_that_are_there():
     supports = analytic(PROFILE).supports
     assert supports(Quantize("fc", 4, 8)) is None
-    assert supports(Quantize("fc", 3, 8)) == "npu has no unit for 3-bit weights with 8-bit activations; it has 4x8, 8x8, 8x32, 16x32, 32x32"  # fmt: skip
+    assert (
+        supports(Quantize("fc", 3, 8))
+        == "npu has no unit for 3-bit weights with 8-bit activations; it has 4x8, 8x8, 8x32, 16x32, 32x32"
+    )
     assert supports(Quantize("fc", 4)) is not None
     assert supports(Prune("fc", 3)) is None
 
@@ -168,7 +184,9 @@ def test_a_product_of_activations_and_a_transposed_convolution():
 
 
 def test_weights_in_blocks_of_few_bits():
-    node = helper.make_node("MatMulNBits", ["input", "b", "s"], ["y"], domain="com.microsoft", K=32, N=8, bits=4, block_size=32)  # fmt: skip
+    node = helper.make_node(
+        "MatMulNBits", ["input", "b", "s"], ["y"], domain="com.microsoft", K=32, N=8, bits=4, block_size=32
+    )
     model = graph_of([node], ["batch", 32], b=np.zeros((8, 1, 16), np.uint8), s=np.ones(8, np.float32))
     (found,) = costs(model, 5)
     assert (found.macs, found.weights, found.weight_bits, found.activation_bits) == (5 * 256, 256, 4, 32)
@@ -181,4 +199,6 @@ def test_a_file_that_does_not_run_is_a_failed_candidate():
     with pytest.raises(ExportFailed, match="the shapes beyond the batch are open"):
         costs(open_shape)
     assert costs(graph_of([helper.make_node("Relu", ["input"], ["y"])], ["batch", 3])) == []
-    assert math.isclose(analytic(PROFILE).milliseconds(graph_of([helper.make_node("Relu", ["input"], ["y"])], ["batch", 3]), 1), 0)  # fmt: skip
+    assert math.isclose(
+        analytic(PROFILE).milliseconds(graph_of([helper.make_node("Relu", ["input"], ["y"])], ["batch", 3]), 1), 0
+    )

@@ -85,7 +85,9 @@ def test_openvino_refuses_a_file_as_a_candidate_fails(files):
 def test_torch_says_beforehand_what_it_cannot_run():
     supports = as_target("torch").supports
     assert "8-bit activations" in supports(Quantize("fc", 4, 8))
-    assert [supports(step) for step in (Quantize("fc", 4), Quantize("fc", 16), Sparsify("fc", 0.5), Prune("fc", 3))] == [None] * 4  # fmt: skip
+    assert [
+        supports(step) for step in (Quantize("fc", 4), Quantize("fc", 16), Sparsify("fc", 0.5), Prune("fc", 3))
+    ] == [None] * 4
 
 
 def test_a_runner_measures_on_its_target(network, task_of, tmp_path):

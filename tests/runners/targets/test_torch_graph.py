@@ -50,7 +50,10 @@ CASES = [
     ("BatchNormalization", MAPS, [floats(4), floats(4), floats(4), np.abs(floats(4)) + 1], {"epsilon": 1e-3}),
     ("LayerNormalization", (2, 5, 8), [floats(8), floats(8)], {"axis": -1, "epsilon": 1e-3}),
     ("InstanceNormalization", MAPS, [floats(4), floats(4)], {"epsilon": 1e-3}),
-    *((kind, MAPS, [], {}) for kind in ("Relu", "Sigmoid", "Tanh", "Erf", "Softplus", "HardSwish", "Exp", "Neg", "Abs")),
+    *(
+        (kind, MAPS, [], {})
+        for kind in ("Relu", "Sigmoid", "Tanh", "Erf", "Softplus", "HardSwish", "Exp", "Neg", "Abs")
+    ),
     *((kind, MAPS, [], {}) for kind in ("Reciprocal", "Floor", "Identity", "Dropout", "Flatten", "Transpose")),
     ("Gelu", MAPS, [], {"approximate": "tanh"}),
     ("Gelu", MAPS, [], {}),
@@ -87,18 +90,22 @@ CASES = [
     ("Gather", MAPS, [np.array(-1, INT)], {"axis": 2}),
     ("Expand", (2, 1, 5), [ints(2, 3, 1)], {}),
     ("Tile", (2, 3), [ints(2, 1)], {}),
-]  # fmt: skip
+]
 
 
 def graph_of(nodes, shape, initializers, outputs):
     made = [numpy_helper.from_array(value, name) for name, value in initializers.items()]
     return helper.make_model(
         helper.make_graph(
-            nodes, "g", [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs], made,
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+            made,
         ),
-        opset_imports=[helper.make_opsetid("", 21)], ir_version=10,
-    ).SerializeToString()  # fmt: skip
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    ).SerializeToString()
 
 
 def both(model, x):
@@ -171,13 +178,24 @@ def test_the_threads_of_the_process_stay_as_they_are():
     assert torch.get_num_threads() == 1
     network(floats(2, 3))
     with pytest.raises(ExportFailed, match="does not run in PyTorch"):
-        as_target("torch").load(graph_of([helper.make_node("MatMul", ["input", "w"], ["y"])], (2, 3), {"w": floats(3, 3)}, ["y"]), 2)(floats(2, 4))  # fmt: skip
+        as_target("torch").load(
+            graph_of([helper.make_node("MatMul", ["input", "w"], ["y"])], (2, 3), {"w": floats(3, 3)}, ["y"]), 2
+        )(floats(2, 4))
     assert torch.get_num_threads() == 1
 
 
 def test_activations_that_nothing_reads_any_more_are_let_go():
-    graph = onnx.load_from_string(graph_of(
-        [helper.make_node("Relu", ["input"], ["a"]), helper.make_node("Neg", ["a"], ["b"]), helper.make_node("Add", ["a", "b"], ["y"])],
-        (2, 3), {}, ["y"])).graph  # fmt: skip
+    graph = onnx.load_from_string(
+        graph_of(
+            [
+                helper.make_node("Relu", ["input"], ["a"]),
+                helper.make_node("Neg", ["a"], ["b"]),
+                helper.make_node("Add", ["a", "b"], ["y"]),
+            ],
+            (2, 3),
+            {},
+            ["y"],
+        )
+    ).graph
     steps = [(None, tuple(node.input), tuple(node.output)) for node in graph.node]
     assert [sorted(names) for names in torch_graph._last_uses(steps, "y")] == [[], [], ["a", "b"]]

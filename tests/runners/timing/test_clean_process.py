@@ -40,7 +40,16 @@ def runner(tmp_path_factory):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
     data = TensorDataset(torch.randn(210, 1, 8, 8), torch.arange(210) % 10)
-    task = Task("t", lambda: net, train=data, validation=data, test=data, metric=distance, metric_name="closeness", batch_size=32)  # fmt: skip
+    task = Task(
+        "t",
+        lambda: net,
+        train=data,
+        validation=data,
+        test=data,
+        metric=distance,
+        metric_name="closeness",
+        batch_size=32,
+    )
     found = LocalRunner(
         task, tmp_path_factory.mktemp("files"), MeasurementSettings(seconds=0.002, calibration_images=32)
     )
@@ -125,8 +134,12 @@ def test_it_ends_with_its_parent(number):
         "    process._need(2); print(process._process.pid, flush=True); time.sleep(60)"
     )
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    parent = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     child = int(parent.stdout.readline())
     time.sleep(0.5)
     assert running(child)
@@ -165,5 +178,8 @@ def test_what_is_computed_is_exact(runner):
     with process_for(target) as process:
         found = process.ratio(runner.path(SMALL), runner.path(Recipe()), batch, 1, 0.05)
     assert found.low == found.value == found.high
-    small, whole = (target.milliseconds(packing.unpack(runner.path(r).read_bytes()).SerializeToString(), 1) for r in (SMALL, Recipe()))  # fmt: skip
+    small, whole = (
+        target.milliseconds(packing.unpack(runner.path(r).read_bytes()).SerializeToString(), 1)
+        for r in (SMALL, Recipe())
+    )
     assert found.value == pytest.approx(small / whole)

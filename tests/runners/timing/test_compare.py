@@ -108,9 +108,14 @@ def test_a_clear_difference_is_told(ratio, word):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(0.8, 0.9, "faster"), (1.1, 1.2, "slower"), (0.9, 1.1, "no significant difference"),
-     (0.9, 1.0, "no significant difference"), (1.0, 1.1, "no significant difference")],
-)  # fmt: skip
+    [
+        (0.8, 0.9, "faster"),
+        (1.1, 1.2, "slower"),
+        (0.9, 1.1, "no significant difference"),
+        (0.9, 1.0, "no significant difference"),
+        (1.0, 1.1, "no significant difference"),
+    ],
+)
 def test_the_verdict_is_the_side_on_which_the_whole_interval_lies(low, high, word):
     assert verdict(Estimate((low + high) / 2, low, high, 20)) == word
 

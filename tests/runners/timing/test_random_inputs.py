@@ -64,9 +64,16 @@ def test_all_that_does_not_fit_at_once():
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "low", "high"),
-    [("float", np.float32, -9, 9), ("float16", np.float16, -9, 9), ("double", np.float64, -9, 9), ("uint8", np.uint8, 0, 255),
-     ("int64", np.int64, 0, 1), ("int8", np.int8, 0, 1), ("bool", np.bool_, 0, 1)],
-)  # fmt: skip
+    [
+        ("float", np.float32, -9, 9),
+        ("float16", np.float16, -9, 9),
+        ("double", np.float64, -9, 9),
+        ("uint8", np.uint8, 0, 255),
+        ("int64", np.int64, 0, 1),
+        ("int8", np.int8, 0, 1),
+        ("bool", np.bool_, 0, 1),
+    ],
+)
 def test_types(kind, dtype, low, high):
     found = feed([entry("x", 200, kind=kind)], None, {}, 0)["x"]
     assert found.dtype == dtype

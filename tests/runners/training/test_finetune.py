@@ -142,13 +142,33 @@ def weights_of(model):
 @pytest.mark.parametrize(
     ("train", "changed"),
     [
-        ("all", {"0.bias", "0.parametrizations.weight.original", "0.parametrizations.weight.0.scale", "1.weight", "1.bias",
-                 "3.bias", "3.parametrizations.weight.original", "3.parametrizations.weight.0.scale"}),
+        (
+            "all",
+            {
+                "0.bias",
+                "0.parametrizations.weight.original",
+                "0.parametrizations.weight.0.scale",
+                "1.weight",
+                "1.bias",
+                "3.bias",
+                "3.parametrizations.weight.original",
+                "3.parametrizations.weight.0.scale",
+            },
+        ),
         ("last", {"3.bias", "3.parametrizations.weight.original", "3.parametrizations.weight.0.scale"}),
-        ("scales", {"0.bias", "0.parametrizations.weight.0.scale", "1.weight", "1.bias", "3.bias",
-                    "3.parametrizations.weight.0.scale"}),
+        (
+            "scales",
+            {
+                "0.bias",
+                "0.parametrizations.weight.0.scale",
+                "1.weight",
+                "1.bias",
+                "3.bias",
+                "3.parametrizations.weight.0.scale",
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_only_what_is_named_is_trained(train, changed, settle):
     model, teacher, task, x = damaged(settle)
     before, loss = weights_of(model), loss_of(model, teacher, x, True)
