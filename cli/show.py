@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..objectives.display import half_interval, show, signed, spread
 from ..spaces.techniques.recover import Recover
-from ..spaces.techniques.table import METHODS
+from ..spaces.techniques.table import METHODS, RULE_KEYS
 from .prepare import short
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
 def _options(layer: Layer, axes: Sequence[Axis]) -> list[str]:
     """What may be done to one layer, by the axes that are about layers."""
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
-    kinds |= {kind: kind for kind in ("rank", "sparsity", "channels", "group_size", *METHODS)}
+    kinds = {kind: kind for kind in RULE_KEYS} | kinds
     options = []
     for axis in axes:
         target = layer.output if axis.kind == "channels" else layer.name

@@ -1,8 +1,8 @@
 """What a configuration file may say: every key with its meaning, unit and default.
 
 The docstrings of the fields are the descriptions in the JSON schema (`paretorch schema`), so an editor shows them while
-one types. Nothing here imports torch: `paretorch --help` and `paretorch schema` stay fast. The section `space` is made from
-the techniques, in `space_schema`.
+one types. Nothing here imports torch: `paretorch --help` and `paretorch schema` stay fast. The section `space` is made
+from the techniques, in `space_schema`.
 """
 
 from __future__ import annotations
@@ -75,12 +75,21 @@ class Data(Strict):
     and then divided with `split`. `val` may be missing (divided off `train`) and so may `test`."""
     dataset: Annotated[
         Literal[
-            "CIFAR10", "CIFAR100", "FashionMNIST", "Food101", "GTSRB", "Imagenette", "KMNIST", "MNIST",
-            "OxfordIIITPet", "STL10", "SVHN",
+            "CIFAR10",
+            "CIFAR100",
+            "FashionMNIST",
+            "Food101",
+            "GTSRB",
+            "Imagenette",
+            "KMNIST",
+            "MNIST",
+            "OxfordIIITPet",
+            "STL10",
+            "SVHN",
         ]
         | None,
         Field(validate_default=True),
-    ] = None  # fmt: skip
+    ] = None
     """One of torchvision's datasets, instead of `folder`. Its test set is the test data; validation is divided off its
     training set with `split`."""
     root: str = "data"
@@ -154,9 +163,13 @@ class Search(Strict):
     sampler: Literal["ehvi", "tpe", "nsga2", "nsga3", "gp", "random", "qmc"] = "ehvi"
     """Sampler: ehvi (our own), or Optuna's tpe, nsga2, nsga3, gp, random, qmc. Default: ehvi."""
     trials: Count | None = None
-    """Number of candidates in total, also after a resume. Default: 40, or as many as fit into `time` where that is given."""
+    """Number of candidates in total, also after a resume. Default: 40, or as many as fit into `time` where that is
+    given.
+    """
     time: Seconds = None
-    """How long the search may take in all, such as 90s, 30m or 1h30m, with the finalists' evaluation. Default: no end."""
+    """How long the search may take in all, such as 90s, 30m or 1h30m, with the finalists' evaluation. Default: no
+    end.
+    """
     rungs: bool | None = None
     """Whether candidates begin untrained and only the best are trained, from one choice of `recovery` to the next.
     Only the sampler ehvi knows how. Default: true where training takes far longer than the rest of a trial."""

@@ -1,7 +1,7 @@
 """The section `space` of a configuration, made of the keys that the techniques describe (`spaces.techniques.table`).
 
-A technique says what a choice may be as plain data (`spaces.values`); here it becomes a type of pydantic with the same checks, so
-that a new key needs no line in this file.
+A technique says what a choice may be as plain data (`spaces.values`); here it becomes a type of pydantic with the same
+checks, so that a new key needs no line in this file.
 """
 
 from __future__ import annotations
@@ -31,17 +31,32 @@ from .fields import NO_BOOL, TEXTS, Choices, Strict, as_list, distinct, fail, fo
 
 # The order of the keys in the schema; keys that it does not name come before the last of them, `recovery`.
 _ORDER = (
-    "weight_bits", "activation_bits", "activations", "group_size", "scheme", "cluster_bits", "rank", "rounding", "ranges",
-    "sparsity", "criterion", "channels", "width", "depth", "equalize", "students", "recovery",
-)  # fmt: skip
+    "weight_bits",
+    "activation_bits",
+    "activations",
+    "group_size",
+    "scheme",
+    "cluster_bits",
+    "rank",
+    "rounding",
+    "ranges",
+    "sparsity",
+    "criterion",
+    "channels",
+    "width",
+    "depth",
+    "equalize",
+    "students",
+    "recovery",
+)
 
 
 class LayerRule(Strict):
     """Choices for the layers that the patterns select; where several rules select a layer, the last one counts."""
 
-    layers: Annotated[
-        tuple[str, ...], AfterValidator(distinct), BeforeValidator(as_list), WithJsonSchema(TEXTS)
-    ] = ("*",)  # fmt: skip
+    layers: Annotated[tuple[str, ...], AfterValidator(distinct), BeforeValidator(as_list), WithJsonSchema(TEXTS)] = (
+        "*",
+    )
     """Which layers: names, globs such as `layer1.*`, kinds (conv, depthwise, grouped, linear), `first`, `last`.
     Default: `*`, all. For `channels` the names are those of dependency groups (`paretorch check` lists them)."""
     share: bool = False

@@ -5,8 +5,9 @@ packed in the way that takes the fewest bytes, scales, biases) to the rest of th
 which is measured on a few exported files and then interpolated. It serves to refuse recipes and to show what is
 reachable; the front holds measured bytes.
 
-The arithmetic exists once, over arrays `[recipes, layers]` (`_LayerTable`): of one row for a recipe, of many for the picks that
-a search compares. Both are filled from the steps of a layer, by what its technique says of how the weight is stored.
+The arithmetic exists once, over arrays `[recipes, layers]` (`_LayerTable`): of one row for a recipe, of many for the
+picks that a search compares. Both are filled from the steps of a layer, by what its technique says of how the weight is
+stored.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ Floats = NDArray[np.float64]
 # Of many recipes at once, as a function of picks `[recipes, axes]`.
 Costs = Callable[[Ints], dict[str, Floats]]
 
-# By what a layer is fed: what the second node of a layer of low rank adds around its tensors, and what one scale and a zero
-# point take more than scales of the channels do: a node and a number, or a list less. About the same in every network,
-# so that no file is written to learn it.
+# By what a layer is fed: what the second node of a layer of low rank adds around its tensors, and what one scale and a
+# zero point take more than scales of the channels do: a node and a number, or a list less. About the same in every
+# network, so that no file is written to learn it.
 _INPUTS = ("plain", "float", "static", "dynamic")
 _SECOND = np.array([35.0, 58.0, 115.0, 76.0])
 _AFFINE = np.array([0.0, 14.0, -9.0, 8.0])
@@ -52,11 +53,12 @@ _GROUPED = 55.0  # what spreads the scales of groups over a weight
 class FileOverhead:
     """Bytes of a packed file outside the layers' tensors, as a linear model of what the file is made of.
 
-    base: of every file. per_layer: for each layer that is there. per_weight_only, per_quantized: more for each layer with
-    float and with 8-bit activations. per_region: more for each run of layers with 8-bit activations. any_quantized: more
-    when there is one at all. per_dynamic: as per_quantized, where ranges are found at run time. narrowed: more when every group of channels were gone (a negative number). nonzero: by
-    layer and by level (bits and sparsity, as `level` writes them) the share of the weights that do not become zero. Few
-    bits round weights to zero that no mask asked for, half of them at 2 bits; what is missing keeps all.
+    base: of every file. per_layer: for each layer that is there. per_weight_only, per_quantized: more for each layer
+    with float and with 8-bit activations. per_region: more for each run of layers with 8-bit activations.
+    any_quantized: more when there is one at all. per_dynamic: as per_quantized, where ranges are found at run time.
+    narrowed: more when every group of channels were gone (a negative number). nonzero: by layer and by level (bits and
+    sparsity, as `level` writes them) the share of the weights that do not become zero. Few bits round weights to zero
+    that no mask asked for, half of them at 2 bits; what is missing keeps all.
     """
 
     base: float = 0.0
@@ -141,10 +143,18 @@ def size_bytes(structure: Structure, recipe: Recipe, overhead: FileOverhead) -> 
 # One layer's `WeightForm` in numbers, with the share of its weights that was measured not to become zero, or NaN.
 _FORM = np.dtype(
     [
-        ("bits", np.int64), ("codebook", bool), ("share", float), ("keep", np.int64), ("of", np.int64), ("rank", np.int64),
-        ("inputs", np.int64), ("group_size", np.int64), ("affine", bool), ("measured", float),
+        ("bits", np.int64),
+        ("codebook", bool),
+        ("share", float),
+        ("keep", np.int64),
+        ("of", np.int64),
+        ("rank", np.int64),
+        ("inputs", np.int64),
+        ("group_size", np.int64),
+        ("affine", bool),
+        ("measured", float),
     ]
-)  # fmt: skip
+)
 
 
 def _numbers(layer: Layer, form: WeightForm, overhead: FileOverhead, equalized: str) -> tuple[Any, ...]:
@@ -159,8 +169,8 @@ def _numbers(layer: Layer, form: WeightForm, overhead: FileOverhead, equalized: 
 class _LayerTable:
     """The layers of recipes that begin with one network, as arrays `[recipes, layers]`.
 
-    there: which layers stay. outputs, inputs: channels. form: `_FORM`. narrowed: the mean share of channels that are gone,
-    `[recipes]`.
+    there: which layers stay. outputs, inputs: channels. form: `_FORM`. narrowed: the mean share of channels that are
+    gone, `[recipes]`.
     """
 
     structure: Structure
@@ -277,8 +287,8 @@ def many(
 ) -> Costs:
     """`macs` and `size_bytes` of many recipes at once, as a function of picks `[recipes, axes]`.
 
-    A search asks for hundreds of them between two trials. overheads: those of the students' files by name, where the axes
-    choose between networks.
+    A search asks for hundreds of them between two trials. overheads: those of the students' files by name, where the
+    axes choose between networks.
     """
     chooser = next((number for number, axis in enumerate(axes) if axis.kind == "student"), None)
     if chooser is None:
@@ -307,7 +317,8 @@ def many(
 class _Many:
     """`many` for the axes of one network.
 
-    Which steps the choices of a layer become is asked once for every combination of them that occurs, and then looked up.
+    Which steps the choices of a layer become is asked once for every combination of them that occurs, and then looked
+    up.
     """
 
     def __init__(self, structure: Structure, axes: Sequence[Axis], overhead: FileOverhead) -> None:

@@ -1,4 +1,6 @@
-"""What is searched and compared when nothing is said: the default space and the recipes that everybody would try first."""
+"""What is searched and compared when nothing is said: the default space and the recipes that everybody would try
+first.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def default_space(structure: Structure, train_images: int = 0) -> Space:
     """What is searched when nothing is said: every technique but codebooks and low rank, with few choices each.
 
     The first and the last layer keep at least 6 bits. Activations share one width, because int8 pays in contiguous
-    regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or minutes.
+    regions only. Recovery sees about 20,000 images (ten epochs at most), so that a trial stays a matter of seconds or
+    minutes.
     """
     ends = Rule((6, 8), ("first", "last"))
     recovery: list[Recover | None] = [_untrained(structure)]

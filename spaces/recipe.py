@@ -48,8 +48,8 @@ class Recipe:
     """All steps that turn the trained network into a candidate, kept in the order of the passes.
 
     Equal recipes have one form: blocks are sorted, numbers are plain, a step that would change nothing is refused.
-    Raises `RecipeError` for a step with an impossible number, two steps of one kind for the same target, or steps that do
-    not go together, such as two that say how the weight of one layer is stored.
+    Raises `RecipeError` for a step with an impossible number, two steps of one kind for the same target, or steps that
+    do not go together, such as two that say how the weight of one layer is stored.
 
         >>> from paretorch import Quantize, Student
         >>> Recipe((Quantize("fc", 8), Student(("layer3.2",)))).describe()
@@ -71,8 +71,10 @@ class Recipe:
         techniques, layers = stored_twice(steps)
         if layers:
             raise RecipeError(
-                f"{' and '.join(technique.name for technique in techniques)} for the same layer: {', '.join(layers)}; its "
-                f"weights are stored as {' or as '.join(technique.stores for technique in techniques)}, leave out one of "
+                f"{' and '.join(technique.name for technique in techniques)} for the same layer: "
+                f"{', '.join(layers)}; its "
+                f"weights are stored as {' or as '.join(technique.stores for technique in techniques)}, leave "
+                "out one of "
                 "the steps"
             )
         for technique in TECHNIQUES:

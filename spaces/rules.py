@@ -1,7 +1,7 @@
 """Rules select layers by patterns and give them choices; against a `Structure` they become axes.
 
-A rule selects by glob on the name, by kind, or as `first` and `last`; the last rule that selects a layer wins; with `share`
-there is one choice for all layers of the rule.
+A rule selects by glob on the name, by kind, or as `first` and `last`; the last rule that selects a layer wins; with
+`share` there is one choice for all layers of the rule.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ def rule_axes(
             if not selected:
                 close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:5])
                 where = f"{kind}.{number}.layers: pattern {pattern!r}"
-                idle[where] = (f"{where} selects no {'group' if kind == 'channels' else 'layer'}; "
-                               f"write a name, a glob such as 'layer1.*', first, last, or a kind ({', '.join(KINDS)}); "
-                               f"names here: {', '.join(close)}{', ...' if len(names) > len(close) else ''}")  # fmt: skip
+                idle[where] = (
+                    f"{where} selects no {'group' if kind == 'channels' else 'layer'}; "
+                    f"write a name, a glob such as 'layer1.*', first, last, or a kind ({', '.join(KINDS)}); "
+                    f"names here: {', '.join(close)}{', ...' if len(names) > len(close) else ''}"
+                )
             owner.update(dict.fromkeys(selected, number))
     axes: list[Axis] = []
     for number, rule in enumerate(rules):

@@ -1,11 +1,12 @@
 """The search space: for each layer, group and network, the choices that a recipe is put together from.
 
-A space is a handful of rules (`rules`), which become a flat, static list of axes against a `Structure`, each with ordered
-choices, which any sampler can handle as integers. `Space.recipe` turns picks into the canonical `Recipe`: two picks that mean the
-same network give equal recipes. What a key may say, and which step a choice becomes, stands with its technique.
+A space is a handful of rules (`rules`), which become a flat, static list of axes against a `Structure`, each with
+ordered choices, which any sampler can handle as integers. `Space.recipe` turns picks into the canonical `Recipe`: two
+picks that mean the same network give equal recipes. What a key may say, and which step a choice becomes, stands with
+its technique.
 
-Where there are students to choose from, the choice of the network comes first, and every network has axes of its own, by
-the same rules; the axes of the others have no effect then. So the list of axes stays flat and static.
+Where there are students to choose from, the choice of the network comes first, and every network has axes of its own,
+by the same rules; the axes of the others have no effect then. So the list of axes stays flat and static.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ _WANTED = {key.kind: key.wanted for key in KEYS}
 class Space(SpaceKeys):
     """Rules per technique; an empty field leaves that technique out.
 
-    weight_bits: 1..8, 16, 32. activation_bits: 4, 8, 16 or 32 (below 32 with weights of at most 8 bits).
-    cluster_bits: 2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full
-    rank that two factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save
-    nothing. sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion,
-    rounding, ranges: which weights become zero, how they are rounded, how their range is found (see `Sparsify` and
-    `Quantize`). activations: static or dynamic ranges of 8-bit activations. group_size: how many weights of a row share a
-    scale, 0 for all of them. scheme: symmetric or affine, without effect on signs and groups. channels: shares of a
-    dependency group's channels that are removed. width: shares of all channels that stay. depth: how many blocks are left
-    out, least important first. recovery: `Recover` or None; with `ladder` each choice that trains goes on from those before
-    it, instead of from the untrained candidate. students: the networks to begin with, `Student` with a factory, or None for
-    the original one, which is the only one when empty. equalize: whether ranges of channels are equalised: none, weights,
-    activations (see `Equalize`); without effect where nothing is sparse, clustered or quantized, and refused beside recovery
-    that compares features.
+    weight_bits: 1..8, 16, 32. activation_bits: 4, 8, 16 or 32 (below 32 with weights of at most 8 bits). cluster_bits:
+    2..8 (indices into a codebook, whatever weight_bits says), 32 (no codebook). rank: shares of the full rank that two
+    factors keep, rounded as channels are; 1 leaves a layer whole, and so does a share that would save nothing.
+    sparsity: shares of zeros, or patterns such as "2:4"; without effect where weights are signs. criterion, rounding,
+    ranges: which weights become zero, how they are rounded, how their range is found (see `Sparsify` and `Quantize`).
+    activations: static or dynamic ranges of 8-bit activations. group_size: how many weights of a row share a scale, 0
+    for all of them. scheme: symmetric or affine, without effect on signs and groups. channels: shares of a dependency
+    group's channels that are removed. width: shares of all channels that stay. depth: how many blocks are left out,
+    least important first. recovery: `Recover` or None; with `ladder` each choice that trains goes on from those before
+    it, instead of from the untrained candidate. students: the networks to begin with, `Student` with a factory, or None
+    for the original one, which is the only one when empty. equalize: whether ranges of channels are equalised: none,
+    weights, activations (see `Equalize`); without effect where nothing is sparse, clustered or quantized, and refused
+    beside recovery that compares features.
     """
 
     def networks(self, structure: Structure) -> list[tuple[str, Structure]]:
@@ -142,7 +143,8 @@ class Space(SpaceKeys):
     def as_ladder(self) -> Space:
         """The space with its choices of recovery as a ladder, untrained at its foot.
 
-        As it is when nothing is trained, or when zeros grow in some of the choices only: one cannot go on from the other.
+        As it is when nothing is trained, or when zeros grow in some of the choices only: one cannot go on from the
+        other.
         """
         trained = tuple(choice for choice in self.recovery if choice and choice.epochs)
         if len({choice.gradual for choice in trained}) > 1:

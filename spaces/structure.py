@@ -1,7 +1,8 @@
 """What a space may know of a network: its layers, dependency groups and blocks, as plain data.
 
-`runners.compression.trace` makes a `Structure` from a live module; nothing here touches a weight. The arithmetic of MACs and
-bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be judged before anything is compressed.
+`runners.compression.trace` makes a `Structure` from a live module; nothing here touches a weight. The arithmetic of
+MACs and bytes (`objectives.cost`) and the spaces work on this alone, so a recipe can be judged before anything is
+compressed.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Structure:
 
     refused: `(module name, reason)` for what cannot be compressed. folds: `(layer, batchnorm)` pairs that are folded
     into one layer when the network is exported. students: by name the structures of other networks that a recipe may
-    begin with, each of which knows its own name as `student`. pairs: `(layer, readers)` whose channels `Equalize` may scale;
-    unpaired: `(layer, reason)` for the others.
+    begin with, each of which knows its own name as `student`. pairs: `(layer, readers)` whose channels `Equalize` may
+    scale; unpaired: `(layer, reason)` for the others.
     """
 
     layers: tuple[Layer, ...]
@@ -82,7 +83,9 @@ class Structure:
         return self.named(recipe.factory)
 
     def named(self, wanted: str) -> Structure:
-        """The structure of the student of this name, "" for this one; raises `RecipeError` for one that the task does not make."""
+        """The structure of the student of this name, "" for this one; raises `RecipeError` for one that the task does
+        not make.
+        """
         if wanted in ("", self.student):
             return self
         for structure in self.students:
@@ -90,7 +93,8 @@ class Structure:
                 return structure
         known = ", ".join(structure.student for structure in self.students) or "none"
         raise RecipeError(
-            f"student {wanted!r}: the task makes no such network; give it as Task(students={{{wanted!r}: function}}); it makes: {known}"
+            f"student {wanted!r}: the task makes no such network; give it as Task(students={{{wanted!r}: "
+            f"function}}); it makes: {known}"
         )
 
     def layer(self, name: str) -> Layer:

@@ -1,6 +1,7 @@
 """What a value of a configuration or a choice of a space may be, as plain data.
 
-`Space` checks choices with `possible`, and `configs.space_schema` makes the types of the configuration of the same data.
+`Space` checks choices with `possible`, and `configs.space_schema` makes the types of the configuration of the same
+data.
 """
 
 from __future__ import annotations

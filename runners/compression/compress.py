@@ -1,9 +1,10 @@
-"""A recipe carried out on a live network: the one table that joins decisions (`spaces.techniques`) and acts (`runners.operators`).
+"""A recipe carried out on a live network: the one table that joins decisions (`spaces.techniques`) and acts
+(`runners.operators`).
 
-The order is that of `spaces.techniques.table`. Whole blocks and channels go for good, and so does a layer that becomes two of
-low rank; what a recipe does to that layer afterwards it does to both. Then channels are equalised, which changes weights and
-not what the network computes. Sparsity, codebooks and weight bits are parametrizations, so that recovery trains what will
-ship; `freeze` then turns them into indices, integers and scales.
+The order is that of `spaces.techniques.table`. Whole blocks and channels go for good, and so does a layer that becomes
+two of low rank; what a recipe does to that layer afterwards it does to both. Then channels are equalised, which changes
+weights and not what the network computes. Sparsity, codebooks and weight bits are parametrizations, so that recovery
+trains what will ship; `freeze` then turns them into indices, integers and scales.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def compress(
 ) -> nn.Module:
     """Carry out all steps but recovery on `model`, in place; raises `RecipeError` when the recipe does not fit.
 
-    model: the network that the recipe begins with, so the student where it names one.
-    With a library layers are compressed once and then looked up; the network is the same to the bit. calibration: of the
-    network before any step; raises `ValueError` when a step needs it and it is None.
+    model: the network that the recipe begins with, so the student where it names one. With a library layers are
+    compressed once and then looked up; the network is the same to the bit. calibration: of the network before any step;
+    raises `ValueError` when a step needs it and it is None.
     """
     check_fits(recipe, structure)
     context = CompressionContext(model.eval(), recipe, structure.of(recipe), example, library, calibration)

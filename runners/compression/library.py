@@ -1,10 +1,11 @@
 """The layer library: every (weight, level) is compressed once, for all trials, studies and processes.
 
 An entry is what a layer needs beside its weight: which of the numbers stay (a bit for each), the scale of each output
-channel, and the adjusted weight where the method asks for one. Its name is the SHA-256 of all that it depends on: the weight's
-bytes, type and shape, the level, the name of the evidence that the method asks for, `VERSION`, and the version of torch, which
-may order a sum anew. So an entry is never outdated, only there or not, and nobody holds a lock: who does not find it computes
-it, and of several who write it at once each writes the same. Hessians and gradients (`calibration`) are entries too.
+channel, and the adjusted weight where the method asks for one. Its name is the SHA-256 of all that it depends on: the
+weight's bytes, type and shape, the level, the name of the evidence that the method asks for, `VERSION`, and the version
+of torch, which may order a sum anew. So an entry is never outdated, only there or not, and nobody holds a lock: who
+does not find it computes it, and of several who write it at once each writes the same. Hessians and gradients
+(`calibration`) are entries too.
 
 A file is moved into its place whole and carries a checksum of its name and contents. One that a crash tore, that the
 disk damaged or that somebody else put there does not fit, counts as missing and is written anew. The oldest by last use
@@ -100,8 +101,9 @@ class LayerStatistics:
 
 
 class CompressedLayer(NamedTuple):
-    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` or `affine_grid` gives
-    it, or None above 8 bits. weight: in place of the layer's own, or None. zero: the zero point of an affine grid, or None."""
+    """A layer at a level. mask: as the weight, 1 and 0, or None without sparsity. scale: as `weight_scales` or
+    `affine_grid` gives it, or None above 8 bits. weight: in place of the layer's own, or None. zero: the zero point of
+    an affine grid, or None."""
 
     mask: Tensor | None
     scale: Tensor | None
@@ -120,8 +122,8 @@ def compress_layer(
 ) -> CompressedLayer:
     """A layer at a level: zeros first, because the scale must not see what is zeroed, then the rounding.
 
-    evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order` gives. factor: what folding multiplies
-    the output channels by, over which an affine grid is laid; no other needs it.
+    evidence: what `method.needs` asks for; raises `ValueError` without it. sweep: gives what `operators.obs.order`
+    gives. factor: what folding multiplies the output channels by, over which an affine grid is laid; no other needs it.
 
         >>> mask, scale, *_ = compress_layer(torch.tensor([[3.0, -1.0, 0.5, 2.0]]), 2, 0.5)
         >>> mask.tolist(), scale.shape
@@ -173,7 +175,8 @@ def _own_scores(weight: Tensor, name: str, layer_statistics: LayerStatistics) ->
     """What a function of the user's says of each weight."""
     if name not in layer_statistics.criteria:
         raise RecipeError(
-            f"criterion {name!r}: the task has no such function; give it as Task(criteria={{{name!r}: function}}), or a configuration "
+            f"criterion {name!r}: the task has no such function; give it as Task(criteria={{{name!r}: "
+            f"function}}), or a configuration "
             f"whose space names it; functions of the task: {', '.join(layer_statistics.criteria) or 'none'}"
         )
     weight = weight.detach()
@@ -188,7 +191,8 @@ def _own_scores(weight: Tensor, name: str, layer_statistics: LayerStatistics) ->
     if not isinstance(found, Tensor) or found.shape != weight.shape or not bool(found.isfinite().all()):
         shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise TaskError(
-            f"criterion {name!r} returned {shown} for a weight of shape {tuple(weight.shape)}; it must return a finite score for each "
+            f"criterion {name!r} returned {shown} for a weight of shape {tuple(weight.shape)}; it must return a "
+            "finite score for each "
             "weight, a tensor of the same shape; the lowest scores become zero"
         )
     return found
@@ -367,7 +371,9 @@ class LayerLibrary:
         return True
 
     def _prune(self) -> None:
-        """Bring the folder down to fifteen sixteenths of the limit: the last sixteenth is written before the next look."""
+        """Bring the folder down to fifteen sixteenths of the limit: the last sixteenth is written before the next
+        look.
+        """
         assert self.folder is not None
         found: list[tuple[float, int, Path]] = []
         listed: list[Path] = []

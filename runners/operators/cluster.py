@@ -1,8 +1,8 @@
 """Weights that share few values: a codebook per layer, and an index into it per weight (Han et al., ICLR 2016).
 
-What is shared is found by k-means in one dimension. A parametrization shows the network the codebook's values and trains
-these, with the assignment fixed: the gradient of a value is the sum over the weights that have it, over their number,
-which is the step that those weights would take together if each were trained by itself.
+What is shared is found by k-means in one dimension. A parametrization shows the network the codebook's values and
+trains these, with the assignment fixed: the gradient of a value is the sum over the weights that have it, over their
+number, which is the step that those weights would take together if each were trained by itself.
 """
 
 from __future__ import annotations

@@ -55,11 +55,12 @@ from .moments import DIVIDED
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _THEIRS = FUNCTIONS | {"batch_norm"}  # the functions that layers and these run as
 # Functions of torch, by name, with f(s x) = s f(x) for a positive s of each channel.
-_HOMOGENEOUS = {
-    "flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "dropout1d", "dropout2d", "relu",
-    "relu_", "leaky_relu", "leaky_relu_", "rrelu", "prelu", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "mean",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "sum", "amax", "interpolate",
-}  # fmt: skip  # a name a line is 25 lines
+_HOMOGENEOUS = (
+    {"flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "dropout1d", "dropout2d"}
+    | {"relu", "relu_", "leaky_relu", "leaky_relu_", "rrelu", "prelu", "interpolate", "mean", "sum", "amax"}
+    | {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"}
+    | {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+)
 _SHOWN = {"hardtanh": "ReLU6 (hardtanh)"}
 _DEAD = 1e-6  # of the largest range: what weight decay has left of a channel is no range to go by
 _ROUNDS, _CONVERGED = 100, 1e-3  # of the iteration: how many at most, and the largest |log s| at which it ends
@@ -199,7 +200,9 @@ def _same(model: nn.Module, pairs: Sequence[Pair], example: Tensor, expected: Te
 
 
 def _by_input(weight: Tensor, groups: int) -> Tensor:
-    """A weight `[outputs, inputs / groups, ...]` as `[groups, outputs / groups, inputs / groups, ...]`, a view of it."""
+    """A weight `[outputs, inputs / groups, ...]` as `[groups, outputs / groups, inputs / groups, ...]`, a view of
+    it.
+    """
     return weight.view(groups, len(weight) // groups, *weight.shape[1:])
 
 
@@ -271,7 +274,8 @@ def equalizing_scales(model: nn.Module, pairs: Sequence[Pair], peaks: Sequence[T
 
     Example:
         >>> first, last = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
-        >>> _ = first.weight.data.copy_(torch.tensor([[4.0], [1.0]])), last.weight.data.copy_(torch.tensor([[1.0, 4.0]]))
+        >>> _ = first.weight.data.copy_(torch.tensor([[4.0], [1.0]]))
+        >>> _ = last.weight.data.copy_(torch.tensor([[1.0, 4.0]]))
         >>> equalizing_scales(nn.Sequential(first, last), [Pair("0", ("1",))])[0].tolist()
         [2.0, 0.5]
     """
@@ -346,8 +350,8 @@ def equalize_channels(
         model: The network, which computes what it did.
         step: By what the scales are found.
         example: A few inputs.
-        repaired: The same network with BatchNorms that fit it, where it was cut down, so that their scales are found in it;
-            None for the network itself.
+        repaired: The same network with BatchNorms that fit it, where it was cut down, so that their scales are found in
+            it; None for the network itself.
         batches: Calibration images in parts, which equalizing by activations needs.
 
     Raises:

@@ -17,10 +17,11 @@ class FrozenWeight:
     group_size: then there is a scale for each group of so many weights of a row.
 
     zero: the zero point of an affine grid; then the scale is one for the whole weight, codes are counted from the zero
-    point, and a channel's step was `scale / factor`, where factor is what folding multiplied the output channels by, None
-    for no folding.
+    point, and a channel's step was `scale / factor`, where factor is what folding multiplied the output channels by,
+    None for no folding.
 
-    codebook: `[values]`; then the codes are indices into it. dynamic: the range of 8-bit activations is found at run time.
+    codebook: `[values]`; then the codes are indices into it. dynamic: the range of 8-bit activations is found at run
+    time.
     """
 
     weight_bits: int

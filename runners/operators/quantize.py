@@ -28,7 +28,8 @@ from .fold import channel_factors
 from .frozen import FrozenWeight
 from .layers import INPUT, per_output, rows
 
-# Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies near a half.
+# Where a range may end, as shares of the peak. Down to a fifth: at 2 bits the optimum for a bell-shaped channel lies
+# near a half.
 _CLIPPED = tuple(1 - 0.8 * step / 60 for step in range(60))
 _BINS = 1024  # of the histogram of a channel's magnitudes
 
@@ -264,8 +265,8 @@ class FakeQuantize(nn.Module):
         if self.scale is None:
             return weight.half().float() if self.bits == 16 and not self.training else weight
         fixed = self.scale.detach()
-        # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor,
-        # 1 / sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
+        # The step of a scale is the step that the weights themselves would take in its direction. LSQ's own factor, 1 /
+        # sqrt(n * top), fits its own initial scale; on the least-squares scale of 8 bits it is hundreds of times too
         # large and destroys a trained network within 30 steps (depthwise layers of mobilenet_v2: 84% to 25%).
         squares = rows(weight).square()
         if self.group_size:
@@ -276,8 +277,8 @@ class FakeQuantize(nn.Module):
         scale = (fixed + (self.scale - fixed) * balance).clamp_min(1e-12)  # exactly the scale that ships
         scale = self.step(scale, weight)
         if self.bits == 1:
-            # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which a
-            # clip would hold for good.
+            # Straight through without a clip: beyond a scale that is the mean magnitude lie two of five weights, which
+            # a clip would hold for good.
             return codes(weight.detach(), scale, 1) * scale + (weight - weight.detach())
         level = (weight / scale).clamp(*limits(self.bits, self.zero))
         shown: Tensor = (level + (level.round() - level).detach()) * scale

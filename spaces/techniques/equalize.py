@@ -22,9 +22,9 @@ EQUALIZATIONS = ("weights", "activations")
 class Equalize(Step):
     """Divide channels where they are made and multiply them where they are read, so that their ranges become alike.
 
-    Cross-layer equalization (Nagel et al. 2019), wherever only functions with f(s x) = s f(x) lie between (ReLU, pooling);
-    the network computes what it did. by: weights, the paper's way: the largest weights on both sides; activations: the
-    largest values on the calibration images and the largest weights that read them.
+    Cross-layer equalization (Nagel et al. 2019), wherever only functions with f(s x) = s f(x) lie between (ReLU,
+    pooling); the network computes what it did. by: weights, the paper's way: the largest weights on both sides;
+    activations: the largest values on the calibration images and the largest weights that read them.
     """
 
     by: str = "weights"
@@ -35,7 +35,8 @@ def no_pairs(reasons: Iterable[tuple[str, str]]) -> str:
     listed = [f"{layer}: {reason}" for layer, reason in reasons]
     more = f"; and {len(listed) - 3} more" if len(listed) > 3 else ""
     return (
-        "no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and reshapes; leave it out. "
+        "no layer's outputs reach only other layers, through nothing but ReLU, LeakyReLU, PReLU, pooling and "
+        "reshapes; leave it out. "
         f"Outputs of {'; '.join(listed[:3])}{more}"
     )
 
@@ -99,9 +100,12 @@ def _chosen(axis: Axis, targets: Sequence[str], of: Encoding) -> set[Any]:
 EQUALIZE = Key(
     "equalize",
     OneOf(("none", *EQUALIZATIONS)),
-    "Whether channels of very different range are made alike where only ReLU, pooling and the like lie between two layers, "
-    "before\nweights are rounded; what the network computes stays (Nagel et al. 2019): none; weights, by the weights on "
-    "both sides;\nactivations, by the values on the calibration images and the weights that read them. Not with `features` "
+    "Whether channels of very different range are made alike where only ReLU, pooling and the like lie between "
+    "two layers, "
+    "before\nweights are rounded; what the network computes stays (Nagel et al. 2019): none; weights, by the "
+    "weights on "
+    "both sides;\nactivations, by the values on the calibration images and the weights that read them. Not "
+    "with `features` "
     "in `recovery`.\nDefault: [none].",
     _chosen,
     default=("none",),

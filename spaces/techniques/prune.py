@@ -50,7 +50,8 @@ def _fits(step: Prune, recipe: Steps, structure: Structure) -> list[str]:
         return [f"group {step.group!r} has {group.channels} channels, {step.keep} cannot be kept"]
     if step.keep % group.unit:
         return [
-            f"group {step.group!r} is {group.channels // group.unit} attention heads of {group.unit} channels, which go "
+            f"group {step.group!r} is {group.channels // group.unit} attention heads of {group.unit} channels, "
+            "which go "
             f"whole: keep a multiple of {group.unit}, not {step.keep}"
         ]
     return []

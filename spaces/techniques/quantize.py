@@ -24,19 +24,20 @@ ACTIVATION_BITS = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Quantize(LayerStep):
-    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16), its inputs in `activation_bits` (4, 8, 16, 32).
+    """Store a layer's weights in `weight_bits` (1..8 integers, 16 float16), its inputs in `activation_bits` (4, 8, 16,
+    32).
 
     activation_bits: 8 is what CPUs have kernels for; 4 and 16 are for accelerators, and ONNX Runtime rounds to them and
     computes in floats.
 
     rounding: nearest, gptq (Frantar et al. 2023) or adaround (Nagel et al. 2020), which round for the layer's outputs.
-    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0, 1;
-    one bit is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least squares.
-    activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run time, the
-    inputs of the call themselves (linear layers only).
-    group_size: 0, or a scale for every so many inputs of an output channel (linear layers of float activations only).
-    scheme: symmetric, a scale for each output channel and zero as code 0; affine, one scale and one zero point for the whole
-    weight, BatchNorm folded into it before (Jacob et al. 2018), 2 to 8 bits.
+    ranges: how the scale of each output channel is found: mse, minmax, percentile, entropy. 2 bits are ternary, -1, 0,
+    1; one bit is a sign, -1 or 1, whose scale is the mean magnitude (XNOR-Net, Rastegari et al. 2016), the one of least
+    squares. activations: where 8-bit activations have their range from: static, the calibration images; dynamic, at run
+    time, the inputs of the call themselves (linear layers only). group_size: 0, or a scale for every so many inputs of
+    an output channel (linear layers of float activations only). scheme: symmetric, a scale for each output channel and
+    zero as code 0; affine, one scale and one zero point for the whole weight, BatchNorm folded into it before (Jacob et
+    al. 2018), 2 to 8 bits.
     """
 
     rounds: ClassVar[bool] = True
@@ -67,13 +68,16 @@ def _check(step: Quantize) -> None:
         )
     if step.scheme not in SCHEMES or (step.scheme == "affine" and not 2 <= step.weight_bits <= 8):
         raise RecipeError(
-            f"{what}: scheme = {step.scheme!r} with weight_bits = {step.weight_bits}; choose from {', '.join(SCHEMES)}, "
+            f"{what}: scheme = {step.scheme!r} with weight_bits = {step.weight_bits}; choose from "
+            f"{', '.join(SCHEMES)}, "
             "affine with 2 to 8 bits only: a sign and a float16 have no zero point"
         )
     if step.scheme == "affine" and (step.group_size or step.ranges == "entropy"):
         raise RecipeError(
-            f"{what}: scheme = 'affine' with group_size = {step.group_size}, ranges = {step.ranges!r}; it has one scale for "
-            "the whole weight, and no ranges by entropy: choose group_size = 0 and mse, minmax or percentile, or scheme = "
+            f"{what}: scheme = 'affine' with group_size = {step.group_size}, ranges = {step.ranges!r}; it has "
+            "one scale for "
+            "the whole weight, and no ranges by entropy: choose group_size = 0 and mse, minmax or percentile, "
+            "or scheme = "
             "'symmetric'"
         )
 
@@ -81,7 +85,8 @@ def _check(step: Quantize) -> None:
 def _check_bits(step: Quantize) -> None:
     if step.weight_bits not in (*range(1, 9), 16):
         raise RecipeError(
-            f"quantize {step.layer}: weight_bits = {step.weight_bits}; choose from 1..8, 16, or leave the step out for 32"
+            f"quantize {step.layer}: weight_bits = {step.weight_bits}; choose from 1..8, 16, or leave the step "
+            "out for 32"
         )
     if step.activation_bits not in ACTIVATION_BITS or (step.activation_bits < 32 and step.weight_bits > 8):
         raise RecipeError(
@@ -234,8 +239,10 @@ WEIGHT_BITS = Key(
 ACTIVATION_WIDTH = Key(
     "activation_bits",
     OneOf(ACTIVATION_BITS),
-    "Bits of what a layer computes on: 8 (int8 arithmetic) or 32 (float); 4 and 16 for an accelerator whose profile has "
-    "such\nunits (a CPU rounds to them and computes in floats). Below 32 they take effect where the weights have at most "
+    "Bits of what a layer computes on: 8 (int8 arithmetic) or 32 (float); 4 and 16 for an accelerator whose "
+    "profile has "
+    "such\nunits (a CPU rounds to them and computes in floats). Below 32 they take effect where the weights "
+    "have at most "
     "8. Choices or rules.",
     _chosen_activation_bits,
     of="layer",
@@ -312,7 +319,8 @@ SCHEME = Key(
     of="layer",
     rule=RuleWords(
         "SchemeRule",
-        "Whether the integers of the selected layers' weights have scales for each output channel, or one and a zero point.",
+        "Whether the integers of the selected layers' weights have scales for each output channel, or one and "
+        "a zero point.",
         "symmetric, affine. Required.",
     ),
     share=True,

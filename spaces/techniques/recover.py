@@ -31,14 +31,14 @@ class Recover(Step):
     network; a recipe may hold several of it, each of which goes on from the one before, and BatchNorm is re-estimated
     after the last.
 
-    distill: the weight of the teacher's soft targets against the labels, at `temperature`. temperature_schedule: constant,
-    warmup (from 1 up to it) or anneal (from it down to 1). features: the weight of the distance between the features of
-    both networks. train: all parameters; last, those of the last third of the modules that own any, in the order of
-    execution; scales, those of one dimension: scales of quantization, biases, normalisation. patience: training ends after
-    so many epochs in a row without a better loss on training samples that are held out, and the best weights stay; 0
-    trains to the end, on all samples. gradual: the zeros of `Sparsify` grow during the first half of training, from none
-    to all of them, by the cubic schedule of Zhu & Gupta 2017; the smallest weights of that moment are zero. Those of
-    codebooks are there from the start.
+    distill: the weight of the teacher's soft targets against the labels, at `temperature`. temperature_schedule:
+    constant, warmup (from 1 up to it) or anneal (from it down to 1). features: the weight of the distance between the
+    features of both networks. train: all parameters; last, those of the last third of the modules that own any, in the
+    order of execution; scales, those of one dimension: scales of quantization, biases, normalisation. patience:
+    training ends after so many epochs in a row without a better loss on training samples that are held out, and the
+    best weights stay; 0 trains to the end, on all samples. gradual: the zeros of `Sparsify` grow during the first half
+    of training, from none to all of them, by the cubic schedule of Zhu & Gupta 2017; the smallest weights of that
+    moment are zero. Those of codebooks are there from the start.
     """
 
     method: str
@@ -81,7 +81,8 @@ def _check(step: Recover) -> None:
     usual = replace(step, train="all", temperature_schedule="constant", features=0.0, patience=0, gradual=False)
     if not trains and step != usual:
         raise RecipeError(
-            f"recover: {step.method} does not train; leave out train, temperature_schedule, features, patience and gradual"
+            f"recover: {step.method} does not train; leave out train, temperature_schedule, features, patience "
+            "and gradual"
         )
 
 
@@ -104,7 +105,8 @@ def _problems(recipe: Steps) -> None:
         methods = step.criterion, rounding.get(step.layer, "nearest")
         if step.layer not in clustered and methods != ("magnitude", "nearest"):
             raise RecipeError(
-                f"recover: gradual with criterion {methods[0]}, rounding {methods[1]} for layer {step.layer}; zeros that "
+                f"recover: gradual with criterion {methods[0]}, rounding {methods[1]} for layer {step.layer}; "
+                "zeros that "
                 "grow are the smallest weights of their moment, so choose magnitude and nearest, or leave gradual out"
             )
 
@@ -205,7 +207,8 @@ FINETUNE = Settings(
             "train",
             OneOf(_TRAINED),
             "What is trained: `all`; `last`, the last third of the modules that have parameters, which is faster; "
-            "`scales`, the\nscales of quantization, biases and normalisation alone, which changes the least. Default: all.",
+            "`scales`, the\nscales of quantization, biases and normalisation alone, which changes the least. "
+            "Default: all.",
             "all",
         ),
         Entry(
@@ -233,7 +236,8 @@ FINETUNE = Settings(
             "gradual",
             Flag(),
             "Zeros (`sparsity`) grow during the first half of training, from none to all, the smallest weights of each "
-            "moment (Zhu &\nGupta 2017); `criterion` and `rounding` then have no effect where zeros are. Default: false.",
+            "moment (Zhu &\nGupta 2017); `criterion` and `rounding` then have no effect where zeros are. "
+            "Default: false.",
             False,
         ),
     ),

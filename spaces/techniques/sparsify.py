@@ -25,10 +25,10 @@ _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
 class Sparsify(LayerStep):
     """Set the share `ratio` of a layer's weights to zero, those that the `criterion` finds least important.
 
-    magnitude: the smallest. taylor: those with the least effect on the outputs by their gradients (Molchanov et al. 2019).
-    activation: the least products with the norm of their input (Wanda, Sun et al. 2024). obs: those that cost least after
-    the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw. FILE.py:FUNCTION: what
-    a function of the user's says, which the task holds under this name (`Task.criteria`).
+    magnitude: the smallest. taylor: those with the least effect on the outputs by their gradients (Molchanov et al.
+    2019). activation: the least products with the norm of their input (Wanda, Sun et al. 2024). obs: those that cost
+    least after the others were adjusted, which they then are (SparseGPT, Frantar & Alistarh 2023). random: a draw.
+    FILE.py:FUNCTION: what a function of the user's says, which the task holds under this name (`Task.criteria`).
     pattern: "" (anywhere), or N:M such as 2:4: N of every M neighbouring input channels stay; then ratio is 1 - N/M.
     """
 
@@ -86,7 +86,8 @@ def _check(step: Sparsify) -> None:
         raise RecipeError(f"sparsify {step.layer}: ratio = {step.ratio}; it must lie between 0 and 1, both excluded")
     if not known_criterion(step.criterion):
         raise RecipeError(
-            f"sparsify {step.layer}: criterion = {step.criterion!r}; choose from {', '.join(CRITERIA)}, or name a function "
+            f"sparsify {step.layer}: criterion = {step.criterion!r}; choose from {', '.join(CRITERIA)}, or name "
+            "a function "
             "of yours, FILE.py:FUNCTION"
         )
     if step.pattern and step.ratio != zeros_of(step.pattern):
@@ -154,7 +155,8 @@ def _chosen_criterion(axis: Axis, targets: Sequence[str], of: Encoding) -> set[A
 SPARSITY = Key(
     "sparsity",
     Either(Number(least=0, below=1), Text(pattern_of), lambda value: isinstance(value, str)),
-    "Shares of a layer's weights that are set to zero, 0 <= x < 1, or patterns such as '2:4' (in quotes): 2 of every 4\n"
+    "Shares of a layer's weights that are set to zero, 0 <= x < 1, or patterns such as '2:4' (in quotes): 2 of "
+    "every 4\n"
     "neighbouring input channels stay. Choices or rules.",
     _chosen,
     of="layer",

@@ -151,7 +151,8 @@ STUDENTS = Key(
         "must be teacher, the name of a student, or {name: small, epochs: 8}",
     ),
     "Networks to begin with: `teacher`, the network itself; names of networks that the task makes "
-    "(`Task(students={...})`), or\n{name: small, epochs: 8} for one that is first trained. All other keys apply to each "
+    "(`Task(students={...})`), or\n{name: small, epochs: 8} for one that is first trained. All other keys "
+    "apply to each "
     "of them; a pattern has to select\nsomething in one of them. Default: the network itself alone.",
     _chosen_student,
     own=True,

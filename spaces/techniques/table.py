@@ -1,7 +1,7 @@
 """The table of techniques: the one place that joins them.
 
-A technique of your own is a file beside this one, an import and a line in `TECHNIQUES`, a field of `SpaceKeys` for each of its
-keys, and a line in `runners.compression.compress.PASSES` (see docs/techniques.md).
+A technique of your own is a file beside this one, an import and a line in `TECHNIQUES`, a field of `SpaceKeys` for each
+of its keys, and a line in `runners.compression.compress.PASSES` (see docs/techniques.md).
 """
 
 from __future__ import annotations
@@ -59,9 +59,23 @@ class SpaceKeys:
 
 # The order of the axes, which stored picks and random draws depend on; keys that it does not name come last.
 _AXES = (
-    "students", "width", "depth", "equalize", "channels", "sparsity", "weight_bits", "activation_bits", "cluster_bits", "rank",
-    "criterion", "rounding", "ranges", "activations", "scheme", "group_size",
-)  # fmt: skip
+    "students",
+    "width",
+    "depth",
+    "equalize",
+    "channels",
+    "sparsity",
+    "weight_bits",
+    "activation_bits",
+    "cluster_bits",
+    "rank",
+    "criterion",
+    "rounding",
+    "ranges",
+    "activations",
+    "scheme",
+    "group_size",
+)
 
 
 def _keys() -> tuple[Key, ...]:
@@ -114,7 +128,9 @@ def form_of(steps: Iterable[Step]) -> WeightForm:
 
 
 def stored_twice(steps: Iterable[Step]) -> tuple[list[Technique], list[str]]:
-    """Two techniques of steps, in the order of the passes, that would store the weights of the same layers, and these."""
+    """Two techniques of steps, in the order of the passes, that would store the weights of the same layers, and
+    these.
+    """
     by_layer: dict[str, list[Technique]] = {}
     for step in steps:
         if isinstance(step, LayerStep) and (technique := _TECHNIQUE_OF[type(step)]).stores:

@@ -1,8 +1,8 @@
 """What a technique is: one value of `Technique` in a file of its own, which `table` joins with the others.
 
-All of it is plain data and plain functions, of no tensor. What the functions leave out does not happen, so that a simple
-technique says little: a step, its check, its words, a key of the space, how a choice becomes the step and how the weight is
-then stored. What is done to the network stands in `runners.operators`.
+All of it is plain data and plain functions, of no tensor. What the functions leave out does not happen, so that a
+simple technique says little: a step, its check, its words, a key of the space, how a choice becomes the step and how
+the weight is then stored. What is done to the network stands in `runners.operators`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LARGEST_HESSIAN = 8192
 class WeightForm:
     """How a layer's weight is stored and what it is fed, all that the arithmetic of bytes asks for.
 
-    bits: of each number, or of an index when there is a `codebook` of floats. zeros: a share or a pattern N:M. rank: of two
-    factors, 0 for a whole weight. inputs: `plain`, as in the original network; `float`, a compressed weight with float
-    inputs; `static` and `dynamic`, rounded inputs and where their range comes from. group_size: how many weights of a row share
-    a scale, 0 for all. affine: one scale and one zero point for the whole weight.
+    bits: of each number, or of an index when there is a `codebook` of floats. zeros: a share or a pattern N:M. rank: of
+    two factors, 0 for a whole weight. inputs: `plain`, as in the original network; `float`, a compressed weight with
+    float inputs; `static` and `dynamic`, rounded inputs and where their range comes from. group_size: how many weights
+    of a row share a scale, 0 for all. affine: one scale and one zero point for the whole weight.
     """
 
     bits: int = 32
@@ -54,8 +54,8 @@ class Choices:
 class Encoding:
     """A recipe whose picks are looked for, by the axes of its network.
 
-    taken: whether the weight of a layer is stored by a technique that comes before that of a kind, whose choice then has no
-    effect. grown: the layers whose zeros grow during training.
+    taken: whether the weight of a layer is stored by a technique that comes before that of a kind, whose choice then
+    has no effect. grown: the layers whose zeros grow during training.
     """
 
     space: Any
@@ -84,7 +84,9 @@ def _as_it_is(choice: Any) -> Any:
 
 @dataclass(frozen=True)
 class RuleWords:
-    """The words of a key's rules in the configuration schema: the name of the type, what it is, what its choices are."""
+    """The words of a key's rules in the configuration schema: the name of the type, what it is, what its choices
+    are.
+    """
 
     name: str
     about: str
@@ -95,12 +97,13 @@ class RuleWords:
 class Key:
     """One key of the space: what may be chosen, for what, and how a choice is found in a recipe again.
 
-    of: `layer` or `group` for choices by rules, "" for choices of the whole network. share: whether a rule makes one choice
-    for all that it selects when it does not say so. about, allowed: for people, in the schema and in errors. default: of the
-    configuration, for the whole network. own: also that choices are steps themselves, which `read` makes of the configuration's.
-    refuse: why a choice is not possible for a layer, or "". axes: the axes of the choices, given the key, the choices or rules,
-    the structure, and where to say that something has no effect. axis_kind: of them, the name when "". wanted: the choices of an axis that explain a recipe,
-    given the targets that it has; none for any.
+    of: `layer` or `group` for choices by rules, "" for choices of the whole network. share: whether a rule makes one
+    choice for all that it selects when it does not say so. about, allowed: for people, in the schema and in errors.
+    default: of the configuration, for the whole network. own: also that choices are steps themselves, which `read`
+    makes of the configuration's. refuse: why a choice is not possible for a layer, or "". axes: the axes of the
+    choices, given the key, the choices or rules, the structure, and where to say that something has no effect.
+    axis_kind: of them, the name when "". wanted: the choices of an axis that explain a recipe, given the targets that
+    it has; none for any.
     """
 
     name: str
@@ -145,14 +148,14 @@ class Key:
 class Technique:
     """One thing that may be done to a network.
 
-    step: what a recipe holds. check: raises `RecipeError` for impossible numbers of one step. problems: raises it for steps
-    that do not go together. describe: words for all steps of the kind. stores: how the weight is stored, for people, where
-    the step decides that; a layer has one such step at most, and in a space the technique that comes first in the table wins.
-    fits: what is wrong with a step for a network (that a layer exists is looked at before).
+    step: what a recipe holds. check: raises `RecipeError` for impossible numbers of one step. problems: raises it for
+    steps that do not go together. describe: words for all steps of the kind. stores: how the weight is stored, for
+    people, where the step decides that; a layer has one such step at most, and in a space the technique that comes
+    first in the table wins. fits: what is wrong with a step for a network (that a layer exists is looked at before).
 
-    keys: of the space. conflicts: choices of several axes that some layers cannot have together, by problem. space_problems: what
-    is wrong with a space, whatever the network. From choices to steps: network_steps, before those of layers; layer_step, for
-    a layer of a shape, given the step that stores the weight; final_steps, given all others.
+    keys: of the space. conflicts: choices of several axes that some layers cannot have together, by problem.
+    space_problems: what is wrong with a space, whatever the network. From choices to steps: network_steps, before those
+    of layers; layer_step, for a layer of a shape, given the step that stores the weight; final_steps, given all others.
 
     form: the fields of `WeightForm` that a step for a layer decides.
     """
