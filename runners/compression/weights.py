@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ...spaces.recipe import Recipe
@@ -19,6 +19,7 @@ from ...spaces.techniques.quantize import Quantize
 from ...spaces.techniques.sparsify import Sparsify
 from ..operators.cluster import SharedWeights, shared
 from ..operators.fold import channel_factors
+from ..operators.layers import weight_of
 from ..operators.lowrank import parts
 from ..operators.quantize import FakeQuantize
 from .calibration import Calibration, Statistics
@@ -49,8 +50,7 @@ def shape_weights(
     norms = folded_norms(model, structure)
     for name, (bits, ratio, method) in levels.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer.weight, Tensor)
-        weight = layer.weight.detach()
+        weight = weight_of(layer).detach()
         norm = norms.get(name) if method.scheme == "affine" else None
         factor = channel_factors(norm) if norm is not None else None
         made = (library.compress_layer if library else compress_layer)(

@@ -112,8 +112,7 @@ def factor_layers(
     """
     for step in steps:
         layer = model.get_submodule(step.layer)
-        assert isinstance(layer.weight, Tensor)
-        model.set_submodule(step.layer, factored(layer, step.rank, basis_of(layer.weight)))
+        model.set_submodule(step.layer, factored(layer, step.rank, basis_of(weight_of(layer))))
     try:
         with torch.no_grad():
             model(example)
