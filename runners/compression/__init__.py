@@ -1,3 +1,3 @@
-"""A recipe carried out on a live network: tracing, calibration, the layer library, the passes. Nothing here measures or
-exports.
+"""A recipe carried out on a live network, up to the packed file: tracing, calibration, the layer library, the passes.
+Nothing here runs a file or takes a time.
 """

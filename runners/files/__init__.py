@@ -1,3 +1,3 @@
-"""The bytes on disk: packed files, entropy coding, atomic writing. Nothing here knows a recipe or imports torch at
-module level.
+"""The bytes on disk: packed files, entropy coding, atomic writing, and how candidates' files are named. Nothing here
+compresses, runs or times a network, or imports torch.
 """

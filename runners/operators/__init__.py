@@ -1,2 +1,3 @@
-"""One file per technique, each a plain function on a layer or network, and the one table of layer kinds. Nothing here
-reads a study, a target or a file."""
+"""What is done to a network: one file per technique, and the one table of kinds of layers. Nothing here knows a study, a
+target or a file.
+"""

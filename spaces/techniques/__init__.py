@@ -1,2 +1,3 @@
-"""What may be done to a network, as plain frozen data: recipes, spaces, structures. Nothing here touches a weight,
-imports torch, or draws a random choice."""
+"""One file per technique: what it may decide, as plain data, and `table`, whose order is the order of the passes.
+Nothing here imports torch or pydantic, or carries anything out; that is `runners/operators`.
+"""
