@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -101,7 +100,7 @@ def test_kept_files_are_read_and_missing_ones_made(runner_of, monkeypatch):
         runner.path(recipe).write_bytes(runner.build(recipe))
     runner.path(two).write_bytes(b"damaged")
     phases = []
-    assert runner.build(together(two, one), lambda phase, _: phases.append(phase)) == fresh
+    assert runner.build(together(two, one), phases.append) == fresh
     assert phases == ["compressing", "exporting", "merging"]
     runner.path(one).unlink()
     runner.path(two).unlink()
@@ -174,7 +173,7 @@ def test_bytes_are_foretold_within_a_per_cent(name, runner_of, data):
     )
     networks = [Network.of(c, files[c.recipe]) for c in candidates]
     scores = itertools.count()  # each better than the one before: pairs, and all three
-    found = combinations(front, networks, [torch.zeros(4, 2)] * len(networks), lambda _: float(next(scores)))
+    found = combinations(front, networks, lambda ensembles: [float(next(scores)) for _ in ensembles])
     assert len(found) == {1: 0, 2: 1, 3: 4}[len(networks)]
     for combination in found:
         members = [n.candidate.recipe for n in combination.networks]

@@ -358,7 +358,7 @@ def test_a_killed_training_goes_on_and_gives_the_same_file(network, task_of, tmp
         folder.mkdir(exist_ok=True)
         heard = []
 
-        def report(phase, metrics):
+        def report(phase):
             heard.append(phase)
             if phase == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
