@@ -74,10 +74,15 @@ def study(directory: Path, packed: bytes) -> SimpleNamespace:
     (folder / "candidates" / f"{best.recipe.key}.safetensors").write_bytes(packed)
     gone = Candidate(2, Recipe((Quantize("1", 3),)), "ok", "", measured(100, 9999), {}, {"1": 1})
     measure = {"threads": 1, "batch": 1, "seconds": 0.5, "calibration_images": 512}
-    asked = {"task": "blobs", "seed": 0, "measure": measure}
-    (folder / "study.json").write_text(json.dumps({"snapshot": asked}))
     objectives = tuple(Objective.parse(text) for text in ("accuracy", "size_bytes"))
     front = Front((best, gone), objectives, Budget.parse([]), measured(190, 4000), folder)
+    about = {
+        "version": 1,
+        "snapshot": {"task": "blobs", "seed": 0, "measure": measure, "budget": []},
+        "objectives": [vars(objective) for objective in objectives],
+        "baseline": front.baseline.to_dict(),
+    }
+    (folder / "study.json").write_text(json.dumps(about))
 
     def log() -> Tracker:
         tracker = Tracker("blobs", folder)
