@@ -62,7 +62,7 @@ def load_task(config: Config) -> Task:
 
 
 def _with_criteria(task: Task, config: Config) -> Task:
-    """The task together with the functions that the space names as criteria, unless the task defines them."""
+    """The task, with the functions added that the space names as criteria and the task does not define."""
     space = config.to_space()
     chosen = [choice for rule in (space.criterion if space else ()) for choice in rule.choices]
     wanted = [text for text in chosen if text not in CRITERIA and text not in task.criteria]
@@ -75,7 +75,7 @@ def _with_criteria(task: Task, config: Config) -> Task:
 def _named(
     text: str, config: Config, arguments: tuple[str, ...], purpose: str
 ) -> tuple[Callable[..., Any], str, Path | None]:
-    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, its place for messages, and its file."""
+    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, its location for messages, and its file."""
     where, _, name = text.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
