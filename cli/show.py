@@ -138,7 +138,7 @@ def show_explanation(console: Console, number: int, recipe: Recipe, metric: str,
     if len(shown) < len(told.costs):
         console.print(f"and {len(told.costs) - len(shown)} that cost less (--rows)", markup=False)
     if told.suggestion is None:
-        console.print("\nNo milder decision brings the outputs nearer to the untouched network's.", markup=False)
+        console.print("\nNo milder decision brings the outputs closer to the baseline's.", markup=False)
         return
     best = told.suggestion
     kept = "the limits on bytes and MACs still hold" if told.keeps else "it breaks a limit on bytes or MACs"

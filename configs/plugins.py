@@ -52,7 +52,7 @@ def load_task(config: Config) -> Task:
     except ParetorchError:
         raise  # its message already says what is wrong
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{shown}: {name}() failed: {_told(error, file)}") from error
+        raise TaskError(f"{shown}: {name}() failed: {_described(error, file)}") from error
     if not isinstance(task, Task):
         raise TaskError(
             f"{shown}: {name}() returned {_kind(task)}; it must return a paretorch.Task "
@@ -113,7 +113,7 @@ def _import_file(path: Path) -> ModuleType:
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, ParetorchError):
-            raise TaskError(f"{path} cannot be imported: {_told(error, path)}") from error
+            raise TaskError(f"{path} cannot be imported: {_described(error, path)}") from error
         raise
     return module
 
@@ -129,11 +129,11 @@ def _import_module(name: str, folder: Path) -> ModuleType:
                 f"task module {name!r} is not found (no module {error.name!r} in this environment or in {folder}); "
                 "install it, or write the path of a file such as my_task.py:task"
             ) from error
-        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+        raise TaskError(f"{name} cannot be imported: {_described(error, None)}") from error
     except ParetorchError:
         raise
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+        raise TaskError(f"{name} cannot be imported: {_described(error, None)}") from error
 
 
 def _importable(folder: Path) -> None:
@@ -167,7 +167,7 @@ def _function(
     return function
 
 
-def _told(error: BaseException, file: Path | None) -> str:
+def _described(error: BaseException, file: Path | None) -> str:
     """Type, message and place of an exception in the user's code."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"

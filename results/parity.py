@@ -21,10 +21,10 @@ def parity_failure(candidate: Candidate) -> str:
     known, reasons = candidate.test, []
     if "parity_metric" not in known:
         return ""
-    if (answers := known.get("parity_agreement")) is not None:
-        if (answers.value if answers.n >= PARITY_INPUTS else answers.high) < PARITY_AGREEMENT:
+    if (agreement := known.get("parity_agreement")) is not None:
+        if (agreement.value if agreement.n >= PARITY_INPUTS else agreement.high) < PARITY_AGREEMENT:
             reasons.append(
-                f"{100 * answers.value:.2f}% of {answers.n} answers are the simulation's (at least "
+                f"{100 * agreement.value:.2f}% of {agreement.n} answers are the simulation's (at least "
                 f"{100 * PARITY_AGREEMENT:g}% are asked)"
             )
     elif (mean := known["parity_mean_output"].value) > PARITY_DIFFERENCE:

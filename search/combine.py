@@ -60,7 +60,9 @@ def combine(
         if best is None:
             break
         if end_is_near():
-            listener.say("the time is used up before all ensembles were tried; the same command with more time goes on")
+            listener.say(
+                "the time is used up before all ensembles were tried; run the same command with more time to resume"
+            )
             return
         front = run(best.recipe)
     write_atomic(folder.ensembles, json.dumps({"networks": keys}, indent=1))
@@ -84,6 +86,6 @@ def _outputs(
     for network in networks:
         if sum(each.nbytes for each in outputs) > ensembles.MEMORY or end_is_near():
             break
-        listener.phase(f"ensembles: what network {len(outputs) + 1} of {len(networks)} gives")
+        listener.phase(f"ensembles: outputs of network {len(outputs) + 1} of {len(networks)}")
         outputs.append(runner.submit(PredictValidation(packed[network.candidate.number])).result())
     return outputs

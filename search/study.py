@@ -166,7 +166,7 @@ class Study:
         self.history = History()
         self.test_baseline: Estimate | None = None
         self.opened = False  # whether everything that a report needs is known
-        self.overhead_seconds: list[float] = []  # for each trial, the time besides compressing, training and measuring
+        self.overhead_seconds: list[float] = []  # of each trial, without compressing, training and measuring
 
     # ---------------------------------------------------------------------------------------------- opening
 
@@ -342,7 +342,7 @@ class Study:
                 total = f" of {_count(trials)}" if trials else ""
                 self.listener.say(
                     f"the time is used up after {self.history.trials}{total or ' trials'}; "
-                    "the same command with more time goes on"
+                    "run the same command with more time to resume"
                 )
                 return
             label, trial, picks, recipe = self._next(trials, pending)
