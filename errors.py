@@ -7,9 +7,9 @@
     |- ArtifactError  a missing, corrupted or foreign file; nothing is ever unpickled
     |- StudyError     the study's folder cannot be used (locked, read-only, of another configuration)
     |- TargetError    the runtime is missing or cannot run the file
-    `- TrialError     a result, not a bug: the study records it and goes on
-       |- OverBudget    known before or after measuring; carries the excess of each limit
-       |- Stopped       beyond doubt worse than what is there already, and given up before its evaluation was over
+    `- TrialError     a result, not a bug: the study records it and continues
+       |- OverBudget    a limit is exceeded, by prediction or measurement; carries the excess of each limit
+       |- Stopped       significantly worse than a candidate that exists already, so its evaluation was stopped early
        |- Diverged      recovery or the metric ended in NaN or infinity
        `- ExportFailed  the compressed network cannot be exported or run
 
@@ -27,9 +27,11 @@ class ParetorchError(Exception):
 
 
 class ConfigError(ParetorchError):
-    """A configuration with problems, all of them at once.
+    """A configuration is not valid; the error has all its problems at once.
 
-    `problems` holds one text per problem: key path, offending value, rule, valid choices.
+    Args:
+        problems: One text per problem: key path, offending value, rule, valid choices.
+        source: The file that was read.
     """
 
     def __init__(self, problems: str | Sequence[str], source: str | None = None) -> None:
@@ -39,7 +41,8 @@ class ConfigError(ParetorchError):
         head = f"{source or 'configuration'}: {count} problem{'s' * (count != 1)}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
-    def __reduce__(self) -> tuple[type, tuple[list[str], str | None]]:  # by default it is rebuilt from its text
+    def __reduce__(self) -> tuple[type, tuple[list[str], str | None]]:
+        # By default, pickle would pass the message alone to the constructor.
         return type(self), (self.problems, self.source)
 
 
@@ -68,27 +71,36 @@ class TrialError(ParetorchError):
 
 
 class OverBudget(TrialError):
-    """A limit is exceeded; `excess` holds, per limit, by what share of the limit (<= 0 is inside)."""
+    """A limit of the budget is exceeded.
+
+    Args:
+        message: The limits and the values that exceed them.
+        excess: For each limit, by what share of the limit it is exceeded; 0 or less keeps the limit.
+    """
 
     def __init__(self, message: str, excess: Mapping[str, float]) -> None:
         super().__init__(message)
         self.excess = dict(excess)
 
-    def __reduce__(self) -> tuple[type, tuple[str, dict[str, float]]]:  # by default it is rebuilt from its text
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, float]]]:
+        # As in ConfigError.
         return type(self), (str(self), self.excess)
 
 
 class Stopped(TrialError):
-    """Beyond doubt worse than another candidate, or below a limit; given up before its evaluation was over.
+    """A candidate is significantly worse than another one, or below a limit, so its evaluation was stopped early.
 
-    `estimate` is the metric as far as it is known (a `Estimate`, or None).
+    Args:
+        message: What it was compared with.
+        estimate: The metric on the samples that were evaluated (an `Estimate`), or None.
     """
 
     def __init__(self, message: str, estimate: Any = None) -> None:
         super().__init__(message)
         self.estimate = estimate
 
-    def __reduce__(self) -> tuple[type, tuple[str, Any]]:  # by default it is rebuilt from its text
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
+        # As in ConfigError.
         return type(self), (str(self), self.estimate)
 
 

@@ -1,10 +1,10 @@
 """The command line: `paretorch search CONFIG.yaml` and the other commands.
 
-Exit codes: 0 done; 2 bad input (the message says which and what to do); 3 the search ended without a recipe inside the
-budget; 4 an artifact is sound, but measured again its numbers differ; 130 interrupted.
+Exit codes: 0 done; 2 invalid input (the message names it and says what to do); 3 the search ended without a recipe
+inside the budget; 4 the files of an artifact are intact, but its numbers differ when measured again; 130 interrupted.
 
-A command is a plain function of a module beside this one and a line of `_COMMANDS`. Heavy imports stand inside the
-commands, so that `--help` is quick.
+A command is a plain function in one of the modules of this folder and a line in `_COMMANDS`. Heavy imports are inside
+the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .options import INTERRUPTED
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-# In the order of `--help`: the function, and the line there where it is not the first of the docstring.
+# In the order of `--help`: the function, and its line there if that is not the first line of the docstring.
 _COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
     "search": (studies.search, None),
     "check": (studies.check, "Tell in seconds whether a search will work."),
-    "sensitivity": (analyses.sensitivity, "Measure which layers mind which compression."),
+    "sensitivity": (analyses.sensitivity, "Measure how sensitive each layer is to compression."),
     "schema": (templates.schema, None),
     "init": (templates.init, "Write a commented configuration and task to start from."),
     "front": (studies.front, None),
-    "explain": (analyses.explain, "Tell which decision of a candidate cost how much."),
+    "explain": (analyses.explain, "Measure how much each decision of a candidate contributes to its loss."),
     "export": (artifacts.export, "Write one candidate for production."),
     "register": (artifacts.register, "Put one candidate into the MLflow model registry."),
     "verify": (artifacts.verify, "Check an artifact, and measure it again."),
-    "apply": (artifacts.apply, "Do what a recipe says to a newer checkpoint."),
+    "apply": (artifacts.apply, "Apply a recipe to a newer checkpoint."),
     "measure": (analyses.measure, "Time an ONNX file, or compare two of them."),
     "retarget": (analyses.retarget, "Measure a front again, on another target."),
     "ui": (studies.ui, "Open a study in the MLflow UI."),
@@ -68,7 +68,7 @@ def _version(
 
 
 def main() -> None:
-    """The entry point: runs the command and turns expected errors into messages."""
+    """The entry point: run the command and turn expected errors into messages."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()

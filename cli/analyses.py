@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -31,7 +31,7 @@ def sensitivity(
         Path | None, typer.Option("--output", "-o", help="Where to write [default: the study's folder].")
     ] = None,
 ) -> None:
-    """Measure which layers mind which compression: every layer at every level of the space, alone, without training."""
+    """Measure the sensitivity of layers: compress each one alone at every level of the space, without training."""
     import tempfile
 
     from ..configs.load import load
@@ -55,11 +55,11 @@ def sensitivity(
         task = load_task(loaded)
         count = loaded.measure.calibration_images if images is None else images
         builder = Builder(task, CandidateFiles(folder), calibration_images=count, seed=loaded.search.seed)
-        samples = len(dataset(task, "train"))  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+        samples = len(cast(Sized, dataset(task, "train")))  # torch's Dataset declares no __len__
         space = loaded.to_space() or default_space(builder.structure, samples)
         levels(space, builder.structure)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a folder that cannot be written fails before the measuring
+        with tempfile.TemporaryFile(dir=folder):  # fail before the measurement if the folder cannot be written
             pass
         measured = measure_sensitivity(builder, space, Steps(watcher))
     console.print(explained(measured), markup=False)
@@ -92,7 +92,7 @@ def explain(
     images: Annotated[int, typer.Option("--images", min=16, help="Validation images.")] = 1000,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Decisions to print, the most expensive first.")] = 12,
 ) -> None:
-    """Take every decision of a candidate back alone, without training, and say what it cost; with one suggestion."""
+    """Ablate every decision of a candidate alone, without training, and print its contribution and a suggestion."""
     import yaml
 
     from ..errors import StudyError
@@ -134,7 +134,11 @@ def explain(
 
 
 def _explainable(front: Front, number: int, study: Path) -> Candidate:
-    """The candidate of a number; raises `StudyError` where there are no measured decisions to explain."""
+    """The candidate with a number.
+
+    Raises:
+        StudyError: It has no measured decisions to explain.
+    """
     from ..errors import StudyError
     from ..spaces.techniques.ensemble import Ensemble
 
@@ -159,7 +163,11 @@ def _explainable(front: Front, number: int, study: Path) -> Candidate:
 
 
 def _configuration(study: Path, about: dict[str, Any]) -> Path:
-    """The configuration that a study was made with, where it still is."""
+    """The configuration file that a study was made with.
+
+    Raises:
+        StudyError: It is not there any more.
+    """
     from ..errors import StudyError
 
     config = Path(about["config_file"]) if about.get("config_file") else None
@@ -181,16 +189,16 @@ def measure(
     threads: Annotated[int, typer.Option("--threads", help="CPU threads, each pinned to a core.")] = 1,
     batch: Annotated[int | None, typer.Option("--batch", help="Inputs per run [default: 1].")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="It ends when half the 95% interval is within this share.")
+        str, typer.Option("--precision", help="Stop when half the 95% interval is within this share.")
     ] = "2%",
-    time: Annotated[str, typer.Option("--time", help="It ends after this time at the latest.")] = "20s",
+    time: Annotated[str, typer.Option("--time", help="Stop after this time at the latest.")] = "20s",
     shape: Annotated[
         list[str],
         typer.Option("--shape", metavar="NAME=SIZES", help="Shape of an input, as input=1,3,224,224. Repeatable."),
-    ] = [],  # noqa: B006  (as above)
-    as_json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
+    ] = [],  # noqa: B006  (typer reads the default and never changes it)
+    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
 ) -> None:
-    """Time an ONNX file in ONNX Runtime, in a fresh process, or say whether it is faster than another one."""
+    """Time an ONNX file in ONNX Runtime in a fresh process, or test whether it is faster than another one."""
     from dataclasses import asdict
 
     from ..configs.fields import parse_duration
@@ -229,10 +237,10 @@ def retarget(
     task: TaskFunction = None,
     config: TaskConfig = None,
 ) -> None:
-    """Measure the files of a study's front on another target, in turns with the baseline's there; nothing is searched.
+    """Measure the files of a study's front on another target, interleaved with the baseline's; nothing is searched.
 
-    Outputs are compared with ONNX Runtime's. With the study's task (--task or --config) that happens on validation
-    inputs instead of made-up ones, and the metric is measured there, too.
+    Outputs are compared with ONNX Runtime's. With the study's task (--task or --config), they are compared on
+    validation inputs instead of random ones, and the metric is measured there, too.
     """
     from ..configs.accelerator import load_target
     from ..errors import StudyError

@@ -1,4 +1,4 @@
-"""Commands for what leaves a study: export a candidate, register it, verify an artifact, apply a recipe again."""
+"""Commands for deployment: export a candidate, register it, verify an artifact, apply a recipe again."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def verify(
 ) -> None:
     """Check every file of an artifact and run it in a clean process; with a task, measure it again.
 
-    Exit codes: 0 all agrees; 2 the artifact is damaged, or the task is not its task; 4 the files are sound, but numbers
-    differ from what was recorded.
+    Exit codes: 0 all agrees; 2 the artifact is damaged, or the task is not its task; 4 the files are intact, but
+    numbers differ from what was recorded.
     """
     options = [f"--task={task}"] if task else []
     options += [f"--config={config}"] if config else []
-    # The new process takes nothing from this one but the paths of its modules: the artifact is measured where nothing
-    # else has run, and a file that crashes the runtime does not crash this process.
+    # The new process inherits only the module paths of this one: the artifact is measured where nothing else has run,
+    # and a file that crashes the runtime does not crash this process.
     start = f"import sys; sys.path[:] = {sys.path!r}; from paretorch.cli import main; main()"
     sys.stdout.flush()
     done = subprocess.run(
@@ -114,7 +114,7 @@ def verify(
 
 
 def verify_here(directory: Path, task: TaskFunction = None, config: TaskConfig = None) -> None:
-    """What `verify` does, in this process."""
+    """Do the work of `verify` in this process."""
     from ..objectives.measurement import Estimate
     from ..runners.apply import measure_again
     from ..runners.artifact import inspect
@@ -173,7 +173,7 @@ def apply(
 ) -> None:
     """Compress a newer checkpoint, or the same one for other data, as a recipe says, and write it for production.
 
-    What is written is compared with the untouched network, and with what was recorded when the recipe was found.
+    The result is compared with the baseline, and with the numbers that were recorded when the recipe was searched.
     """
     from ..errors import ConfigError
     from ..results.export import recorded_in

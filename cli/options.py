@@ -1,4 +1,4 @@
-"""What several commands share: their arguments and options, and the exit codes."""
+"""Arguments and options that several commands share, and the exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Pick = Annotated[
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Also a candidate whose file does not compute what was simulated.")
+    bool, typer.Option("--force", help="Accept a candidate whose file does not compute what was simulated.")
 ]
 TaskFunction = Annotated[
     str | None, typer.Option("--task", metavar="FILE.py:FUNCTION", help="The task: network, data and metric.")

@@ -1,4 +1,4 @@
-"""What commands work with, made from their options: the console, a study, a task, a runner."""
+"""The objects that commands work with, constructed from their options: the console, a study, a task, a runner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def make_console() -> Console:
-    """The standard output. A pipe or a log file has no width; 80 columns fit everywhere."""
+    """The console for standard output. A pipe or a log file has no width; there it is 80 columns."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -71,7 +71,7 @@ def make_study(config: Config, listener: Watcher) -> Study:
 
 
 def read_task(task: str | None, config: Path | None, recorded: Record | None) -> tuple[Task, MeasurementSettings]:
-    """The task of the options, and how to measure it: as the configuration says, or as it was measured before."""
+    """The task that the options name, and its measurement settings: the configuration's, or the recorded ones."""
     from ..configs.accelerator import load_target
     from ..configs.load import load, parse
     from ..configs.plugins import load_task
@@ -92,8 +92,13 @@ def read_task(task: str | None, config: Path | None, recorded: Record | None) ->
 def open_runner(
     console: Console, task: Task, settings: MeasurementSettings, **more: Any
 ) -> Iterator[tuple[LocalRunner, Watcher]]:
-    """A runner whose files are removed when the block ends, and what shows its progress; `more` are its own
-    arguments.
+    """A runner whose files are removed at the end of the block, and the watcher that shows its progress.
+
+    Args:
+        console: Where progress is shown.
+        task: The task.
+        settings: The measurement settings.
+        **more: Further arguments of the runner.
     """
     import tempfile
 

@@ -1,4 +1,4 @@
-"""What commands print: fronts, layers, explanations, comparisons. The numbers are formatted by `objectives.display`."""
+"""The output of commands: fronts, layers, explanations, comparisons. `objectives.display` formats the numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def show_front(console: Console, front: Front, directory: Path) -> None:
-    """The front, or what came nearest to the budget, a summary of all trials, and the next commands."""
+    """Print the front or the nearest misses, a summary of all trials, and the next commands."""
     from ..results.report.terminal import front_table, least_violating_table, summary
     from ..results.report.view import view_of
 
@@ -53,7 +53,7 @@ def show_front(console: Console, front: Front, directory: Path) -> None:
 
 
 def show_layers(console: Console, preflight: Preflight) -> None:
-    """What may be done to each of the networks that the space begins with."""
+    """Print the choices of the space for the layers of each network it starts from."""
     names = dict.fromkeys(axis.student for axis in preflight.axes if axis.student is not None)
     for name in names:
         if len(names) > 1 or name:
@@ -88,7 +88,7 @@ def _show_network(console: Console, structure: Structure, axes: Sequence[Axis]) 
 
 
 def _options(layer: Layer, axes: Sequence[Axis]) -> list[str]:
-    """What may be done to one layer, by the axes that are about layers."""
+    """The choices for one layer, of the axes that are about layers."""
     kinds = {"weight_bits": "bits", "activation_bits": "activations", "cluster_bits": "codebook bits"}
     kinds = {kind: kind for kind in RULE_KEYS} | kinds
     options = []
@@ -105,13 +105,13 @@ def _choices(axis: Axis) -> str:
 
 
 def _first_removed(axis: Axis, structure: Structure) -> str:
-    """For the depth: the blocks in the order in which they are removed."""
+    """For an axis of depth: the blocks in the order in which they are removed."""
     most = max(axis.choices) if axis.kind == "depth" else 0
     return f" ({', '.join(structure.blocks[:most])} first)" if most else ""
 
 
 def show_explanation(console: Console, number: int, recipe: Recipe, metric: str, told: Explanation, rows: int) -> None:
-    """What each decision of a candidate costs, the most expensive first, and the suggestion."""
+    """Print the contribution of each decision of a candidate, the most expensive first, and the suggestion."""
 
     def points(difference: Estimate) -> str:
         return f"{signed(metric, difference.value)} {half_interval(metric, difference)}"
@@ -138,7 +138,7 @@ def show_explanation(console: Console, number: int, recipe: Recipe, metric: str,
     if len(shown) < len(told.costs):
         console.print(f"and {len(told.costs) - len(shown)} that cost less (--rows)", markup=False)
     if told.suggestion is None:
-        console.print("\nNo milder decision brings the outputs nearer to the untouched network's.", markup=False)
+        console.print("\nNo milder decision brings the outputs closer to the baseline's.", markup=False)
         return
     best = told.suggestion
     kept = "the limits on bytes and MACs still hold" if told.keeps else "it breaks a limit on bytes or MACs"
@@ -152,7 +152,7 @@ def show_explanation(console: Console, number: int, recipe: Recipe, metric: str,
 
 
 def show_changes(console: Console, rows: Sequence[RecordRow]) -> None:
-    """Each number of a compressed network with the original network's."""
+    """Print each number of a compressed network beside the original model's."""
 
     def cell(metric: str, estimate: Estimate | None) -> str:
         return "-" if estimate is None else f"{show(metric, estimate.value)} {spread(metric, estimate)}"
@@ -162,12 +162,12 @@ def show_changes(console: Console, rows: Sequence[RecordRow]) -> None:
 
 
 def show_comparisons(console: Console, comparisons: Sequence[RecordComparison]) -> None:
-    """What was recorded, what is measured now, and whether they agree."""
+    """Print the recorded numbers, the new ones, and whether they agree."""
     show_cells(console, ("", "recorded", "now", ""), [(c.name, c.recorded, c.now, c.verdict) for c in comparisons])
 
 
 def show_cells(console: Console, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table of texts."""
+    """Print a table of texts."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", width=None if console.width < 80 else 80)
     for head in heads:
         table.add_column(head, overflow="fold")
@@ -209,7 +209,7 @@ def comparison_lines(files: list[Path], comparison: LatencyComparison, precision
 
 
 def show_retargeted(console: Console, moved: Retargeted) -> None:
-    """The members of a front on another target."""
+    """Print the members of a front on another target."""
     base = moved.baseline_ms
     first = ("-", "1", f"{show('latency_ms', base.value)} {spread('latency_ms', base)}", "1", "", "", "")
     lines = [first, *(_retargeted_line(member) for member in moved.members)]

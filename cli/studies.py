@@ -32,9 +32,9 @@ def search(
     from .watcher import Watcher
 
     given = {"search.trials": trials, "search.time": time, "output": str(output.absolute()) if output else None}
-    # As overrides they are checked like any other, and kept with the study.
+    # As overrides they are checked like all others and stored with the study.
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if time and not trials:  # whoever says how long does not want to stop earlier
+    if time and not trials:  # the configuration's number of trials must not end the search before the given time
         options.append("search.trials=null")
     loaded = load(config, [*set_, *options])
     console = make_console()
@@ -43,7 +43,7 @@ def search(
     try:
         with watcher.watching():
             study = make_study(loaded, watcher)
-            # The time counts from when the command was typed.
+            # The time limit counts from the start of the process.
             limit = loaded.search.time and max(1e-3, loaded.search.time - _age())
             front = study.run(loaded.search.trials, limit)
     except KeyboardInterrupt:
@@ -58,13 +58,13 @@ def search(
 
 
 def _age() -> float:
-    """Seconds since this process began (proc(5): field 22 of stat, in clock ticks since boot)."""
+    """Seconds since this process started (proc(5): field 22 of stat, in clock ticks since boot)."""
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     return clock.clock_gettime(clock.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def check(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006  (as above)
-    """Tell in seconds whether a search will work: trace, compress every kind of layer, export, reload, measure."""
+def check(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006  (typer never changes it)
+    """Check in seconds whether a search will work: trace, compress every kind of layer, export, reload, measure."""
     from ..configs.load import load
     from .show import show_layers
     from .watcher import Watcher

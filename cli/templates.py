@@ -1,4 +1,4 @@
-"""Commands to start from: the schema for editors, and a configuration and task to edit."""
+"""Commands to get started: the schema for editors, and a configuration and task to edit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The progress of a study: a live display in a terminal, a line per trial anywhere else.
 
-A candidate has one number, `#7`, here as on the front and in the commands; how many are done is beside it, `8/40`.
+A candidate has the same number, `#7`, here, on the front and in the commands; next to it is the progress, `8/40`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Watcher:
 
     @contextmanager
     def watching(self) -> Iterator[Watcher]:
-        """Show the display until the end of the block; what was said remains on the screen."""
+        """Show the display until the end of the block; lines from `say` remain on the screen."""
         if not self.console.is_terminal:
             yield self
             return
@@ -59,11 +59,11 @@ class Watcher:
         self.console.print(Text(text))
 
     def phase(self, text: str) -> None:
-        """What is being done, shown under the live display."""
+        """Show the current activity below the live display."""
         self.current = text
 
     def checked(self, preflight: Preflight) -> None:
-        """The preflight is done: print the network, the baseline, the smallest candidate and the budget."""
+        """Print the network, the baseline, the smallest candidate and the budget after the preflight."""
         from ..runners.targets.catalog import DEFAULT
 
         structure, small = preflight.structure, preflight.smallest_measured
@@ -84,7 +84,7 @@ class Watcher:
             self.console.print(Text(f"warning   {warning}", style="yellow"))
 
     def finished(self, candidate: Candidate, front: Front, done: int, total: int, eta: float) -> None:
-        """A trial has ended; `eta` is in seconds."""
+        """Show a finished trial; `eta` is in seconds."""
         self.done, self.total, self.eta, self.front = done, total, eta, front
         self.front_size = len(front.members)
         member = candidate in front.members
@@ -128,7 +128,7 @@ class Steps:
         self.started = self.said = time.monotonic()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` steps are done, and `what` is next."""
+        """Report that `done` of `total` steps are finished and that `what` is next."""
         now = time.monotonic()
         if done == 0:
             self.started = now

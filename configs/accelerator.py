@@ -1,6 +1,4 @@
-"""From what a configuration or a command says about the target to a `Target`: a name, or the YAML profile of an
-accelerator.
-"""
+"""Load the `Target` that a configuration or a command names, or that the YAML profile of an accelerator describes."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ _NEEDED = "32x32"
 
 
 def _rate(value: object) -> object:
-    """YAML 1.1 reads 2e12 as a text; everybody else reads a number."""
+    """Convert a text such as 2e12, which YAML 1.1 does not read as a number."""
     no_bool(value)
     if isinstance(value, str):
         try:
@@ -36,7 +34,7 @@ Rate = Annotated[Positive, BeforeValidator(_rate)]
 
 
 class Memories(Strict):
-    """Two memories that work at the same time."""
+    """Two memories that are accessed in parallel."""
 
     weights: Rate
     """Bytes of weights per second. Required."""
@@ -45,13 +43,13 @@ class Memories(Strict):
 
 
 class AcceleratorProfile(Strict):
-    """What an accelerator can do, from which latency is computed; see configs/accelerators/edge_npu.yaml."""
+    """The rates of an accelerator, from which latency is computed; see configs/accelerators/edge_npu.yaml."""
 
     name: Annotated[str, AfterValidator(checked_name)]
     """Name of the accelerator and of its results: letters, digits, `-_.`. Required."""
     operations_per_second: dict[str, Rate]
     """By pair of widths, weights x activations in bits, such as 8x8: operations per second, a multiply-add being two.
-    A pair that is missing cannot be computed there; 32x32 is required, for the untouched network. Required."""
+    The accelerator does not support a missing pair. 32x32 must be present, for the baseline. Required."""
     bytes_per_second: Annotated[
         Annotated[Memories, Tag("<mapping>")] | Annotated[Rate, Tag("<number>")],
         Discriminator(lambda value: "<mapping>" if isinstance(value, dict | Memories) else "<number>"),
@@ -76,10 +74,15 @@ class AcceleratorProfile(Strict):
 
 
 def load_target(text: str, folder: Path | None = None) -> Target:
-    """The target that a text stands for: a name such as `openvino`, or the `.yaml` file of a profile, relative to
-    `folder`.
+    """Load the target that a text names.
 
-    Raises `ConfigError` with all mistakes of a profile, and `TargetError` for an unknown name or a missing runtime.
+    Args:
+        text: A name such as `openvino`, or the path of a profile that ends in `.yaml`.
+        folder: The folder that the path is relative to; by default the current one.
+
+    Raises:
+        ConfigError: The profile is not valid; the error has all its problems.
+        TargetError: The name is unknown, or the runtime is missing.
 
         >>> load_target("configs/accelerators/edge_npu.yaml").name  # doctest: +SKIP
         'edge-npu'
@@ -93,15 +96,15 @@ def load_target(text: str, folder: Path | None = None) -> Target:
     needs = "it needs name, operations_per_second and bytes_per_second"
     data = read_yaml(path, needs, "start with `name:`", "configs/accelerators/edge_npu.yaml is an example")
     try:
-        found = AcceleratorProfile.model_validate(data)
-        if found.name in TARGETS:
+        profile = AcceleratorProfile.model_validate(data)
+        if profile.name in TARGETS:
             raise ConfigError(
-                f"name = {found.name!r}: a target of that name is there already; choose another", str(path)
+                f"name = {profile.name!r}: a target of that name is there already; choose another", str(path)
             )
     except ValidationError as error:
         raise ConfigError(problems_of(error, AcceleratorProfile), str(path)) from error
-    memory = found.bytes_per_second
+    memory = profile.bytes_per_second
     shared = not isinstance(memory, Memories)
     weights, activations = (memory.weights, memory.activations) if isinstance(memory, Memories) else (memory, memory)
-    rates = dict(found.operations_per_second)
-    return analytic(Profile(found.name, rates, weights, activations, shared, found.seconds_per_layer))
+    rates = dict(profile.operations_per_second)
+    return analytic(Profile(profile.name, rates, weights, activations, shared, profile.seconds_per_layer))

@@ -1,4 +1,4 @@
-"""A task without any Python by the user: a torchvision network on an image folder or a torchvision dataset."""
+"""The built-in task, without Python code by the user: a torchvision network on an image folder or dataset."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VALIDATION = ("val", "valid", "validation")
 _NESTED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # written by DataParallel and by torch.compile
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-only outputs of googlenet and inception_v3
-# The arguments of torchvision's datasets for the training and for the test images.
+# The arguments of torchvision's datasets that select the training and the test images.
 _SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({"train": True}, {"train": False}) for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST")
@@ -43,10 +43,10 @@ _SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def builtin_task(spec: BuiltinTask, resolve: Callable[[str], Path], seed: int = 0) -> Task:
-    """The task that a configuration describes.
+    """Create the task that a configuration describes.
 
     Args:
-        spec: The task of the configuration.
+        spec: The task section of the configuration.
         resolve: Makes the paths of the configuration absolute.
         seed: Initializes the weights where none are given.
 
@@ -117,7 +117,7 @@ def _known_model(name: str) -> None:
 
 
 def _network(spec: BuiltinTask, classes: int, resolve: Callable[[str], Path], seed: int) -> nn.Module:
-    # Auxiliary outputs serve training from scratch only, and a network with them returns no single tensor.
+    # Auxiliary outputs only help training from scratch, and a network with them does not return a single tensor.
     extra = (
         {"aux_logits": False, "init_weights": spec.weights is None}
         if spec.model in ("googlenet", "inception_v3")
@@ -134,7 +134,7 @@ def _network(spec: BuiltinTask, classes: int, resolve: Callable[[str], Path], se
         _fill(network, state, source, classes)
         check_weights(network, source)
         if source == spec.weights and spec.model in ("googlenet", "inception_v3"):
-            setattr(network, "transform_input", True)  # noqa: B010  as torchvision sets it for its own weights
+            cast(Any, network).transform_input = True  # as torchvision sets it for its own weights
     return network.eval()
 
 
@@ -313,14 +313,14 @@ class _Prepared(Dataset[tuple[Tensor, int]]):
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # This resolves palettes and transparency; the transforms make the image RGB or grey.
+            # The conversion resolves palettes and transparency; the transforms then make the image RGB or grayscale.
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise TaskError(f"image {path} cannot be read ({error}); replace or delete it") from error
 
 
-class _Folder(ImageFolder):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's image folder, which refuses an empty class folder by name and skips hidden folders."""
+class _Folder(ImageFolder):  # type: ignore[misc]  # torchvision has no types, so the base class is Any
+    """torchvision's image folder, with an error that names empty class folders, and without hidden folders."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), loader=_open, allow_empty=True)
@@ -414,7 +414,7 @@ def _dataset_splits(data: Data, root: Path) -> Parts:
 
 
 def _labels(images: Any) -> list[int]:
-    """All labels of a torchvision dataset; which attribute has them depends on the dataset."""
+    """All labels of a torchvision dataset; which attribute holds them depends on the dataset."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(images, name):
             return [int(label) for label in getattr(images, name)]

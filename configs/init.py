@@ -1,4 +1,4 @@
-"""What `paretorch init DIR` writes: a commented configuration, a task file, and the schema for editors."""
+"""The files that `paretorch init DIR` writes: a commented configuration, a task file, and the schema for editors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SCHEMA_FILE = "paretorch.schema.json"
 def write_templates(directory: Path) -> list[Path]:
     """Write config.yaml, task.py and the JSON schema into a folder.
 
-    Each file is written completely or not at all. Where one cannot be written, the others are removed again.
+    Each file is written completely or not at all. If one cannot be written, the others are removed again.
 
     Args:
-        directory: The folder; it is made where it does not exist.
+        directory: The folder; it is created where it does not exist.
 
     Returns:
         The paths of the files.
@@ -61,7 +61,7 @@ def _write(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes private files
+        os.chmod(name, 0o644)  # mkstemp creates private files
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

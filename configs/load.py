@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from ..errors import ConfigError
 from .schema import Config
 
-# Messages for pydantic's types of errors; other types keep pydantic's own message.
+# Messages by pydantic's type of error; other types keep pydantic's own message.
 _RULES = {
     "missing": "is required",
     "model_type": "must be a mapping (`key: value` lines)",
@@ -157,7 +157,7 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key. (YAML itself would silently keep the last one.)"""
+    """A safe YAML loader that rejects a repeated key, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -172,17 +172,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
+    return yaml.load(text, _Loader)  # a SafeLoader: it constructs plain data only
 
 
 def read_yaml(path: Path, needs: str, start: str, example: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Args:
         path: The file.
-        needs: What to say of an empty file.
-        start: What to say of a file that holds no mapping.
-        example: What to say where there is no such file.
+        needs: The advice in the message for an empty file.
+        start: The advice in the message for a file that does not hold a mapping.
+        example: The advice in the message for a missing file.
+
+    Returns:
+        The mapping as plain data.
 
     Raises:
         ConfigError: The file cannot be read, or does not hold a mapping.
@@ -255,7 +258,7 @@ def _problem(entry: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _fields_at(loc: Sequence[int | str], root: type[BaseModel]) -> Sequence[str]:
-    """The valid keys at a place in the configuration, which pydantic's error does not tell."""
+    """The valid keys at a place in the configuration, which pydantic's error does not contain."""
     annotation: Any = root
     for part in loc:
         for model in _models(annotation):

@@ -52,7 +52,7 @@ def load_task(config: Config) -> Task:
     except ParetorchError:
         raise  # its message already says what is wrong
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{shown}: {name}() failed: {_told(error, file)}") from error
+        raise TaskError(f"{shown}: {name}() failed: {_described(error, file)}") from error
     if not isinstance(task, Task):
         raise TaskError(
             f"{shown}: {name}() returned {_kind(task)}; it must return a paretorch.Task "
@@ -62,7 +62,7 @@ def load_task(config: Config) -> Task:
 
 
 def _with_criteria(task: Task, config: Config) -> Task:
-    """The task together with the functions that the space names as criteria, unless the task defines them."""
+    """The task, with the functions added that the space names as criteria and the task does not define."""
     space = config.to_space()
     chosen = [choice for rule in (space.criterion if space else ()) for choice in rule.choices]
     wanted = [text for text in chosen if text not in CRITERIA and text not in task.criteria]
@@ -75,7 +75,7 @@ def _with_criteria(task: Task, config: Config) -> Task:
 def _named(
     text: str, config: Config, arguments: tuple[str, ...], purpose: str
 ) -> tuple[Callable[..., Any], str, Path | None]:
-    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, its place for messages, and its file."""
+    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names, its location for messages, and its file."""
     where, _, name = text.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     module = _import_file(config.path(where)) if is_file else _import_module(where, config.folder)
@@ -113,7 +113,7 @@ def _import_file(path: Path) -> ModuleType:
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, ParetorchError):
-            raise TaskError(f"{path} cannot be imported: {_told(error, path)}") from error
+            raise TaskError(f"{path} cannot be imported: {_described(error, path)}") from error
         raise
     return module
 
@@ -129,11 +129,11 @@ def _import_module(name: str, folder: Path) -> ModuleType:
                 f"task module {name!r} is not found (no module {error.name!r} in this environment or in {folder}); "
                 "install it, or write the path of a file such as my_task.py:task"
             ) from error
-        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+        raise TaskError(f"{name} cannot be imported: {_described(error, None)}") from error
     except ParetorchError:
         raise
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{name} cannot be imported: {_told(error, None)}") from error
+        raise TaskError(f"{name} cannot be imported: {_described(error, None)}") from error
 
 
 def _importable(folder: Path) -> None:
@@ -167,7 +167,7 @@ def _function(
     return function
 
 
-def _told(error: BaseException, file: Path | None) -> str:
+def _described(error: BaseException, file: Path | None) -> str:
     """Type, message and place of an exception in the user's code."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"

@@ -1,4 +1,4 @@
-"""Numbers held against a budget: which limits are exceeded, and the error that says so."""
+"""Comparison of numbers with a budget: which limits are exceeded, and the error that reports them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ def check_budget(
     baseline: Mapping[str, float],
     tolerance: Mapping[str, float] | None = None,
 ) -> None:
-    """Raises `OverBudget` when a limit on one of these values is exceeded.
+    """Check that values keep all limits.
 
     Args:
-        budget: The limits; those on metrics that are not in `values` are left out.
-        values: Numbers by metric.
-        baseline: The original network's numbers, which relative limits refer to.
-        tolerance: By metric, what share of a limit may be exceeded, for values that are only predicted.
+        budget: The limits; those on metrics that are not in `values` are not checked.
+        values: The value of each metric.
+        baseline: The original model's numbers, which relative limits refer to.
+        tolerance: For each metric, by what share a limit may be exceeded, for values that are only predicted.
+
+    Raises:
+        OverBudget: A limit is exceeded.
     """
     excess = budget.excess(values, baseline)
     allowed = {limit.text: (tolerance or {}).get(limit.metric, 0.0) for limit in budget.limits}
@@ -33,7 +36,7 @@ def check_budget(
 def describe_excess(
     budget: Budget, values: Mapping[str, float], over: Mapping[str, float], baseline: Mapping[str, float]
 ) -> str:
-    """For people: each exceeded limit (those in `over`) with the value beside its bound."""
+    """Each exceeded limit (those in `over`) with the value beside its bound, as text for people."""
     texts = []
     for limit in budget.limits:
         if limit.text in over:

@@ -53,7 +53,7 @@ class Estimate:
 
     @classmethod
     def of(cls, scores: NDArray[np.float64]) -> Estimate:
-        """The mean of one score per sample, with Wilson's interval where all are 0 or 1, else with a normal interval.
+        """The mean of the scores of all samples, with Wilson's interval if all are 0 or 1, else a normal interval.
 
         >>> Estimate.of(np.array([1.0, 0.0, 1.0, 1.0])) == Estimate.rate(3, 4)
         True

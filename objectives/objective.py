@@ -1,4 +1,4 @@
-"""Objectives, which a search optimizes, and limits, which every candidate has to keep."""
+"""Objectives, which a search optimizes, and limits, which every candidate must keep."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Limit:
         return baseline * (1 + self.value) if self.metric in COSTS else baseline + self.value
 
     def excess(self, value: _Value, baseline: float) -> _Value:
-        """By what share of the limit a value, or each of an array of values, exceeds it; 0 and below keeps it."""
+        """By what share of the limit a value (or each value of an array) exceeds it; 0 or less keeps the limit."""
         limit = self.resolve(baseline)
         excess = (value - limit if self.upper else limit - value) / (abs(limit) or 1.0)
         # 0.905 is 1 point less than 0.915, but not in binary; a value at the limit keeps it. (Adding 0.0 turns -0
@@ -160,13 +160,17 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """All limits; a candidate has to keep every one."""
+    """All limits; a candidate must keep every one."""
 
     limits: tuple[Limit, ...] = ()
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Budget:
-        """The budget of one or more texts; raises one `ConfigError` with the problems of all of them."""
+        """The budget of one or more texts, as for `Limit.parse`.
+
+        Raises:
+            ConfigError: Some texts are not valid; one error has the problems of all.
+        """
         limits, problems = [], []
         for text in [texts] if isinstance(texts, str) else texts:
             try:

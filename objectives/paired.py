@@ -1,8 +1,8 @@
-"""Two networks on the same samples: is one of them worse, for all that is known so far?
+"""Paired comparison of two networks on the same samples: is one of them significantly worse?
 
-Both see the same images in the same order, so their scores are compared image by image. That takes out what makes some
-images hard for everybody, which is most of the variance: 500 images tell two networks apart that 5,000 would not if
-each saw its own.
+Both are evaluated on the same images in the same order, so their scores are compared image by image. That removes the
+variance between easy and hard images, which is most of the variance: 500 shared images can distinguish two networks
+that 5,000 separate images for each could not.
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ from numpy.typing import NDArray
 
 from .measurement import Z95, Estimate
 
-# Standard errors by which a candidate must be worse to be given up. A study looks half a dozen times at every
-# candidate, against a dozen others; 4 standard errors (p = 3e-5) keep the chance of a wrong end below 1 in 400 for all
-# of it.
+# A candidate is stopped early when it is worse by this many standard errors. A study tests every candidate about six
+# times against about twelve others; with 4 standard errors (p = 3e-5) the probability that any of these tests is wrong
+# stays below 1 in 400.
 SURE = 4.0
-FIRST = 256  # samples before the first look
+FIRST = 256  # samples before the first test
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of scores, its standard error, and the number of samples it rests on."""
+    """A mean difference of scores.
+
+    Args:
+        value: The mean.
+        error: Its standard error.
+        n: The number of samples.
+    """
 
     value: float
     error: float
     n: int
 
     def surely_above(self, margin: float = 0.0) -> bool:
-        """Whether the difference is larger than the margin, beyond doubt."""
+        """Whether the difference is significantly larger than the margin; never with fewer than `FIRST` samples."""
         return self.n >= FIRST and self.value - margin > SURE * self.error
 
 
 def difference(better: NDArray[np.floating], worse: NDArray[np.floating]) -> Difference:
-    """By how much the first scores more than the second, over the samples that both have seen (each from the first on).
+    """The mean of the first scores less the second, over the samples that both were evaluated on.
 
-    The standard error is never below that of one sample of `n` whose scores differ by 1 or by the largest difference:
-    where all samples agree so far, the next one may not.
+    Both start at the first sample, and the longer one is cut. The standard error is at least that of a single sample of
+    `n` whose scores differ by 1 or by the largest difference: where all samples agree so far, the next one may not.
 
     >>> difference(np.ones(400), np.zeros(300))
     Difference(value=1.0, error=0.0033333333333333335, n=300)
@@ -56,11 +62,18 @@ def difference(better: NDArray[np.floating], worse: NDArray[np.floating]) -> Dif
 def paired(scores: NDArray[np.floating], others: NDArray[np.floating]) -> Estimate:
     """The mean of the first scores less that of the others on the same samples, with a 95% interval for pairs.
 
-    `[n]`, `[n]`. Where all scores are 0 or 1, the interval is that of Bonett & Price (2012, "Adjusted Wald confidence
-    interval for a difference of binomial proportions based on paired data"): it rests on the samples that only one of
-    the two gets right, one more of either kind, and recommended for few of them (Fagerland, Lydersen & Laake 2014). Its
-    exact coverage is 95% or more wherever `tests/objectives/test_paired.py` looks. Other scores get a normal interval.
-    Raises `ValueError` for scores of different samples.
+    Where all scores are 0 or 1, the interval is that of Bonett & Price (2012, "Adjusted Wald confidence interval for a
+    difference of binomial proportions based on paired data"). It is computed from the number of samples that only one
+    of the two gets right, plus one of each kind, and is recommended where there are few such samples (Fagerland,
+    Lydersen & Laake 2014). Its exact coverage is at least 95% in all cases of `tests/objectives/test_paired.py`. Other
+    scores get a normal interval.
+
+    Args:
+        scores: `[n]`, one score per sample.
+        others: `[n]`, the scores of the other network on the same samples.
+
+    Raises:
+        ValueError: The scores have different lengths.
 
     >>> metric = paired(np.array([1, 1, 1, 0] * 25), np.array([1, 1, 0, 0] * 25))
     >>> metric.value, round(metric.low, 3), round(metric.high, 3)

@@ -1,4 +1,4 @@
-"""Order among candidates: dominance, hypervolume, knee. All points are losses (smaller is better) in rows."""
+"""Pareto dominance, hypervolume and knee. All functions take losses (smaller is better), one point per row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Which rows no other row beats (`<=` everywhere and `<` somewhere); of equal rows all stay, and rows with NaN.
+    """Which rows no other row dominates (`<=` everywhere and `<` somewhere).
+
+    Equal rows do not dominate each other, and a row with NaN is never dominated.
 
     >>> nondominated([[1, 3], [2, 2], [3, 3]]).tolist()
     [True, True, False]
@@ -16,10 +18,10 @@ def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
     kept = np.ones(len(p), dtype=bool)
     if not len(p):
         return kept
-    order = np.lexsort(p.T)  # by the last column, of equal ones by the one before: what beats a row comes before it
+    order = np.lexsort(p.T)  # by the last column, then by the one before: a row comes after all rows that dominate it
     if p.shape[1] == 2:
         first, second = p[order].T
-        start = np.searchsorted(second, second)  # where the rows of the same second begin, with the best of them
+        start = np.searchsorted(second, second)  # the first, and best, row with the same second column
         least = np.fmin.accumulate(first)
         beaten = (first > first[start]) | ((start > 0) & (first >= least[start - 1]))
         kept[order] = ~beaten | np.isnan(second)
@@ -48,7 +50,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     p = np.unique(p[nondominated(p)], axis=0)
     if len(ref) == 1:
         return float(ref[0] - p.min())
-    if len(ref) == 2:  # sorted by the first axis the second falls: a staircase
+    if len(ref) == 2:  # sorted by the first axis, the second one decreases: a staircase
         return float(np.diff(p[:, 0], append=ref[0]) @ (ref[1] - p[:, 1]))
     p = p[np.argsort(p[:, -1], kind="stable")]
     heights = np.diff(p[:, -1], append=ref[-1])
@@ -56,7 +58,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
 
 def knee(points: ArrayLike) -> int:
-    """The row farthest below the plane through the extremes, every axis scaled to [0, 1] (Das 1999).
+    """The index of the row farthest below the plane through the extremes, with every axis scaled to [0, 1] (Das 1999).
 
     >>> knee([[0.0, 1.0], [0.1, 0.1], [1.0, 0.0]])
     1

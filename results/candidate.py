@@ -16,12 +16,20 @@ OK, OVER_BUDGET, STOPPED, FAILED = "ok", "over_budget", "stopped", "failed"
 class Candidate:
     """One finished trial.
 
-    state: `ok`, `over_budget` (refused by arithmetic, or measured and found over a limit), `stopped` (worse than
-    another beyond doubt, and evaluated in part: its metric is an estimate) or `failed`. reason: why, for people.
-    excess: by limit, the share by which it is exceeded. picks: the choices by axis, or None for a baseline that the
-    space does not hold. label: the name of a trivial baseline. test: a finalist's numbers, by `search.finalists`: the
-    metric on the test split, `METRIC_difference` to the baseline's there, `latency_ms` and its `latency_ratio` to the
-    baseline's, `size_bytes`, and the comparison with the simulation, `parity_...`.
+    Args:
+        number: The candidate's number in its study, from 0.
+        recipe: What was done to the model.
+        state: `ok`; `over_budget` (rejected by its predicted cost, or measured and over a limit); `stopped`
+            (significantly worse than another candidate, so its evaluation was stopped early and its metric covers
+            only part of the samples); or `failed`.
+        reason: Why it is in this state, for people.
+        measurement: The measured numbers; None where nothing was measured.
+        excess: For each limit, by what share of the limit it is exceeded; 0 or less keeps the limit.
+        picks: The choice of each axis; None for a reference recipe that is not in the space.
+        label: The name of a reference recipe; empty for a recipe that the sampler suggested.
+        test: The numbers of a finalist, as `StudyFolder.read_finalists` reads them: the metric on the test split,
+            `METRIC_difference` to the baseline's there, `latency_ms`, `latency_ratio` to the baseline's,
+            `size_bytes`, and the comparison with the simulation, `parity_...`.
     """
 
     number: int
@@ -36,7 +44,7 @@ class Candidate:
 
     @property
     def violation(self) -> float:
-        """The sum of what is over the limits, each as a share of its limit."""
+        """The sum of the excess over all exceeded limits, each as a share of its limit."""
         return sum(max(0.0, value) for value in self.excess.values())
 
     def to_dict(self) -> dict[str, Any]:

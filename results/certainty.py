@@ -1,7 +1,6 @@
-"""What the numbers of a front can and cannot tell: clusters of members that no test separates, and the optimism of
-selection.
+"""What the numbers of a front can and cannot tell: clusters of indistinguishable members, and the bias of selection.
 
-Everything here takes members and scores, not a `Front`, which stands above this module.
+The functions take members and scores instead of a `Front`, because `results.front` imports this module.
 """
 
 from __future__ import annotations
@@ -24,23 +23,26 @@ Scores = NDArray[np.floating]
 def clusters(
     members: Sequence[Candidate], scores: Mapping[int, Scores], costs: Sequence[str], maximize: bool
 ) -> dict[int, int]:
-    """Members that nothing tells apart: by a member's number that of the cheapest one of its cluster.
+    """Group members that cannot be distinguished; the cheapest member of a cluster can stand for all of it.
 
-    From the cheapest member on, each joins the first cluster whose cheapest member it has no advantage over: the paired
-    95% interval of their metrics on the test split holds zero or less, and the other costs that are objectives are not
-    lower (a latency: its interval does not lie below). Else it begins a cluster of its own. So the cheapest one of a
-    cluster can stand for all of it. The cheapest is the smallest in bytes; where these are no objective, that with the
-    lowest first cost.
+    From the cheapest member on, each joins the first cluster whose cheapest member (its head) it has no advantage over:
+    its metric on the test split is not significantly better (paired 95% interval), and no other cost among the
+    objectives is lower (for a latency: its interval does not lie below the head's). Otherwise it starts a cluster of
+    its own. The cheapest member is the smallest in bytes, or the one with the lowest first cost where bytes are not an
+    objective.
 
-    The level is 5% for each pair, on purpose not corrected for the number of pairs: a correction makes larger clusters,
-    and the mistake that costs something is to recommend a worse file as equal.
+    The level is 5% for each pair. It is deliberately not corrected for the number of pairs: a correction makes clusters
+    larger, and the expensive mistake is to recommend a worse file as equal.
 
     Args:
         members: The members of a front.
-        scores: By number, a member's metric on every test sample. Members that are not in it are in no cluster, nor are
-            those whose file is not what was simulated.
+        scores: For each member's number, its metric on every test sample. Members without scores are in no cluster,
+            and neither are those whose file does not compute what was simulated.
         costs: The costs among the objectives.
         maximize: Whether more of the metric is better.
+
+    Returns:
+        For each member's number, the number of its cluster's head.
     """
     first = "size_bytes" if "size_bytes" in costs or not costs else costs[0]
     known = [m for m in members if m.number in scores and m.test and not parity_failure(m)]
@@ -61,7 +63,7 @@ def clusters(
 
 
 def _cost(member: Candidate, name: str) -> Estimate:
-    """A cost of a measured candidate, the latency as a finalist where it was timed as one."""
+    """A cost of a measured candidate; for a finalist's latency, the one measured as a finalist."""
     assert member.measurement is not None
     return member.test.get(name) or member.measurement.metrics[name]
 
@@ -73,18 +75,18 @@ def _cheaper(member: Candidate, head: Candidate, costs: Sequence[str]) -> bool:
 def optimism(
     losses: Sequence[float], validation: Sequence[Scores | None], test: Sequence[Scores | None]
 ) -> Estimate | None:
-    """By how much the members lost more than the baseline from the validation to the test split, on average.
+    """How much more than the baseline the members lose, on average, from the validation to the test split.
 
-    Above zero selection has made them look better than they are. The 95% interval is normal: the two splits are
-    independent, and on each of them every member meets the same samples.
+    Above zero, selection has made the members look better than they are. The 95% interval is normal: the two splits
+    are independent, and on each of them all members are evaluated on the same samples.
 
     Args:
-        losses: Of each member, its metric's loss from validation to test less the baseline's.
+        losses: For each member, the loss of its metric from validation to test less the baseline's.
         validation: The scores on the validation split, the baseline's first, then each member's.
         test: The same on the test split. Without all scores there is no interval.
 
     Returns:
-        None without members.
+        The mean with its interval; None without members.
     """
     if not losses:
         return None
@@ -102,7 +104,7 @@ def optimism(
 
 
 def describe_clusters(head_of: Mapping[int, int], metric: str) -> list[str]:
-    """For people, a line for each cluster of several members; `head_of` is what `clusters` gives."""
+    """A line for each cluster of two or more members; `head_of` is what `clusters` returns."""
     lines = []
     for head in dict.fromkeys(head_of.values()):
         others = [f"#{number}" for number, its in head_of.items() if its == head and number != head]
@@ -115,7 +117,7 @@ def describe_clusters(head_of: Mapping[int, int], metric: str) -> list[str]:
 
 
 def describe_optimism(optimism: Estimate | None, metric: str) -> str:
-    """For people: what selection on the validation split has made of the numbers there; empty when it is not known."""
+    """The bias of selection on the validation split in a sentence; empty where it is not known."""
     if optimism is None:
         return ""
     name = f"{metric}_difference"

@@ -1,12 +1,12 @@
-"""Blame: which decision of a recipe cost how much, and what to try instead.
+"""Ablation of a recipe: how much each decision contributes to the loss, and what to try instead.
 
-Every decision of a candidate (a layer's bits, its zeros, the width of its activations, a group's channels, a block that
-was left out) is taken back alone, the rest stays, and the network is built and evaluated again from stored layers. What
-comes back is the decision's cost here, in the company of all others; `sensitivity` measures it alone, and where errors
-compound the two differ.
+A decision is a layer's bits, its sparsity, the width of its activations, a group's channels, or a dropped block. Each
+one is ablated alone: the other decisions stay, and the network is built from stored layers and evaluated again. The
+difference is the decision's contribution in the presence of all others. `sensitivity` measures a decision with nothing
+else compressed; the two differ where errors compound.
 
-Nothing is trained: trained weights fit the recipe that they were trained for and no other. A recipe that trains is
-compared as it was before training, which is where training has to start from.
+Nothing is trained, because trained weights fit only the recipe they were trained for. A recipe with training is
+compared before its training, which is the state that training starts from.
 """
 
 from __future__ import annotations
@@ -35,12 +35,19 @@ from ..spaces.techniques.sparsify import Sparsify
 from ..spaces.techniques.student import Student
 
 Progress = Callable[[int, int, str], None]
-_TRIED = 5  # softer decisions that are measured for the suggestion
+_TRIED = 5  # milder decisions that are measured for the suggestion
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision of a recipe: the recipe without it, and with a milder one in its place (None: there is none)."""
+    """One decision of a recipe that can be ablated.
+
+    Args:
+        what: The decision, for people.
+        without: The recipe without it.
+        milder: The recipe with a milder decision in its place; None where there is none.
+        milder_what: The milder decision, for people.
+    """
 
     what: str
     without: Recipe
@@ -50,10 +57,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a decision cost: the recipe without it (or with the milder one) less the recipe with it.
+    """The contribution of a decision: the recipe without it (or with the milder one) less the recipe with it.
 
-    metric: of the task, with its paired 95% interval. divergence: by how much the outputs come nearer to the untouched
-    network's (see `runners.sensitivity.divergence`). size_bytes: what it adds to the file.
+    Args:
+        what: The decision, for people.
+        recipe: The recipe without it, or with the milder one.
+        metric: The gain in the task's metric, with a paired 95% interval.
+        divergence: By how much the outputs come closer to the baseline's (see `runners.sensitivity.divergence`).
+        size_bytes: The bytes that the change adds to the file.
     """
 
     what: str
@@ -65,10 +76,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The costs of all decisions, the dearest first; `divergence` and `metric` are the whole recipe's, before training.
+    """The contributions of all decisions of a recipe.
 
-    suggestion: the milder decision that brings the outputs nearest to the untouched network's per byte, if there is
-    one; its recipe trains as the explained one does. keeps: whether the limits on bytes and MACs hold with it.
+    Args:
+        costs: The contributions, the most expensive first.
+        metric: The metric of the whole recipe, before training.
+        divergence: The divergence of its outputs from the baseline's, before training.
+        size_bytes: The bytes of its file.
+        images: How many validation images were evaluated.
+        suggestion: The milder decision with the largest drop in divergence per byte, None where there is none. Its
+            recipe contains the training of the explained one.
+        keeps: Whether the limits on bytes and MACs hold with the suggestion.
     """
 
     costs: tuple[Cost, ...]
@@ -81,7 +99,7 @@ class Explanation:
 
 
 def untrained(recipe: Recipe) -> Recipe:
-    """The recipe with its training left out; statistics are still re-estimated."""
+    """The recipe without its training; BatchNorm statistics are still re-estimated."""
     kept = [step for step in recipe.steps if not (isinstance(step, Recover) and step.epochs)]
     trained = len(kept) < len(recipe.steps)
     untold = trained and not any(isinstance(step, Recover) for step in kept)
@@ -89,7 +107,7 @@ def untrained(recipe: Recipe) -> Recipe:
 
 
 def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
-    """Every decision of a recipe that can be taken back alone; activations of 8 bits count as one decision.
+    """Every decision of a recipe that can be ablated alone; all activations below 32 bits count as one decision.
 
     >>> layers = Structure((), (), (), ())
     >>> [d.what for d in decisions(Recipe((Quantize("fc", 3), Sparsify("fc", 0.5))), layers)]
@@ -99,13 +117,13 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
     def changed(old: Step, new: Step | None) -> Recipe:
         return Recipe(tuple(s for s in (*(x for x in recipe.steps if x is not old), new) if s is not None))
 
-    found: list[Decision] = []
+    ablations: list[Decision] = []
     for step in recipe.steps:
         match step:
             case Student(drop):
                 for block in drop:
                     left = tuple(name for name in drop if name != block)
-                    found.append(
+                    ablations.append(
                         Decision(
                             f"{block}: left out",
                             changed(step, replace(step, drop=left) if left or step.factory else None),
@@ -115,7 +133,7 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
                 whole = structure.group(group)
                 wider = kept_channels(whole.channels, (keep + whole.channels) / 2 / whole.channels, whole.round_to)
                 milder = changed(step, Prune(group, wider)) if keep < wider < whole.channels else None
-                found.append(
+                ablations.append(
                     Decision(
                         f"{group}: {keep} of {whole.channels} channels",
                         changed(step, None),
@@ -124,10 +142,10 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
                     )
                 )
             case Equalize(by):
-                found.append(Decision(f"ranges equalised (by {by})", changed(step, None)))
+                ablations.append(Decision(f"ranges equalised (by {by})", changed(step, None)))
             case Sparsify(layer, ratio):
                 half = f"{50 * ratio:g}% zeros in {layer} instead of {100 * ratio:g}%"
-                found.append(
+                ablations.append(
                     Decision(
                         f"{layer}: {100 * ratio:g}% zeros",
                         changed(step, None),
@@ -138,7 +156,7 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
             case Quantize(layer, bits, activations) if bits < 8 or activations == 32:
                 plain = replace(step, weight_bits=8) if activations < 32 else None
                 milder = changed(step, replace(step, weight_bits=bits + 1)) if bits < 8 else None
-                found.append(
+                ablations.append(
                     Decision(
                         f"{layer}: weights of {bits} bit{'s' * (bits > 1)}",
                         changed(step, plain),
@@ -152,17 +170,25 @@ def decisions(recipe: Recipe, structure: Structure) -> list[Decision]:
         floats = (
             replace(s, activation_bits=32, activations="static") if isinstance(s, Quantize) else s for s in recipe.steps
         )
-        found.append(Decision(f"activations of {', '.join(map(str, sorted(rounded)))} bits", Recipe(tuple(floats))))
-    return found
+        ablations.append(Decision(f"activations of {', '.join(map(str, sorted(rounded)))} bits", Recipe(tuple(floats))))
+    return ablations
 
 
 def explain(
     runner: Runner, recipe: Recipe, budget: Budget, baseline: Mapping[str, float], images: int, progress: Progress
 ) -> Explanation:
-    """Take every decision of a recipe back alone, on `images` validation images.
+    """Ablate every decision of a recipe alone.
 
-    baseline: the untouched network's numbers, which limits are relative to. Raises `RecipeError` when the recipe does
-    not fit the network, or is an ensemble.
+    Args:
+        runner: Builds and evaluates the networks.
+        recipe: The recipe to explain.
+        budget: The limits, to judge the suggestion.
+        baseline: The baseline's numbers, which limits are relative to.
+        images: How many validation images to evaluate.
+        progress: Called before each step.
+
+    Raises:
+        RecipeError: The recipe does not fit the network, or is an ensemble.
     """
     if recipe.of(Ensemble):
         raise RecipeError(f"{recipe.describe()}: an ensemble has no decisions of its own; explain one of its networks")
@@ -189,7 +215,7 @@ def explain(
         progress(position, total, decision.what)
         try:
             measured.append((decision, compared(decision.what, decision.without)))
-        except TrialError:  # without it the rest does not work: then it is not to blame
+        except TrialError:  # the rest does not work without this decision: no contribution to report
             continue
     measured.sort(key=lambda pair: -pair[1].divergence)
     suggestion, keeps = None, False

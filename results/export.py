@@ -1,6 +1,4 @@
-"""A member of the front, written as an artifact. Takes the candidate and the study's folder, which knows all the
-rest.
-"""
+"""Export of a candidate as an artifact. All it needs is the candidate and the study's folder."""
 
 from __future__ import annotations
 
@@ -18,23 +16,26 @@ from .folder import StudyFolder
 from .parity import check_parity
 from .stored import read_candidates, tested_baseline
 
-UNASKED_SHARE = 0.2  # of the usual time is spent on a latency that no objective and no limit asks for
+UNASKED_SHARE = 0.2  # of the usual time is spent on a latency that no objective and no limit uses
 
 
 def export_candidate(
     folder: StudyFolder, candidate: Candidate, to: Path, *, force: bool = False, kept: str = ""
 ) -> Path:
-    """Write a candidate's artifact.
+    """Write the artifact of a candidate.
 
     Args:
-        folder: The study's.
+        folder: The study's folder.
         candidate: A measured candidate.
         to: The directory to write; an older artifact there is replaced.
-        force: Write it although its file does not compute what was simulated.
-        kept: Numbers of candidates whose files were kept, for the message where this one's was not.
+        force: Write it even if its file does not compute what was simulated.
+        kept: The numbers of candidates whose files were kept, for the message when this one's was not.
+
+    Returns:
+        The directory.
 
     Raises:
-        StudyError: Its packed file was not kept, or does not compute what was simulated.
+        StudyError: The packed file was not kept, or it does not compute what was simulated.
     """
     if not force:
         check_parity(candidate)
@@ -49,7 +50,11 @@ def export_candidate(
 
 
 def record_of(folder: StudyFolder, candidate: Candidate) -> Record:
-    """What a study knows of a measured candidate, and how it was measured; raises `StudyError`."""
+    """The numbers of a measured candidate and the settings they were measured with.
+
+    Raises:
+        StudyError: The candidate was never measured, or `study.json` does not say how the study measures.
+    """
     if candidate.measurement is None:
         raise StudyError(f"candidate {candidate.number} was never measured")
     settings, task = settings_of(folder)
@@ -76,7 +81,11 @@ def record_of(folder: StudyFolder, candidate: Candidate) -> Record:
 
 
 def settings_of(folder: StudyFolder) -> tuple[MeasurementSettings, str]:
-    """How a study on disk measures, and the name of its task; raises `StudyError` when it does not say so."""
+    """The measurement settings of a study on disk, and the name of its task.
+
+    Raises:
+        StudyError: `study.json` does not hold them.
+    """
     try:
         asked = folder.read_about()["snapshot"]
         return MeasurementSettings(**asked["measure"], seed=asked["seed"]), str(asked["task"])
@@ -85,7 +94,11 @@ def settings_of(folder: StudyFolder) -> tuple[MeasurementSettings, str]:
 
 
 def recorded_in(study: Path, recipe: Recipe) -> Record:
-    """What a study measured for this recipe; raises `StudyError` when it did not."""
+    """The numbers that a study measured for a recipe.
+
+    Raises:
+        StudyError: The study did not measure it.
+    """
     folder = StudyFolder(study.absolute())
     folder.read_about()
     for candidate in read_candidates(folder)[0]:

@@ -1,14 +1,14 @@
-"""The folder of a study: what lies where, and what its files hold. This is the only place that spells the layout.
+"""The folder of a study: its files and what they hold. The layout is defined here and nowhere else.
 
 study.json        what was asked, the baseline, the environment (written once)
-trials.jsonl      one line per finished trial: the truth (`results.journal`)
-baseline.safetensors   the packed original network, which latencies are relative to
-candidates/       packed files and scores of the front, of the nearest misses and of the baselines (`CandidateFiles`)
-ensembles.json    of which networks ensembles were tried, where they were asked for
+trials.jsonl      one line per finished trial: the source of truth (`results.journal`)
+baseline.safetensors   the packed original model, which latencies are relative to
+candidates/       packed files and scores of the front, the nearest misses and the reference recipes (`CandidateFiles`)
+ensembles.json    the networks of which ensembles were tried, where that was requested
 finalists.json    the front on the test split, and finalists/ with the score of every sample
 report/           front.html, front.png, front.csv, front.json, report.md
 targets/          NAME.json for each other target that the front was measured on
-explain/          N.yaml, the recipe that was suggested in place of candidate N's
+explain/          N.yaml, the recipe suggested in place of candidate N's
 mlflow.db, ...    the MLflow mirror, unless another store is named
 """
 
@@ -29,12 +29,12 @@ from ..runners.files.atomic import read_scores, write_atomic, write_scores
 from ..runners.files.candidates import CandidateFiles
 
 VERSION = 1  # of study.json
-BASELINE = "baseline"  # the original network's name among the finalists
+BASELINE = "baseline"  # the name of the original model among the finalists
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """The paths of a study.
+    """The paths of a study's files, and functions that read and write them.
 
     >>> StudyFolder(Path("studies/digits")).journal
     PosixPath('studies/digits/trials.jsonl')
@@ -81,18 +81,22 @@ class StudyFolder:
         return self.root / "explain" / f"{number}.yaml"
 
     def finalist_scores(self, key: str) -> Path:
-        """The metric of a finalist on every test sample; `key` is its recipe's, or `BASELINE`."""
+        """The file with a finalist's metric on every test sample; `key` is its recipe's key, or `BASELINE`."""
         return self.root / "finalists" / f"{key}.npy"
 
     @property
     def written_into(self) -> tuple[Path, ...]:
-        """The folders in which a kill may leave a partial file."""
+        """The folders in which a killed process may leave a partial file."""
         return self.root, self.candidates.directory, self.root / "finalists", self.report
 
     # ------------------------------------------------------------------------------------------- what they hold
 
     def read_about(self) -> dict[str, Any]:
-        """What `study.json` holds; raises `StudyError` when it is missing, damaged or of a newer version."""
+        """Read `study.json`.
+
+        Raises:
+            StudyError: It is missing, damaged or of a newer version.
+        """
         try:
             stored = read_json(self.about)
             if stored["version"] > VERSION:
@@ -107,7 +111,11 @@ class StudyFolder:
             raise StudyError(f"{self.root} is not a study of paretorch: {error}") from error
 
     def read_baseline(self) -> bytes:
-        """The packed original network; raises `StudyError` when it is missing."""
+        """Read the packed original model.
+
+        Raises:
+            StudyError: It is missing.
+        """
         try:
             return self.baseline.read_bytes()
         except FileNotFoundError as error:
@@ -117,7 +125,11 @@ class StudyFolder:
             ) from error
 
     def read_finalists(self) -> dict[str, dict[str, Estimate]]:
-        """The finalists' numbers by recipe key, and those of `BASELINE`; raises `StudyError` for a damaged file."""
+        """Read the finalists' numbers by recipe key, and the baseline's by `BASELINE`.
+
+        Raises:
+            StudyError: The file is damaged.
+        """
         if not self.finalists.exists():
             return {}
         try:
@@ -131,12 +143,12 @@ class StudyFolder:
             ) from error
 
     def write_finalists(self, finalists: Mapping[str, Mapping[str, Estimate]]) -> None:
-        """Write what `read_finalists` reads."""
+        """Write the finalists' numbers; the counterpart of `read_finalists`."""
         plain = {key: {name: vars(e) for name, e in entry.items()} for key, entry in finalists.items()}
         write_atomic(self.finalists, json.dumps(plain, indent=1))
 
     def read_finalist_scores(self, key: str) -> NDArray[np.floating] | None:
-        """A finalist's metric on every test sample; None where it is not known."""
+        """Read a finalist's metric on every test sample; None where it was not stored."""
         return read_scores(self.finalist_scores(key))
 
     def write_finalist_scores(self, key: str, scores: NDArray[np.float64]) -> None:
@@ -146,7 +158,12 @@ class StudyFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `StudyError` for anything else, `OSError` when it cannot be read."""
+    """Read the JSON object in a file.
+
+    Raises:
+        StudyError: The content is not a JSON object.
+        OSError: The file cannot be read.
+    """
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):

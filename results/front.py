@@ -1,4 +1,4 @@
-"""The front: the candidates inside the budget that no other beats, and how to choose among them."""
+"""The front: the candidates inside the budget that no other dominates, and how to choose among them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Front:
-    """All candidates of a study, and the best among them.
+    """All candidates of a study, and the nondominated ones among them (`members`).
 
-    `members` is the front, the smallest first. `baseline` is the measurement of the untouched network.
+    Args:
+        candidates: All candidates, in the order of their numbers.
+        objectives: What the study optimizes; the first one decides in `select` under limits.
+        budget: The limits that every member keeps.
+        baseline: The measurement of the original model.
+        directory: The study's folder; None where there is none.
+        test_baseline: The baseline's metric on the test split; None where it was not measured.
     """
 
     candidates: tuple[Candidate, ...]
@@ -40,14 +46,14 @@ class Front:
     test_baseline: Estimate | None = None
 
     def losses(self, candidate: Candidate) -> list[float]:
-        """The objectives as numbers to minimise, relative to the baseline."""
+        """The objectives as numbers to minimize, relative to the baseline."""
         if candidate.measurement is None:
             raise StudyError(f"candidate {candidate.number} was never measured ({candidate.reason})")
         return [o.loss(candidate.measurement.value(o.metric), self.baseline.value(o.metric)) for o in self.objectives]
 
     @cached_property
     def members(self) -> tuple[Candidate, ...]:
-        """The candidates inside the budget that nothing beats; of equal ones the first."""
+        """The nondominated candidates inside the budget, the smallest first; of equal ones only the first."""
         ok = self._inside()
         points = [tuple(self.losses(c)) for c in ok]
         first: dict[tuple[float, ...], Candidate] = {}
@@ -62,7 +68,7 @@ class Front:
 
     @property
     def quality(self) -> str:
-        """The metric that is not a cost: the first such objective, else the first such metric that was measured."""
+        """The metric that is not a cost: the first such objective, or else the first such metric of the baseline."""
         names = [o.metric for o in self.objectives] + [m for m in self.baseline.metrics if not m.endswith("_bytes")]
         return next((name for name in names if name not in COSTS), self.objectives[0].metric)
 
@@ -71,31 +77,29 @@ class Front:
         return next((o.maximize for o in self.objectives if o.metric == metric), metric not in COSTS)
 
     def latency(self, candidate: Candidate) -> tuple[Estimate, Estimate] | None:
-        """A candidate's latency and the baseline's, to be compared; None where it was not measured.
+        """The latency of a candidate and of the baseline, for a comparison; None where it was not measured.
 
-        Of a finalist that is the ratio that the clean process has measured, and 1.
+        For a finalist, the ratio to the baseline that a clean process measured, and 1.
         """
         if (ratio := candidate.test.get("latency_ratio")) is not None:
             return ratio, Estimate.exact(1.0)
-        found = candidate.measurement.metrics.get("latency_ms") if candidate.measurement else None
+        latency = candidate.measurement.metrics.get("latency_ms") if candidate.measurement else None
         base = self.baseline.metrics.get("latency_ms")
-        return None if found is None or base is None else (found, base)
+        return None if latency is None or base is None else (latency, base)
 
     def speed(self, candidate: Candidate) -> str:
-        """`faster`, `same speed` or `slower` than the baseline by the 95% intervals; empty where it was not
-        measured.
-        """
+        """The verdict by the 95% intervals: `faster`, `same speed` or `slower`; empty without a latency."""
         pair = self.latency(candidate)
         return speed(*pair) if pair else ""
 
     @property
     def folder(self) -> StudyFolder | None:
-        """The study's folder, None of a front that was never on disk."""
+        """The study's folder; None for a front without one."""
         return None if self.directory is None else StudyFolder(self.directory)
 
     @cached_property
     def clusters(self) -> dict[int, int]:
-        """Members that the test split cannot tell apart; see `results.certainty.clusters`."""
+        """Members that the test split cannot distinguish; see `results.certainty.clusters`."""
         folder = self.folder
         scores = {
             m.number: each
@@ -106,15 +110,15 @@ class Front:
         return clusters(self.members, scores, costs, self.maximizes(self.quality))
 
     def optimism(self) -> Estimate | None:
-        """How much selection on the validation split has flattered the front; see `results.certainty.optimism`."""
+        """The bias of the selection on the validation split; see `results.certainty.optimism`."""
         name, folder = self.quality, self.folder
         measured = [(m, m.measurement) for m in self.members if m.measurement and name in m.measurement.metrics]
-        tested = [(m, found) for m, found in measured if name in m.test]
+        tested = [(member, measurement) for member, measurement in measured if name in member.test]
         if not tested or self.test_baseline is None or name not in self.baseline.metrics:
             return None
         sign = 1.0 if self.maximizes(name) else -1.0
         usual = self.baseline.value(name) - self.test_baseline.value
-        losses = [sign * (found.value(name) - m.test[name].value - usual) for m, found in tested]
+        losses = [sign * (on_validation.value(name) - m.test[name].value - usual) for m, on_validation in tested]
         if folder is None:
             return optimism(losses, (), ())
         keys = [m.recipe.key for m, _ in tested]
@@ -122,16 +126,16 @@ class Front:
         return optimism(losses, validation, [folder.read_finalist_scores(key) for key in (BASELINE, *keys)])
 
     def knee(self) -> Candidate:
-        """The member farthest below the plane through the front's extremes."""
+        """The member farthest below the plane through the front's extremes (Das 1999)."""
         return self._knee(self.members)
 
     def _knee(self, members: tuple[Candidate, ...]) -> Candidate:
         return self._chosen(members)[knee([self.losses(c) for c in members])]
 
     def recommended(self) -> Candidate:
-        """The knee, or the cheapest member that the test split cannot tell from it.
+        """The knee, or the cheapest member that the test split cannot distinguish from it.
 
-        Members whose file is not what was simulated are passed over, unless all are.
+        Members whose file does not compute what was simulated are skipped, unless that is all of them.
         """
         verified = tuple(m for m in self.members if not parity_failure(m))
         knee = self._knee(verified or self.members)
@@ -139,7 +143,7 @@ class Front:
         return next(m for m in self.members if m.number == number)
 
     def best(self, metric: str) -> Candidate:
-        """The member that is best in one objective."""
+        """The member with the best value of one objective."""
         objective = next((o for o in self.objectives if o.metric == metric), None)
         if objective is None:
             raise ConfigError(
@@ -148,10 +152,15 @@ class Front:
         return min(self._chosen(self.members), key=lambda c: self.losses(c)[self.objectives.index(objective)])
 
     def select(self, pick: str) -> Candidate:
-        """One candidate: `knee`, `recommended`, a number, an objective's name (its best), or limits (`size_bytes <=
-        80kB`).
+        """Select one candidate.
 
-        Under limits (joined by `and`) the member best in the first objective is taken. Raises `ConfigError`.
+        Args:
+            pick: `knee`; `recommended`; a candidate's number; the name of an objective, for the best member in it; or
+                limits joined by `and` such as `size_bytes <= 80kB`, for the member that keeps them and is best in
+                the first objective.
+
+        Raises:
+            ConfigError: The text is none of these, or no candidate fits it.
         """
         text = pick.strip()
         if text == "knee":
@@ -159,11 +168,12 @@ class Front:
         if text == "recommended":
             return self.recommended()
         if text.isdecimal():
-            found = next((c for c in self.candidates if c.number == int(text)), None)
-            if found is None or found.measurement is None or found.state == STOPPED:
-                why = f"candidate {text} has no file ({found.reason})" if found else f"there is no candidate {text}"
+            candidate = next((c for c in self.candidates if c.number == int(text)), None)
+            if candidate is None or candidate.measurement is None or candidate.state == STOPPED:
+                missing = f"there is no candidate {text}"
+                why = f"candidate {text} has no file ({candidate.reason})" if candidate else missing
                 raise ConfigError(f"--pick {pick}: {why}; the front has {_numbers(self.members)}")
-            return found
+            return candidate
         if text in [o.metric for o in self.objectives]:
             return self.best(text)
         if "<=" in text or ">=" in text:
@@ -200,24 +210,26 @@ class Front:
         return members
 
     def least_violating(self, count: int = 3) -> list[Candidate]:
-        """The measured candidates over the budget that miss it by the least."""
+        """The measured candidates over the budget, those with the smallest excess first."""
         over = [c for c in self.candidates if c.measurement is not None and c.state == OVER_BUDGET]
         return sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
     def hypervolume(self, upto: int | None = None) -> float:
-        """The volume of losses that the front dominates below 1 on each axis: the baseline's cost, a metric of zero.
+        """The hypervolume of the front, with 1 as the reference on each axis: the baseline's cost, a metric of zero.
 
-        0 is a front that is nowhere cheaper than the baseline; 1 would be the baseline's metric at no cost at all.
-        `upto` counts only the candidates numbered below it.
+        It is 0 for a front that is nowhere cheaper than the baseline, and 1 for the baseline's metric at no cost.
+
+        Args:
+            upto: Only candidates with a smaller number count; None for all.
         """
-        if upto is None:  # what is beaten adds nothing, and the members are known already
+        if upto is None:  # dominated points add no volume, and the members are known already
             counted: Sequence[Candidate] = self.members
         else:
             counted = [c for c in self._inside() if c.number < upto]
         return hypervolume([self.losses(c) for c in counted], [1.0] * len(self.objectives)) if counted else 0.0
 
     def table(self) -> pd.DataFrame:
-        """All candidates as a pandas DataFrame, a row each, with intervals, states and reasons."""
+        """All candidates as a pandas DataFrame, one row each, with intervals, states and reasons."""
         import pandas as pd
 
         members = {c.number for c in self.members}
@@ -239,10 +251,11 @@ class Front:
         return pd.DataFrame(rows)
 
     def verdicts(self, member: Candidate) -> dict[str, object]:
-        """What is said of a member in one word each; what is not known is not in it.
+        """The verdicts on a member; unknown ones are left out.
 
-        speed: as `speed`. cluster: the number of the one that is recommended in its place, its own if it is that.
-        parity: `passed`, or `failed: ` and in what its file is not what was simulated.
+        Returns:
+            `speed`: as `Front.speed`. `cluster`: the number of the cheapest member of its cluster, which is
+            recommended in its place. `parity`: `passed`, or `failed: ` and how the file differs from the simulation.
         """
         said: dict[str, object] = {"speed": self.speed(member)} if self.speed(member) else {}
         if member.number in self.clusters:
@@ -252,7 +265,7 @@ class Front:
         return said
 
     def beside_baseline(self, candidate: Candidate) -> list[tuple[str, str, str]]:
-        """For people: each metric of a measured candidate, its value, and the baseline's."""
+        """Each metric of a measured candidate, its value, and the baseline's value, as text for people."""
         rows = []
         for name, estimate in candidate.measurement.metrics.items() if candidate.measurement else ():
             value, test = show(name, estimate.value), candidate.test.get(name)
@@ -267,12 +280,12 @@ class Front:
 
     @property
     def machine(self) -> str:
-        """What the candidates were measured on."""
+        """The device that the candidates were measured on."""
         return self.baseline.environment.get("processor", "this machine")
 
     def export(self, pick: str, to: str | Path, force: bool = False) -> Path:
-        """Write the picked candidate as an artifact directory; see `results.export.export_candidate`."""
-        from .export import export_candidate  # needs ONNX, which a front is read without
+        """Write the candidate that `pick` selects as an artifact directory; see `results.export.export_candidate`."""
+        from .export import export_candidate  # imports ONNX, which reading a front does not need
 
         candidate = self.select(pick)
         if self.folder is None:
@@ -290,7 +303,11 @@ def _numbers(members: Sequence[Candidate]) -> str:
 
 
 def open_front(directory: str | Path) -> Front:
-    """The front of a study on disk, without its task; raises `StudyError` when there is none."""
+    """Open the front of a study on disk; the task is not needed.
+
+    Raises:
+        StudyError: There is no study, or its files are damaged.
+    """
     folder = StudyFolder(Path(directory).absolute())
     stored = folder.read_about()
     candidates, test = read_candidates(folder)

@@ -1,8 +1,8 @@
-"""The study's memory: one JSON line per finished trial, on disk before the next trial starts.
+"""The journal of a study: one JSON line per finished trial, on disk before the next trial starts.
 
-Optuna's own state is rebuilt from these lines, in memory, whenever a study is opened. That leaves one truth and no
-trial that is forever RUNNING, costs one fsync per trial where Optuna's journal takes one per parameter, and a line that
-a crash tore is simply cut off. (DESIGN.md proposes Optuna's JournalStorage; this does the same with less to repair.)
+Optuna's own state is rebuilt in memory from these lines whenever a study is opened. The journal is therefore the only
+source of truth, and no trial stays RUNNING forever. It costs one fsync per trial, where Optuna's `JournalStorage` needs
+one per parameter. A last line that a crash left incomplete is cut off.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from ..runners.files.atomic import write_atomic
 
 
 class Journal:
-    """`trials.jsonl` of a study's folder."""
+    """The file `trials.jsonl` of a study's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self, *, mend: bool = False) -> list[dict[str, Any]]:
-        """All records without a last line that a crash tore; `mend` (for the one who writes) cuts that off the file
-        too.
+        """Read all records, without an incomplete last line.
 
-        Raises `StudyError` for a line that is whole and yet no record.
+        Args:
+            mend: Also cut an incomplete last line off the file. Only for the process that writes the journal.
+
+        Raises:
+            StudyError: A complete line is not a record.
         """
         if not self.path.exists():
             return []
@@ -55,13 +58,13 @@ class Journal:
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record and wait until it is on the disk; when that fails nothing of it is left."""
+        """Append a record and wait until it is on disk; on failure the file is left as it was."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        # Without a buffer, which would try again to write what is left when the file is closed.
+        # Unbuffered: a buffer would write the rest of a failed record when the file is closed.
         with self.path.open("ab", buffering=0) as stream:
             end = stream.tell()
             try:
-                while line:  # a disk that runs full takes a part of it first
+                while line:  # a disk that is nearly full accepts only part of the line
                     line = line[stream.write(line) :]
                 os.fsync(stream.fileno())
             except BaseException:
@@ -71,7 +74,12 @@ class Journal:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a study's folder for this process alone; raises `StudyError` when another one holds it, else `OSError`."""
+    """Lock a study's folder for this process.
+
+    Raises:
+        StudyError: Another process holds the lock.
+        OSError: The folder cannot be locked.
+    """
     path = directory / ".lock"
     while True:
         with path.open("a+") as stream:
@@ -84,7 +92,7 @@ def locked(directory: Path) -> Iterator[None]:
                     "wait for its "
                     "end, stop it, or give this one another name or --output"
                 ) from None
-            if not _is_at(stream.fileno(), path):  # whoever held it has taken the folder away with it
+            if not _is_at(stream.fileno(), path):  # the process that held it removed the folder
                 continue
             stream.truncate(0)
             stream.write(str(os.getpid()))
@@ -102,11 +110,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put off Ctrl-C (and SIGTERM, where a program handles it) to the end of the block; a second one comes through.
+    """Delay Ctrl-C (and SIGTERM, where a program handles it) to the end of the block; a second one is not delayed.
 
-    Broken off in the middle, a database is left locked, and what is on the disk differs from what is in memory.
+    An interruption inside the block would leave a database locked, or the disk different from the memory.
     """
-    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""Whether the file that ships computes what was simulated: the parity check of a finalist."""
+"""The parity check of a finalist: does the file that ships compute what was simulated?"""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from .candidate import Candidate
 
 
 def parity_failure(candidate: Candidate) -> str:
-    """In what a finalist's file differs from the network that was simulated.
+    """How the file of a finalist differs from the simulated network.
 
-    At least 99.5% of 1,000 answers must be the same; of fewer the share must not be significantly below that, by its
-    95% interval. (Without classes: the outputs within 5% of the largest, on average.) And the file's metric must not
-    differ from the simulation's beyond chance (paired 95% interval) and beyond what the inputs tell of it (the 95%
-    interval of the simulation's).
+    At least 99.5% of 1,000 predicted classes must agree; with fewer inputs, the share must not be significantly below
+    99.5% (95% interval). Without classes, the outputs must agree within 5% of the largest output, on average. Also, the
+    file's metric fails only if it differs significantly from the simulation's (paired 95% interval) and lies outside
+    the 95% interval of the simulation's metric.
 
     Returns:
-        Empty where it does not differ, or where nobody has compared.
+        The difference, for people; empty where there is none, or where nothing was compared.
     """
     known, reasons = candidate.test, []
     if "parity_metric" not in known:
         return ""
-    if (answers := known.get("parity_agreement")) is not None:
-        if (answers.value if answers.n >= PARITY_INPUTS else answers.high) < PARITY_AGREEMENT:
+    if (agreement := known.get("parity_agreement")) is not None:
+        if (agreement.value if agreement.n >= PARITY_INPUTS else agreement.high) < PARITY_AGREEMENT:
             reasons.append(
-                f"{100 * answers.value:.2f}% of {answers.n} answers are the simulation's (at least "
+                f"{100 * agreement.value:.2f}% of {agreement.n} answers are the simulation's (at least "
                 f"{100 * PARITY_AGREEMENT:g}% are asked)"
             )
     elif (mean := known["parity_mean_output"].value) > PARITY_DIFFERENCE:
@@ -43,7 +43,11 @@ def parity_failure(candidate: Candidate) -> str:
 
 
 def check_parity(candidate: Candidate) -> None:
-    """Raises `StudyError` for a finalist whose file is not the network that was simulated."""
+    """Check that the file of a finalist computes what was simulated.
+
+    Raises:
+        StudyError: It does not.
+    """
     if why := parity_failure(candidate):
         raise StudyError(
             f"candidate {candidate.number}: its file does not compute what was simulated: {why}; pick another one, or "

@@ -1,10 +1,10 @@
-"""A candidate as a version of a registered model, which loads and serves without paretorch and torch.
+"""Registration of a candidate as a version of an MLflow model, which loads and serves without paretorch and torch.
 
-What is registered is an MLflow pyfunc model from code: `registered_model.py`, and beside it the files of an export.
+The registered model is an MLflow pyfunc model from code: `registered_model.py` with the files of an export beside it.
 MLflow runs that file and unpickles nothing, so it loads with `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false`.
 
-This module decides what is registered and checks the names; `tracking.registry` writes it. All files are exported to a
-temporary folder before the store is touched.
+This module decides what is registered and checks the names; `results.tracking.registry` writes it. All files are
+exported to a temporary folder before the store is modified.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tracking.names import accepted
 from .tracking.registry import NewVersion, Registered, Registry
 
 CODE = Path(__file__).with_name("registered_model.py")
-_LONGEST = 250  # characters of a name, below what databases hold
+_LONGEST = 250  # characters of a name, below the limit of the databases
 _TEXT = 5000  # characters of a description or a tag
 
 
@@ -36,20 +36,24 @@ def register(
 ) -> Registered:
     """Register a candidate as the next version of a registered model.
 
-    A candidate's run in the store becomes the model's source.
+    The candidate's run in the store becomes the source of the version.
 
     Args:
-        front: of the study.
-        candidate: one of it whose file was kept.
-        name: of the registered model.
-        alias: that points to this version from then on.
-        uri: of the store; by default the one that the study was logged to. A study without MLflow takes
-            `MLFLOW_TRACKING_URI`, or a store in its folder.
-        force: also where the file does not compute what was simulated.
+        front: The front of the study.
+        candidate: One of its candidates, whose file was kept.
+        name: The name of the registered model.
+        alias: The alias that points to this version from now on.
+        uri: The tracking URI of the store; by default the one that the study was logged to. For a study without
+            MLflow the default is `MLFLOW_TRACKING_URI`, or else a store in the study's folder.
+        force: Register it even if its file does not compute what was simulated.
+
+    Returns:
+        The registered version.
 
     Raises:
-        ConfigError: the names cannot be used.
-        StudyError: the candidate's file was not kept, does not compute what was simulated, or the store cannot be used.
+        ConfigError: The names cannot be used.
+        StudyError: The candidate's file was not kept or does not compute what was simulated, or the store cannot be
+            used.
     """
     _check_names(name, alias)
     if front.folder is None:
@@ -61,7 +65,11 @@ def register(
 
 
 def _check_names(name: str, alias: str | None) -> None:
-    """Raise `ConfigError` for what MLflow refuses, and for what would need quotes in a URI or a filter."""
+    """Check a model's name and alias.
+
+    Raises:
+        ConfigError: MLflow would reject one of them, or it would need quotes in a URI or a filter.
+    """
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_. -]*", name) or name != name.strip() or len(name) > _LONGEST:
         problems.append(
@@ -83,7 +91,7 @@ def _check_names(name: str, alias: str | None) -> None:
 
 
 def _version(front: Front, candidate: Candidate, exported: Path, name: str, alias: str | None) -> NewVersion:
-    """What is registered of an exported candidate."""
+    """The version to register for an exported candidate."""
     import numpy as np
     import onnxruntime
 
@@ -103,7 +111,7 @@ def _version(front: Front, candidate: Candidate, exported: Path, name: str, alia
 
 
 def _tags(front: Front, candidate: Candidate) -> dict[str, str]:
-    """What the registry's pages show of a candidate."""
+    """The tags of a candidate on the registry's pages."""
     assert front.directory is not None
     assert candidate.measurement is not None
     numbers = dict(candidate.measurement.values)
@@ -118,7 +126,7 @@ def _tags(front: Front, candidate: Candidate) -> dict[str, str]:
 
 
 def _description(front: Front, candidate: Candidate) -> str:
-    """The same in markdown, beside the baseline."""
+    """The description of a candidate in markdown, with its numbers beside the baseline's."""
     assert front.directory is not None
     rows = "\n".join(f"| {' | '.join(row)} |" for row in front.beside_baseline(candidate))
     over = f"\n\nOver the budget: {candidate.reason}" if candidate.state != "ok" else ""

@@ -1,6 +1,6 @@
 """The model that `paretorch register` puts into the MLflow registry: MLflow copies this file and runs the copy.
 
-It imports MLflow, NumPy and ONNX Runtime, and neither paretorch nor torch; what it must know is in the model's
+It imports MLflow, NumPy and ONNX Runtime, but neither paretorch nor torch; its settings are in the model's
 configuration. Nothing is pickled.
 """
 
@@ -18,9 +18,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class ExportedNetwork(PythonModel):
-    """Computes `model.onnx` of an exported candidate on the CPU, as it was measured.
+    """Runs `model.onnx` of an exported candidate on the CPU, with the settings it was measured with.
 
-    Configuration: `threads`, and `disabled_optimizers` of ONNX Runtime, which keep float layers in float.
+    The model's configuration holds `threads`, and `disabled_optimizers`: the optimizers of ONNX Runtime that would turn
+    float layers into quantized ones.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -42,11 +43,11 @@ class ExportedNetwork(PythonModel):
 
 
 def _session(model: bytes, config: dict[str, Any]) -> ort.InferenceSession:
-    """A session that computes exact 8-bit products where ONNX Runtime can."""
+    """A session that computes 8-bit products exactly where ONNX Runtime can."""
     try:
         return _created(model, config, exact=True)
-    except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
-        # Where ONNX Runtime 1.32 makes products exact, it refuses weights that several layers share.
+    except Exception as error:  # ONNX Runtime raises one class per status, with no other common base
+        # With exact products, ONNX Runtime 1.32 rejects weights that several layers share.
         if "replace the existing tensor" not in str(error):
             raise
         return _created(model, config, exact=False)
@@ -58,8 +59,8 @@ def _created(model: bytes, config: dict[str, Any], exact: bool) -> ort.Inference
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if exact:
-        # Without VNNI, x86 adds up products of uint8 and int8 in 16 bits, which saturate. With this ONNX Runtime turns
-        # the weights to uint8 there, whose kernels are exact; elsewhere it changes nothing.
+        # Without VNNI, x86 accumulates products of uint8 and int8 in 16 bits, which saturate. With this setting, ONNX
+        # Runtime converts the weights to uint8 there, whose kernels are exact; elsewhere it has no effect.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=config["disabled_optimizers"]

@@ -1,8 +1,8 @@
-"""A front that is there already, measured on another target: the stored files, without a new search.
+"""The front of a finished study, measured on another target from the stored files, without a new search.
 
-Each member's file is timed there in turns with the baseline's, for as long as finalists are, and its outputs are held
-against ONNX Runtime's on the same inputs. Which members are on the front there is decided by the study's own objectives
-and limits, with the latency that was found there (and the metric, where the task is at hand to measure it).
+The file of each member is timed on the target interleaved with the baseline's, for as long as finalists are timed, and
+its outputs are compared with ONNX Runtime's on the same inputs. The study's own objectives and limits decide which
+members are on the front of the new target, with the latency measured there (and the metric, where the task is given).
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ from .front import Front, open_front
 
 FOLDER = "targets"
 VERSION = 1
-_INPUTS, _CHUNK = 256, 32  # on which outputs are compared, and how many of them at a time
+_INPUTS, _CHUNK = 256, 32  # how many inputs outputs are compared on, and how many of them at a time
 
 
 @dataclass(frozen=True)
 class TargetAgreement:
-    """The outputs of a file beside ONNX Runtime's: on how many inputs, the share of equal classes, the largest
-    difference as a share of the largest output."""
+    """How well the outputs of a file on the target agree with ONNX Runtime's.
+
+    Args:
+        inputs: The number of inputs.
+        top1: The share of inputs with the same class.
+        difference: The largest difference as a share of the largest output.
+    """
 
     inputs: int
     top1: float
@@ -52,9 +57,17 @@ class TargetAgreement:
 class MemberOnTarget:
     """A member of the front on the other target.
 
-    before: its share of the baseline's latency where it was found. latency_ms, ratio: there; None when it does not run.
-    metric: the task's, there, on the validation split, when it was measured. reason: why it does not run, or is over a
-    limit there.
+    Args:
+        number: The candidate's number.
+        recipe: Its recipe in one line.
+        before: Its latency as a share of the baseline's on the study's own target.
+        latency_ms: The latency on the other target; None when it does not run there.
+        ratio: That latency as a share of the baseline's on the same target; None when it does not run there.
+        verdict: The ratio in words: faster, slower, or no significant difference.
+        agreement: How its outputs compare with ONNX Runtime's; None for a target whose latency is computed.
+        metric: The task's metric on the target and the validation split; None where it was not measured.
+        on_front: Whether it is on the front of the other target.
+        reason: Why it does not run there, or which limit it exceeds there.
     """
 
     number: int
@@ -71,8 +84,21 @@ class MemberOnTarget:
 
 @dataclass(frozen=True)
 class Retargeted:
-    """What was found. judged_by: the metrics of the study's objectives and limits. pareto: the members that are on the
-    front of the metric and the latency alone. timed: not computed."""
+    """The front of a study on another target.
+
+    Args:
+        study: The name of the study's folder.
+        judged_by: The metrics of the study's objectives and limits.
+        found_on: The target that the study searched on.
+        target: The other target.
+        environment: Versions and devices on which it was measured.
+        protocol: The settings of the measurement.
+        inputs: The inputs on which outputs were compared, for people.
+        baseline_ms: The baseline's latency on the other target.
+        members: The members of the study's front.
+        pareto: The numbers of the members that are on the front of the metric and the latency alone.
+        timed: Whether latencies were measured; False where the target computes them.
+    """
 
     study: str
     judged_by: tuple[str, ...]
@@ -100,11 +126,19 @@ class Retargeted:
 def retarget(
     study: Path, target: Target, task: Task | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Retargeted:
-    """Measure the front of a study on another target; `say` hears of every member.
+    """Measure the front of a study on another target.
 
-    task: the study's, to measure its metric there too and to compare outputs on its validation inputs; else inputs are
-    made up. Raises `StudyError` when the study or the baseline's file is not there, `TargetError` when the target
-    cannot be used, `ExportFailed` when not even the baseline runs there.
+    Args:
+        study: The study's folder.
+        target: The other target.
+        task: The study's task: its metric is measured on the target too, and outputs are compared on its validation
+            inputs. Without it, outputs are compared on random inputs.
+        say: Called with a line of text before each member is measured.
+
+    Raises:
+        StudyError: The study or the baseline's file is missing, or the front is empty.
+        TargetError: The target cannot be used.
+        ExportFailed: The baseline does not run on the target.
     """
     front = open_front(study)
     if not front.members:
@@ -123,28 +157,28 @@ def retarget(
     moved, candidates = [], []
     for position, member in enumerate(front.members, 1):
         say(f"candidate {member.number} ({position} of {len(front.members)})")
-        found = MemberOnTarget(member.number, member.recipe.describe(), _before(member, front.baseline))
+        result = MemberOnTarget(member.number, member.recipe.describe(), _before(member, front.baseline))
         steps = [step for network in member.recipe.networks() for step in network.steps]
         refused = [reason for step in steps if (reason := target.supports(step))]
         model = None if refused else _onnx(folder.candidates.packed(member.recipe))
         if model is None:
-            moved.append(replace(found, reason=refused[0] if refused else "its file is not there any more"))
+            moved.append(replace(result, reason=refused[0] if refused else "its file is not there any more"))
             continue
         try:
             latency, ratio = target.latency(
                 model, network, batch, baseline_latency.value, 4 * protocol.seconds, protocol.threads
             )
-            found = replace(found, latency_ms=latency, ratio=ratio, verdict=verdict(ratio))
+            result = replace(result, latency_ms=latency, ratio=ratio, verdict=verdict(ratio))
             if target.milliseconds is None:
                 runs = target.load(model, protocol.threads)
-                found = replace(found, agreement=_agreement(runs, reference.load(model, protocol.threads), inputs))
+                result = replace(result, agreement=_agreement(runs, reference.load(model, protocol.threads), inputs))
                 if task is not None:
-                    found = replace(found, metric=Estimate.of(evaluate(runs, task, batches(task, "validation"))))
+                    result = replace(result, metric=Estimate.of(evaluate(runs, task, batches(task, "validation"))))
         except ExportFailed as error:
-            moved.append(replace(found, reason=str(error)))
+            moved.append(replace(result, reason=str(error)))
             continue
-        candidates.append(_there(member, found, front, baseline_latency, task))
-        moved.append(replace(found, reason=candidates[-1].reason))
+        candidates.append(_there(member, result, front, baseline_latency, task))
+        moved.append(replace(result, reason=candidates[-1].reason))
     there = replace(front, candidates=tuple(candidates), baseline=_with(front.baseline, latency_ms=baseline_latency))
     on = {member.number for member in there.members}
     return Retargeted(
@@ -169,7 +203,11 @@ def _name(target: str | Mapping[str, Any]) -> str:
 
 
 def _onnx(path: Path) -> bytes | None:
-    """The ONNX file in a packed one; None when it is not there. Raises `ArtifactError` for a damaged one."""
+    """The ONNX model in a packed file; None when there is no file.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
     return packing.onnx_bytes(path.read_bytes()) if path.exists() else None
 
 
@@ -182,7 +220,11 @@ def _shape(model: bytes) -> tuple[int, ...]:
 
 
 def _inputs(reference: Network, shape: Sequence[int], task: Task | None) -> Iterator[NDArray[np.float32]]:
-    """Batches on which outputs are compared; raises `StudyError` for a task of other inputs."""
+    """The batches on which outputs are compared.
+
+    Raises:
+        StudyError: The inputs of the task have another shape.
+    """
     if task is None:
         rng = np.random.default_rng(0)
         for _ in range(0, _INPUTS, _CHUNK):
@@ -202,8 +244,8 @@ def _inputs(reference: Network, shape: Sequence[int], task: Task | None) -> Iter
             return
 
 
-def _agreement(found: Network, reference: Network, inputs: Sequence[NDArray[np.float32]]) -> TargetAgreement:
-    mine, theirs = (np.concatenate([run(x) for x in inputs]) for run in (found, reference))
+def _agreement(network: Network, reference: Network, inputs: Sequence[NDArray[np.float32]]) -> TargetAgreement:
+    mine, theirs = (np.concatenate([run(x) for x in inputs]) for run in (network, reference))
     classes = [outputs.reshape(len(outputs), -1).argmax(1) for outputs in (mine, theirs)]
     largest = float(np.abs(theirs).max()) or 1.0
     return TargetAgreement(
@@ -213,7 +255,7 @@ def _agreement(found: Network, reference: Network, inputs: Sequence[NDArray[np.f
 
 def _before(member: Candidate, baseline: Measurement) -> Estimate:
     assert member.measurement is not None
-    # Finalists were timed for longer.
+    # The latency of a finalist is more precise: it was timed for longer.
     latency = member.test.get("latency_ms", member.measurement.metrics["latency_ms"])
     base = baseline.value("latency_ms")
     return Estimate(latency.value / base, latency.low / base, latency.high / base, latency.n)
@@ -223,11 +265,11 @@ def _with(measurement: Measurement, **metrics: Estimate) -> Measurement:
     return replace(measurement, metrics={**measurement.metrics, **metrics})
 
 
-def _there(member: Candidate, found: MemberOnTarget, front: Front, baseline: Estimate, task: Task | None) -> Candidate:
-    """The member as a candidate of the other target: inside its limits, or over them."""
+def _there(member: Candidate, result: MemberOnTarget, front: Front, baseline: Estimate, task: Task | None) -> Candidate:
+    """The member as a candidate on the other target: inside the limits there, or over them."""
     assert member.measurement is not None
-    assert found.latency_ms is not None
-    new = {"latency_ms": found.latency_ms} | ({task.metric_name: found.metric} if task and found.metric else {})
+    assert result.latency_ms is not None
+    new = {"latency_ms": result.latency_ms} | ({task.metric_name: result.metric} if task and result.metric else {})
     measured = _with(member.measurement, **new)
     base = front.baseline.values | {"latency_ms": baseline.value}
     excess = front.budget.excess(measured.values, base)
@@ -237,7 +279,7 @@ def _there(member: Candidate, found: MemberOnTarget, front: Front, baseline: Est
 
 
 def _pareto(front: Front) -> tuple[int, ...]:
-    """The members that nothing beats in the metric and the latency."""
+    """The numbers of the members that are nondominated in the metric and the latency."""
     quality = next((o for o in front.objectives if o.metric not in COSTS), None)
     if quality is None:
         return ()
@@ -248,7 +290,7 @@ def _pareto(front: Front) -> tuple[int, ...]:
 
 
 def table_rows(data: Mapping[str, Any]) -> list[dict[str, object]]:
-    """A `targets/NAME.json` as plain rows, for MLflow's table.
+    """The content of a `targets/NAME.json` as plain rows, for MLflow's table.
 
     >>> member = {"number": 3, "recipe": "weights 4 bit", "before": {"value": 0.5}, "latency_ms": None, "ratio": None,
     ...           "verdict": "", "agreement": None, "metric": None, "on_front": False, "reason": "no unit"}

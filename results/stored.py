@@ -1,4 +1,4 @@
-"""The candidates of a study on disk: its journal, with what is known of the finalists."""
+"""The candidates of a study on disk: its journal, combined with the numbers of the finalists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Finalists = Mapping[str, Mapping[str, Estimate]]
 
 
 def read_candidates(folder: StudyFolder) -> tuple[list[Candidate], Estimate | None]:
-    """All candidates with their numbers as finalists, and the baseline's metric on the test split."""
+    """Read all candidates, with their numbers as finalists, and the baseline's metric on the test split."""
     records = Journal(folder.journal).read()
     candidates = [Candidate.from_dict(record["candidate"]) for record in records if "candidate" in record]
     finalists = folder.read_finalists()
@@ -23,10 +23,10 @@ def read_candidates(folder: StudyFolder) -> tuple[list[Candidate], Estimate | No
 
 
 def with_tests(candidates: Sequence[Candidate], finalists: Finalists) -> list[Candidate]:
-    """The candidates with what is known of them as finalists."""
+    """The candidates with their numbers as finalists filled in."""
     return [replace(c, test=dict(finalists.get(c.recipe.key, {}))) for c in candidates]
 
 
 def tested_baseline(finalists: Finalists) -> Estimate | None:
-    """The baseline's metric on the test split."""
+    """The baseline's metric on the test split; None where it was not measured."""
     return next((e for name, e in finalists.get(BASELINE, {}).items() if name not in COSTS), None)

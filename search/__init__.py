@@ -1,2 +1,4 @@
-"""The loop that decides which recipe comes next; the only place that imports Optuna. What a search leaves behind
-belongs to `results`, what carries a recipe out to `runners`."""
+"""The search: the loop that decides which recipe to try next. Only this folder imports Optuna.
+
+What a search leaves behind belongs to `results`, and what executes a recipe to `runners`.
+"""

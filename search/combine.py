@@ -1,6 +1,4 @@
-"""The end of a search that may put ensembles together: which are looked through, and which are tried (see
-`search.ensembles`).
-"""
+"""The phase after the trials of a study that tries ensembles of its candidates (see `search.ensembles`)."""
 
 from __future__ import annotations
 
@@ -31,15 +29,15 @@ def combine(
 ) -> None:
     """Try ensembles of the candidates.
 
-    What was looked through is noted, so that a study which is run again looks again only when it has new networks.
+    The networks that were considered are recorded, so that a resumed study searches again only when it has new ones.
 
     Args:
-        folder: The study's.
+        folder: The study's folder.
         front: The front so far.
-        history: The candidates, to which those that are tried are added.
-        runner: Of the study's task.
-        listener: Hears what is done.
-        run: Carries out the recipe of an ensemble, and gives the front with it.
+        history: The candidates; every ensemble that is tried is added.
+        runner: The runner of the study's task.
+        listener: Follows the progress.
+        run: Executes the recipe of an ensemble and returns the front including it.
         end_is_near: Whether only the time for the finalists and the report is left.
     """
     files = folder.candidates
@@ -62,7 +60,9 @@ def combine(
         if best is None:
             break
         if end_is_near():
-            listener.say("the time is used up before all ensembles were tried; the same command with more time goes on")
+            listener.say(
+                "the time is used up before all ensembles were tried; run the same command with more time to resume"
+            )
             return
         front = run(best.recipe)
     write_atomic(folder.ensembles, json.dumps({"networks": keys}, indent=1))
@@ -81,11 +81,11 @@ def _outputs(
     listener: Listener,
     end_is_near: Callable[[], bool],
 ) -> list[NDArray[Any]]:
-    """What the first of these networks give for the validation samples, as many as memory and time allow."""
+    """The outputs on the validation samples, of as many of the first networks as memory and time allow."""
     outputs: list[NDArray[Any]] = []
     for network in networks:
         if sum(each.nbytes for each in outputs) > ensembles.MEMORY or end_is_near():
             break
-        listener.phase(f"ensembles: what network {len(outputs) + 1} of {len(networks)} gives")
+        listener.phase(f"ensembles: outputs of network {len(outputs) + 1} of {len(networks)}")
         outputs.append(runner.submit(PredictValidation(packed[network.candidate.number])).result())
     return outputs

@@ -1,14 +1,14 @@
-"""Ensembles of candidates: which to build, foretold from what each network alone gives.
+"""Ensembles of candidates: which ones to build, predicted from the outputs of each network alone.
 
-The networks to choose from are the first two nondominated layers of what was measured, whatever its metric: two
-networks that are not accurate enough alone may be so together. Each answers the validation inputs once, and outputs are
-averaged here, so that hundreds of combinations cost seconds: all pairs, and a third network only beside pairs that are
-better than both their own. MACs and latency add up; of the packed bytes the tensors that differ do, while a graph much
-like another takes part of its bytes. Only what the front would grow by is then built, exported and measured, the
-greatest gain first, as a candidate like any other.
+The networks to choose from are the first two nondominated fronts of the measured candidates, whatever their metric: two
+networks that are not accurate enough alone may be so together. Each network is evaluated once on the validation inputs.
+Outputs are then averaged here, so hundreds of combinations take seconds: all pairs, and triples only where the pair is
+better than both its networks. MACs and latency are sums. Of the packed bytes, different tensors add up, and a further
+graph adds only a part of its bytes, because graphs are similar. Only combinations that would increase the front's
+hypervolume are built, exported and measured like any other candidate, those with the largest increase first.
 
-The best of so many combinations is chosen on the validation split, so its number there is partly luck, more so than
-that of a single trial. The test split, which every member of the front meets once, has the last word.
+The best of so many combinations is selected on the validation split, so its metric there is biased more than that of a
+single trial. The test split, on which every member of the front is measured once, gives the unbiased value.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ from ..runners.files.packing import payload_size, tensor_bytes
 from ..spaces.recipe import Recipe
 from ..spaces.techniques.ensemble import Ensemble
 
-TRIED = 8  # ensembles that are measured at most
-LARGEST = 3  # networks in one
-MEMORY = 1 << 30  # bytes of outputs that are held at a time
+TRIED = 8  # the maximum number of ensembles that are measured
+LARGEST = 3  # the maximum number of networks in an ensemble
+MEMORY = 1 << 30  # the maximum bytes of outputs in memory
 _LAYERS, _NETWORKS = 2, 32
-# The metric of the mean outputs of ensembles, each given by the places of its networks.
+# Returns the metric of the mean outputs of some ensembles, each given by the positions of its networks.
 Score = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
-_ALIKE = 0.4  # what a second graph, deflated behind the first, takes of its bytes: 0.2 to 0.57 in five networks
+_ALIKE = 0.4  # the share of its bytes that a second graph adds, deflated after the first: 0.2 to 0.57 in five networks
 
 
 @dataclass(frozen=True)
 class Network:
-    """A candidate that an ensemble may hold, and the bytes of its file: of its tensors, by content, and the rest (the
-    graph).
+    """A candidate that an ensemble may contain.
+
+    Args:
+        candidate: The candidate.
+        tensors: The bytes of each tensor in its file, by the tensor's content.
+        rest: The remaining bytes of the file (the graph).
     """
 
     candidate: Candidate
@@ -53,7 +57,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Combination:
-    """Networks, and what is foretold of their ensemble, by metric."""
+    """Some networks, and the predicted value of each metric for their ensemble."""
 
     networks: tuple[Network, ...]
     values: dict[str, float]
@@ -64,32 +68,30 @@ class Combination:
 
 
 def eligible(front: Front) -> list[Candidate]:
-    """The candidates that an ensemble may hold, the best in the metric first."""
+    """The candidates that an ensemble may contain, the best in the metric first."""
     left = [c for c in front.candidates if c.measurement and c.state in (OK, OVER_BUDGET) and not c.recipe.of(Ensemble)]
-    found: list[Candidate] = []
+    members: list[Candidate] = []
     for _ in range(_LAYERS):
         kept = nondominated([front.losses(c) for c in left])
-        found += [c for c, best in zip(left, kept, strict=True) if best]
+        members += [c for c, best in zip(left, kept, strict=True) if best]
         left = [c for c, best in zip(left, kept, strict=True) if not best]
     sign = -1 if front.maximizes(front.quality) else 1
-    return sorted(found, key=lambda c: (sign * _value(c, front.quality), c.number))
+    return sorted(members, key=lambda c: (sign * _value(c, front.quality), c.number))
 
 
 def chosen(front: Front, networks: Sequence[Network]) -> list[Network]:
-    """Those that fit into the limits on costs beside another one, so many at most that their pairs are soon looked
-    through.
-    """
+    """The networks that keep the limits on costs together with another one, at most 32 to keep the pairs few."""
     fit = [n for n in networks if any(_keeps(front, _costs(front, (n, other))) for other in networks if other is not n)]
     return fit[:_NETWORKS]
 
 
 def combinations(front: Front, networks: Sequence[Network], score: Score) -> list[Combination]:
-    """All pairs of networks and what may come of them, each with what is predicted.
+    """All pairs of networks and the larger ensembles that build on them, with their predicted metrics.
 
     Args:
         front: The front so far.
-        networks: To choose from.
-        score: The metric of the mean outputs of some ensembles, each given by the places of its networks.
+        networks: The networks to choose from.
+        score: Returns the metric of the mean outputs of some ensembles, each given by the positions of its networks.
     """
     quality, sign = front.quality, 1 if front.maximizes(front.quality) else -1
     combinations: list[Combination] = []
@@ -111,9 +113,15 @@ def combinations(front: Front, networks: Sequence[Network], score: Score) -> lis
 
 
 def best(front: Front, candidates: Sequence[Combination], known: Collection[str]) -> Combination | None:
-    """The combination within all limits that the front would grow by the most; None where it would grow by none.
+    """The combination within all limits that increases the front's hypervolume the most.
 
-    known: the keys of recipes that were tried.
+    Args:
+        front: The front so far.
+        candidates: The combinations to choose from.
+        known: The keys of recipes that were tried already.
+
+    Returns:
+        None where no combination increases the hypervolume.
     """
     points = [tuple(front.losses(member)) for member in front.members]
     reference = [1.0] * len(front.objectives)
@@ -126,14 +134,14 @@ def best(front: Front, candidates: Sequence[Combination], known: Collection[str]
         point = tuple(o.loss(combination.values[o.metric], base[o.metric]) for o in front.objectives)
         if not points or not (np.array(points) <= point).all(1).any():
             gains.append((hypervolume([*points, point], reference) - now, combination))
-    for gain, combination in sorted(gains, key=lambda found: -found[0]):
+    for gain, combination in sorted(gains, key=lambda pair: -pair[0]):
         if gain > 0 and combination.recipe.key not in known:
             return combination
     return None
 
 
 def _grown(level: Sequence[tuple[int, ...]], count: int) -> Iterator[tuple[int, ...]]:
-    """Each of some sets with one more, every set once."""
+    """Every set that extends one of the given sets by one element, each once."""
     seen: set[tuple[int, ...]] = set()
     for places, place in itertools.product(level, range(count)):
         grown = tuple(sorted({*places, place}))
@@ -143,16 +151,14 @@ def _grown(level: Sequence[tuple[int, ...]], count: int) -> Iterator[tuple[int, 
 
 
 def _costs(front: Front, networks: Sequence[Network]) -> dict[str, float]:
-    found = {
-        name: sum(_value(n.candidate, name) for n in networks) for name in _metrics(front) if name != front.quality
-    }
+    sums = {name: sum(_value(n.candidate, name) for n in networks) for name in _metrics(front) if name != front.quality}
     tensors = dict(itertools.chain.from_iterable(n.tensors.items() for n in networks))  # equal ones are stored once
     rest = sorted(n.rest for n in networks)
-    return found | {"size_bytes": sum(tensors.values()) + rest[-1] + _ALIKE * sum(rest[:-1])}
+    return sums | {"size_bytes": sum(tensors.values()) + rest[-1] + _ALIKE * sum(rest[:-1])}
 
 
 def _metrics(front: Front) -> list[str]:
-    """What objectives and limits speak of."""
+    """The metrics of the objectives and limits."""
     return list(dict.fromkeys([o.metric for o in front.objectives] + [limit.metric for limit in front.budget.limits]))
 
 

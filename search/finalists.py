@@ -1,10 +1,11 @@
-"""The finalists: the front's members and the baseline on the test split, as files that a clean process has read.
+"""The finalists: the front's members and the baseline, measured on the test split from their files in a clean process.
 
-The search selects on the validation split, so the best numbers there are partly luck. Each finalist meets the test
-split once: its metric with an interval, and the *paired* difference to the baseline on the same samples, whose interval
-is two to five times as narrow; its latency in turns with the baseline's. And its answers are compared with those of a
-simulation of its graph (`runners.graphs.simulate`), so that the file that ships is known to compute what was meant.
-Numbers and scores are kept in the study's folder (`results.folder`) after every finalist, and none is measured twice.
+The search selects on the validation split, so the best numbers there are optimistic. Each finalist is measured once on
+the test split: its metric with an interval, and the *paired* difference to the baseline on the same samples, whose
+interval is two to five times narrower. Its latency is timed interleaved with the baseline's. Its outputs are compared
+with a simulation of its graph (`runners.graphs.simulate`), to verify that the file that ships computes what was
+intended. Numbers and scores are stored in the study's folder (`results.folder`) after every finalist, and none is
+measured twice.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..runners.runner import CompareSimulation, MeasureFinalist, Runner
 from .listener import Listener
 
 START = 2.0  # seconds that the clean process takes to start
-PARITY_SECONDS = 20.0  # after which a file is compared with its simulation on fewer inputs
-PARITY_AT_LEAST = 2.0  # seconds for the comparison of a finalist with its simulation, however short the time
+PARITY_SECONDS = 20.0  # seconds for the comparison of a file with its simulation; a slower one uses fewer inputs
+PARITY_AT_LEAST = 2.0  # seconds for the same comparison even if the study's time is used up
 
 Finalists = dict[str, dict[str, Estimate]]
 
@@ -38,26 +39,26 @@ def measure_finalists(
     listener: Listener,
     parity_seconds: float = PARITY_SECONDS,
 ) -> None:
-    """Measure the study's baseline and those members that were not measured yet, and write down each at once.
+    """Measure the baseline and every member that was not measured yet, and store each result at once.
 
-    Without a test split the files are only compared with their simulation. A file that does not compute is reported and
-    has no numbers.
+    Without a test split the files are only compared with their simulation. A file that does not run is reported and
+    gets no numbers.
 
     Args:
-        folder: The study's.
-        members: Of the front.
-        file_of: Gives the packed file of a candidate.
-        runner: Of the study's task.
-        metric: Name of the task's metric.
-        samples: By split the number of samples.
-        latency_ms: What the baseline takes.
-        listener: Hears what is done.
-        parity_seconds: For the comparison of one file with its simulation, at most.
+        folder: The study's folder.
+        members: The members of the front.
+        file_of: Returns the packed file of a candidate.
+        runner: The runner of the study's task.
+        metric: The name of the task's metric.
+        samples: The number of samples of each split.
+        latency_ms: The baseline's latency; None where it is unknown.
+        listener: Follows the progress.
+        parity_seconds: The maximum time for the comparison of one file with its simulation.
     """
     tests = samples.get("test")
     known = folder.read_finalists()
     if tests is not None and (base := known.get(BASELINE, {}).get(metric)) and base.n != tests:
-        known = {}  # the test split is another one now
+        known = {}  # the test split has changed
     names = {c.recipe.key: f"candidate {c.number}" for c in members}
     files: dict[str, Callable[[], Path]] = {c.recipe.key: _file(file_of, c) for c in members}
     if tests is not None:
@@ -96,7 +97,7 @@ def _file(file_of: Callable[[Candidate], Path], candidate: Candidate) -> Callabl
 def _on_test(
     folder: StudyFolder, key: str, path: Path, runner: Runner, metric: str, latency_ms: float | None
 ) -> dict[str, Estimate]:
-    """A file's numbers on the test split, beside the baseline's there; its scores are written down."""
+    """Measure a file on the test split and compare it with the baseline there; its scores are stored."""
     against = None if key == BASELINE else folder.baseline
     scores, ratio = runner.submit(MeasureFinalist(path, against)).result()
     numbers = {metric: Estimate.of(scores), "size_bytes": Estimate.exact(path.stat().st_size)}

@@ -1,6 +1,4 @@
-"""What a study remembers of its trials, in memory: candidates by number and by recipe. Plain data that the parts of a
-study share.
-"""
+"""The candidates of a study in memory, by number and by recipe: plain data that the parts of a study share."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ class History:
     """The candidates of a study so far.
 
     Args:
-        candidates: In the order of their numbers.
-        by_key: By the key of its recipe, a candidate.
-        keys: By number the key of the recipe: a recipe of many steps takes a while to hash.
-        records: How many lines the journal has, repeated suggestions included.
+        candidates: All candidates, in the order of their numbers.
+        by_key: The candidate for each recipe key.
+        keys: The recipe key for each number, cached because hashing a recipe of many steps is slow.
+        records: The number of lines in the journal, including repeated suggestions.
         ensembles: How many of the candidates are ensembles.
     """
 
@@ -37,7 +35,7 @@ class History:
 
     @property
     def trials(self) -> int:
-        """How many trials there were; ensembles of their candidates do not count."""
+        """The number of trials; ensembles of their candidates do not count."""
         return len(self.candidates) - self.ensembles
 
     @property

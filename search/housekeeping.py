@@ -1,4 +1,4 @@
-"""Which files of a study's candidates stay: only those that can still be wanted."""
+"""Removal of the files of candidates that a study no longer needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def keep_files(
     combines: bool,
     interrupted: bool = False,
 ) -> None:
-    """Remove what nobody can want any more.
+    """Remove the files that are no longer needed.
 
-    Packed files stay of the front, of the nearest misses, of the reference recipes, and of those that ensembles may be
-    made of. Scores stay of the front, and of each rung's best, which are the rivals of those to come. Trained weights
-    stay of those that may be promoted. What is half trained stays, after an interruption, until the next trial is over,
-    for that one is the one that was interrupted.
+    Packed files are kept for the front, the nearest misses, the reference recipes, and candidates that ensembles may
+    contain. Scores are kept for the front and for the best of each rung, which later candidates are compared with.
+    Trained weights are kept for candidates that may be promoted. After an interruption, partially trained weights are
+    kept until the end of the next trial, because that trial is the interrupted one.
 
     Args:
         files: The candidates' files.
         front: The front so far.
         history: All candidates.
         promotions: The rungs.
-        combines: Whether ensembles are tried at the end.
+        combines: Whether ensembles are tried after the trials.
         interrupted: Whether the study was just resumed.
     """
     keys, candidates = history.keys, history.candidates

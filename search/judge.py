@@ -1,4 +1,4 @@
-"""What is good in a study: its objectives and limits, held against what is measured, and what arithmetic predicts."""
+"""Evaluation of candidates by the study's objectives and limits, from measured numbers and predicted costs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..spaces.structure import Structure
 from ..spaces.techniques.ensemble import Ensemble
 from .preflight import TOLERANCE
 
-PREDICTED = ("size_bytes", "macs")  # metrics that arithmetic gives
+PREDICTED = ("size_bytes", "macs")  # metrics that are computed exactly before anything is compressed
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a sampler learns of a candidate.
+    """What a sampler is told about a candidate.
 
     Args:
-        values: The objectives, in their order.
-        constraints: By limit, its excess as a share of it.
-        unknown: Places in `values` and limits in `constraints` that nobody knows; what stands there is made up.
+        values: The values of the objectives, in their order.
+        constraints: For each limit, its excess as a share of the limit.
+        unknown: Positions in `values` and limits in `constraints` that were not measured; they hold placeholders.
     """
 
     values: list[float]
@@ -42,12 +42,13 @@ class Judge:
     """The objectives and limits of a study, and the baseline that they are relative to.
 
     Args:
-        objectives: What to pursue.
-        budget: What a candidate must keep.
-        metric: Name of the task's metric.
-        structure: Of the network.
-        baseline: The original network's numbers.
-        overheads: By name the bytes of a network's files around its layers' tensors; "" is the original network.
+        objectives: The objectives.
+        budget: The limits that a candidate must keep.
+        metric: The name of the task's metric.
+        structure: The structure of the network.
+        baseline: The original model's numbers.
+        overheads: For each network by name, the bytes of its files besides its layers' tensors; "" is the original
+            model.
     """
 
     objectives: tuple[Objective, ...]
@@ -72,7 +73,7 @@ class Judge:
 
     @cached_property
     def metric_objective(self) -> Objective | None:
-        """The objective that is the task's metric, where it is one and is maximised."""
+        """The objective on the task's metric; None where it is no objective or is minimized."""
         return next((o for o in self.objectives if o.metric == self.metric and o.maximize), None)
 
     @property
@@ -80,14 +81,14 @@ class Judge:
         return tuple(o for o in self.objectives if o is not self.metric_objective)
 
     def losses(self, measurement: Measurement, objectives: tuple[Objective, ...] | None = None) -> tuple[float, ...]:
-        """The objectives (or some of them) as numbers to minimise, relative to the baseline."""
+        """The given objectives, by default all, as numbers to minimize, relative to the baseline."""
         chosen = self.objectives if objectives is None else objectives
         return tuple(o.loss(measurement.value(o.metric), self.baseline.value(o.metric)) for o in chosen)
 
     # ------------------------------------------------------------------------------------------------ prediction
 
     def predicted(self, recipe: Recipe) -> dict[str, float]:
-        """What arithmetic says of a recipe's costs."""
+        """The predicted costs of a recipe by metric: its bytes and MACs."""
         macs = float(cost.macs(self.structure, recipe))
         if recipe.of(Ensemble):
             return {"macs": macs}
@@ -95,7 +96,7 @@ class Judge:
         return {"size_bytes": size, "macs": macs}
 
     def rejected(self, recipe: Recipe) -> Outcome | None:
-        """The outcome of a recipe whose predicted costs exceed a limit, None where they keep all."""
+        """The outcome of a recipe that is rejected by its predicted cost; None where it keeps all limits."""
         try:
             check_budget(self.budget, self.predicted(recipe), self.baseline_values, {"size_bytes": TOLERANCE})
         except OverBudget as refusal:
@@ -107,7 +108,7 @@ class Judge:
     def candidate(
         self, number: int, recipe: Recipe, outcome: Outcome, picks: Mapping[str, int] | None, label: str
     ) -> Candidate:
-        """What became of a recipe, from the outcome of its trial."""
+        """The candidate for a recipe and the outcome of its trial."""
         failure, measurement = outcome.failure, outcome.measurement
         if failure is not None:
             excess = dict(failure.excess)
@@ -122,11 +123,11 @@ class Judge:
         return Candidate(number, recipe, OVER_BUDGET if over else OK, reason, measurement, excess, picks, label)
 
     def excess(self, measurement: Measurement) -> dict[str, float]:
-        """By what share each limit is exceeded."""
+        """The excess over each limit, as a share of the limit."""
         return self.budget.excess(measurement.values, self.baseline_values)
 
     def keeps_costs(self, candidate: Candidate) -> bool:
-        """Whether all is known of a candidate, and it keeps the limits that training does not change."""
+        """Whether a candidate was fully measured and keeps the limits on costs, which training does not change."""
         lasting = {limit.text for limit in self.budget.limits if limit.metric != self.metric}
         return (
             candidate.state in (OK, OVER_BUDGET)
@@ -135,14 +136,14 @@ class Judge:
         )
 
     def metric_limits(self) -> list[Limit]:
-        """The limits below which the task's metric must not fall."""
+        """The lower limits on the task's metric."""
         return [limit for limit in self.budget.limits if limit.metric == self.metric and not limit.upper]
 
     def observation(self, candidate: Candidate) -> Observation:
-        """What the sampler learns of a candidate.
+        """What the sampler is told about a candidate.
 
-        Of a recipe that was rejected, what is not known is told as the worst there is (a metric of zero, the baseline's
-        cost): among infeasible trials Optuna's samplers rank by the excess, which is known. Ours leaves it out.
+        For a rejected recipe, unknown values are replaced by the worst possible ones (a metric of zero, the baseline's
+        cost). Optuna's samplers rank infeasible trials by the excess, which is known; our own ignores unknown values.
         """
         known = self.predicted(candidate.recipe)
         if candidate.measurement:
@@ -154,14 +155,14 @@ class Judge:
         return Observation(values, excess, unknown)
 
     def worst(self, objective: Objective) -> float:
-        """Where the hypervolume is counted from: a metric of zero, the baseline's cost."""
+        """The reference value for the hypervolume: a metric of zero, or the baseline's cost."""
         return 0.0 if objective.maximize else self.baseline.value(objective.metric)
 
     def worst_allowed(self, objective: Objective) -> float:
-        """The worst value that the budget allows: our sampler counts from there, so that what lies inside weighs.
+        """The worst value that the budget allows, which our sampler uses as the reference point.
 
-        Counted from a metric of zero, two points of accuracy are nothing beside two per cent of the bytes, and a search
-        spends its trials at the very edge of what the limits allow.
+        With a metric of zero as the reference, two points of accuracy weigh nothing compared with two per cent of the
+        bytes, and a search spends its trials at the edge of the limits.
         """
         worst, sign = self.worst(objective), 1 if objective.maximize else -1
         limits = [limit for limit in self.budget.limits if limit.metric == objective.metric]

@@ -1,4 +1,4 @@
-"""Whoever follows a study hears of it in plain data, never of the study itself."""
+"""The interface for following a study. A listener receives plain data, never the study itself."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from .preflight import Preflight
 
 
 class Listener(Protocol):
-    """Whoever wants to follow a study."""
+    """Follows the progress of a study."""
 
     def say(self, text: str) -> None:
-        """A line worth keeping."""
+        """Called with a line of text that should remain visible."""
 
     def phase(self, text: str) -> None:
-        """What is being done at the moment."""
+        """Called with a description of the current activity."""
 
     def checked(self, preflight: Preflight) -> None:
-        """The preflight is through."""
+        """Called when the preflight has succeeded."""
 
     def finished(self, candidate: Candidate, front: Front, done: int, total: int, eta: float) -> None:
-        """A trial ended; `eta` is in seconds."""
+        """Called when a trial has ended.
+
+        Args:
+            candidate: The candidate.
+            front: The front including it.
+            done: The number of finished trials.
+            total: The expected number of trials.
+            eta: The expected seconds to the end of the study.
+        """
 
 
 class Quiet:
-    """A listener that does not listen."""
+    """A listener that ignores everything."""
 
     def say(self, text: str) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The MLflow mirror of a running study: it must never stop what it mirrors."""
+"""The MLflow mirror of a running study. A failure of the store never stops the study."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Mirror:
-    """Logs candidates to MLflow as they come, and catches up when the store has failed.
+    """Logs every candidate to MLflow as it finishes, and catches up after a failure of the store.
 
     Args:
-        folder: The study's.
-        axes: The decisions, to describe choices.
-        listener: Hears what is amiss.
+        folder: The study's folder.
+        axes: The axes of the space, to describe choices.
+        listener: Receives warnings.
     """
 
     def __init__(self, folder: StudyFolder, axes: Sequence[Axis], listener: Listener) -> None:
@@ -44,8 +44,10 @@ class Mirror:
         texts: Mapping[str, str],
         environment: Mapping[str, str],
     ) -> None:
-        """Open the store and bring it up to date; raises `StudyError` when it cannot be used. Nothing if `uri` is
-        False.
+        """Open the store and bring it up to date; without effect if `uri` is False.
+
+        Raises:
+            StudyError: The store cannot be used.
         """
         if uri is False:
             return
@@ -59,7 +61,7 @@ class Mirror:
             self.listener.say(f"brought up to date in MLflow: {added} trial{'s' * (added != 1)}")
 
     def log(self, candidate: Candidate, front: Front) -> None:
-        """Log a candidate that has just ended; `front` holds it."""
+        """Log a candidate that has just finished; `front` includes it."""
         if not self.tracker or self.behind:
             return
         members = {member.number for member in front.members}
@@ -94,7 +96,7 @@ class Mirror:
         return tracker.sync(list(front.candidates), volumes, self._choices)
 
     def _choices(self, candidate: Candidate) -> dict[str, object]:
-        """The choices by axis for people: `weight_bits/fc: 4`."""
+        """The choices by axis in readable form: `weight_bits/fc: 4`."""
         choices: dict[str, object] = {}
         for name, index in (candidate.picks or {}).items():
             axis = self._axes[name]
@@ -116,7 +118,7 @@ def _readable(kind: str, choice: Any) -> object:
 
 
 def mirrored_texts(folder: StudyFolder, config_text: str, config: Mapping[str, Any] | None) -> dict[str, str]:
-    """What is logged beside the numbers: what was asked, as it was written and with every default filled in."""
+    """The texts that are logged: the configuration as it was written, and with every default filled in."""
     texts = {"study.json": folder.about.read_text()}
     if config_text:
         texts["config.yaml"] = config_text

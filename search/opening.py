@@ -1,4 +1,4 @@
-"""The beginning of a study: what is found out once, before the first trial."""
+"""The beginning of a study: what is measured once, before the first trial."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ from .suggest import OURS
 
 
 def measure_baseline(runner: Runner, task: str, listener: Listener) -> tuple[Measurement, bytes]:
-    """The original network's numbers and its packed file; raises `TaskError` when it cannot be measured."""
+    """Measure the original model.
+
+    Returns:
+        Its numbers and its packed file.
+
+    Raises:
+        TaskError: It cannot be measured.
+    """
     listener.phase("measuring the baseline")
     try:
         return runner.submit(MeasureBaseline()).result()
-    except Diverged as error:  # of a candidate that is a result; of the network as it was given it is a mistake
+    except Diverged as error:  # a valid result for a candidate, but an error in the task for the original model
         raise TaskError(
             f"task {task!r}: the untouched network cannot be measured: {error}. Every candidate is compared "
             "with it, so check the metric, the validation data and the checkpoint"
@@ -40,9 +47,7 @@ def begin(
     folder: StudyFolder,
     listener: Listener,
 ) -> Beginning:
-    """What makes the trials fast and their time predictable: how to evaluate, how long trials take, and whether rungs
-    pay.
-    """
+    """Decide how candidates are evaluated and whether rungs are worthwhile, and measure how long trials take."""
     listener.phase("finding the fastest way to evaluate")
     works = preflight.smallest.steps and preflight.metric in preflight.smallest_measured.metrics
     smallest = folder.candidates.packed(preflight.smallest).read_bytes() if works else packed
@@ -63,9 +68,13 @@ def begin(
 def train_students(
     runner: Runner, space: Space, axes: Sequence[Axis], beginning: Beginning, listener: Listener
 ) -> Beginning:
-    """Train the students that come untrained; what few bits round to zero is then that of the trained ones.
+    """Train the students that come untrained, and measure which share of their trained weights few bits round to zero.
 
-    They are trained once, before all trials, or those of a student would look many times as long as they are.
+    They are trained once, before the first trial. Otherwise the first trial of each student would include its training,
+    and the expected time of a trial would be many times too long.
+
+    Raises:
+        TaskError: The training of a student diverged.
     """
     overheads = dict(beginning.overheads)
     for student in filter(None, space.students):
@@ -73,7 +82,7 @@ def train_students(
         own = tuple(axis for axis in axes if axis.student == name)
         try:
             shares = runner.submit(TrainStudent(student, own), listener.phase).result()
-        except Diverged as error:  # of a candidate that is a result; no candidate of this student could be measured
+        except Diverged as error:  # no candidate of this student could be measured
             raise TaskError(
                 f"student {name!r} cannot be taught: {error}; set a lower learning_rate than "
                 f"{student.learning_rate:g} in space.students, or leave it out"

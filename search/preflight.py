@@ -1,7 +1,7 @@
-"""What can be known before the search: does everything work here, and can the budget be kept at all?
+"""The checks before a search: does everything work on this machine, and can the budget be kept at all?
 
-The preflight exports and measures the original network, compresses every kind of layer once in the smallest recipe of
-the space, and exports, reloads and measures that too. What would fail after hours fails here in seconds.
+The preflight exports and measures the original model. It then compresses every kind of layer once, in the smallest
+recipe of the space, and exports, reloads and measures that too. What would fail after hours fails here in seconds.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from ..spaces.structure import Structure
 from ..spaces.techniques.recover import Recover
 from ..spaces.techniques.student import Student
 
-TOLERANCE = 0.01  # predicted bytes are right within 1%
+TOLERANCE = 0.01  # predicted bytes are accurate within 1%
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the preflight found: the network, its numbers, and the cheapest recipe of the space with its numbers.
+    """The result of the preflight: the network, its numbers, and the cheapest recipe of the space with its numbers.
 
     Args:
-        structure: Of the network.
-        axes: The decisions of the space.
-        baseline: The original network's numbers.
-        overheads: By name the bytes of a network's files around its layers' tensors; "" is the original network.
+        structure: The structure of the network.
+        axes: The axes of the space.
+        baseline: The original model's numbers.
+        overheads: For each network by name, the bytes of its files besides its layers' tensors; "" is the original
+            model.
         smallest: The cheapest recipe.
         smallest_measured: Its numbers.
-        warnings: For people.
-        metric: Name of the task's metric.
-        target: Name of the target.
-        computed: Whether latencies are computed there instead of measured.
+        warnings: Warnings for people.
+        metric: The name of the task's metric.
+        target: The name of the target.
+        computed: Whether the target computes latencies instead of measuring them.
         limits: The budget's limits, for people.
     """
 
@@ -64,11 +65,16 @@ def smallest_recipe(
     overheads: Mapping[str, cost.FileOverhead],
     metric: str = "size_bytes",
 ) -> Recipe:
-    """The recipe of the space with the least predicted bytes (or MACs): each decision at its cheapest, of every
-    network.
+    """The recipe of the space with the lowest predicted bytes (or MACs).
 
-    The axes of a network do not work against each other (fewer channels never make fewer bits dearer), so they are
-    decided in turn. overheads: as in `Preflight`.
+    For each network, every axis is set to its cheapest choice in turn. That is optimal because the axes do not conflict
+    (with fewer channels, fewer bits never cost more).
+
+    Args:
+        space: The search space.
+        structure: The structure of the network.
+        overheads: As in `Preflight`.
+        metric: `size_bytes` or `macs`.
     """
 
     def predicted(recipe: Recipe, name: str) -> float:
@@ -103,18 +109,26 @@ def preflight(
     baseline: Measurement,
     say: Callable[[str], None],
 ) -> Preflight:
-    """Run the preflight after the baseline was measured.
+    """Run the preflight, after the baseline was measured.
+
+    Args:
+        runner: The runner of the study's task.
+        facts: What the runner knows of the task.
+        space: The search space.
+        budget: The limits.
+        baseline: The original model's numbers.
+        say: Called with a description of the current activity.
 
     Raises:
         ConfigError: A pattern selects nothing, or no recipe of the space can keep a limit.
-        ExportFailed: Compression itself does not work on this network.
-        RecipeError: The same.
+        ExportFailed: The smallest recipe cannot be exported for this network.
+        RecipeError: The smallest recipe does not fit this network.
     """
     structure = facts.structure
     axes = space.axes(structure)
     say("compressing every kind of layer once")
     own = {name: tuple(axis for axis in axes if axis.student == name) for name, _ in space.networks(structure)}
-    # The original network's overhead is always measured: trivial baselines are made of it.
+    # The original model's overhead is always measured: the reference recipes compress the original model.
     asked = [MeasureOverhead(own.get("", ()), int(baseline.value("size_bytes")))]
     asked += [MeasureOverhead(own[name], None, name) for name in own if name]
     overheads = {request.student: runner.submit(request).result() for request in asked}
@@ -140,7 +154,11 @@ def preflight(
 
 
 def _measured(runner: Runner, smallest: Recipe, baseline: Measurement) -> tuple[Measurement, list[str]]:
-    """The numbers of the smallest recipe, and warnings; raises what its trial failed with, unless it diverged."""
+    """The numbers of the smallest recipe, and warnings.
+
+    Raises:
+        TrialError: Its trial failed, except by diverging.
+    """
     if not smallest.steps:
         return baseline, []
     outcome = runner.submit(RunTrial(smallest)).result()
@@ -150,7 +168,7 @@ def _measured(runner: Runner, smallest: Recipe, baseline: Measurement) -> tuple[
     error, reason = outcome.failure.error, outcome.failure.reason.partition(": ")[2]
     if error != Diverged.__name__:
         raise getattr(errors, error, TrialError)(reason)
-    # Its metric is lost, as may be expected of the smallest of all; its size is known.
+    # The smallest recipe may well destroy the metric; its size is still known.
     warning = f"the smallest recipe ({smallest.describe()}) does not compute any more: {reason}"
     size = Estimate.exact(len(runner.submit(BuildFile(smallest)).result()))
     return Measurement({"size_bytes": size, "latency_ms": Estimate.exact(math.nan)}), [warning]
@@ -164,7 +182,7 @@ def _limit_problem(
     measured: Measurement,
     baseline: Measurement,
 ) -> tuple[str, str]:
-    """Why a limit cannot be kept, and a warning where it can hardly be kept; both empty where it can."""
+    """Why a limit cannot be kept, and a warning where it can barely be kept; both empty where it can."""
     if limit.metric == "latency_ms":
         latency, bound = measured.value("latency_ms"), baseline.value("latency_ms")
         if limit.excess(latency, bound) <= 0 or math.isnan(latency):

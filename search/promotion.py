@@ -1,6 +1,7 @@
-"""Which candidate is trained further, and whom it races against: the rungs of a study (see `search.rungs`).
+"""Which candidate is trained further, and which ones it is compared with: the rungs of a study (see `search.rungs`).
 
-A candidate is known by its choices without those of recovery; on every rung it is a candidate with a number of its own.
+A recipe is identified across rungs by its choices without those of recovery; on every rung it is a candidate with its
+own number.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .judge import Judge
 from .rungs import PILOT, Ladder, RungEntry, ranked
 
 Scores = NDArray[np.floating]
-_RELIABLE = 0.5  # Kendall's tau from which on a rung says enough of the next one to stop an evaluation by it
+_RELIABLE = 0.5  # the lowest Kendall's tau at which a rung predicts the next well enough to stop evaluations early
 
 
 class Promotions:
-    """The rungs of a study, and which candidate stands on which.
+    """The rungs of a study, and which candidate is on which.
 
     Args:
-        space: What is searched; a ladder when there are rungs, else all candidates are on one.
-        structure: Of the network.
-        judge: What is good.
+        space: The search space. Only a ladder has several rungs; otherwise all candidates are on one.
+        structure: The structure of the network.
+        judge: The objectives and limits.
         history: The study's candidates.
-        read_scores: The metric of a recipe on every validation sample, where it is still stored.
+        read_scores: Returns the metric of a recipe on every validation sample; None where it is not stored.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Promotions:
         self.space, self.structure, self.judge, self.history = space, structure, judge, history
         names = [_rung_name(space.recoveries(choice)) for choice in space.recovery]
         self.ladder = Ladder(tuple(names) if space.ladder else ("candidates",))
-        self.recovered: set[int] = set()  # candidates that training could not make better
-        self._placed: dict[tuple[object, int], int] = {}  # by choices and rung, the candidate
+        self.recovered: set[int] = set()  # candidates that training could not improve
+        self._placed: dict[tuple[object, int], int] = {}  # the number of the candidate by choices and rung
         self._read_scores = read_scores
         self._scores: dict[int, Scores | None] = {}  # of rivals, by number
 
@@ -64,7 +65,7 @@ class Promotions:
         return picks.get("recovery", 0) if picks and self.space.ladder else 0
 
     def place(self, candidate: Candidate) -> None:
-        """Put a candidate on its rung, and link it to what it was on the one below."""
+        """Put a candidate on its rung, and link it to its candidate on the rung below."""
         picks = candidate.picks
         if picks is None or not (candidate.measurement or candidate.state == FAILED):
             return
@@ -89,17 +90,17 @@ class Promotions:
         self.ladder.rungs[rung].append(RungEntry(number, metric.value, losses, eligible, bool(candidate.label)))
 
     def _nothing_to_recover(self, metric: Estimate) -> bool:
-        """Whether less than half an interval is lost, which could not be told from luck if it were won back."""
+        """Whether the loss is below a quarter of the interval's width, so that no recovery could be distinguished."""
         return self.judge.baseline.value(self.judge.metric) - metric.value <= (metric.high - metric.low) / 4
 
     def next(self, front: Front, left: float, may: Callable[[int], bool]) -> dict[str, int] | None:
-        """The choices of the candidate to train further, None when a new one should be begun.
+        """The choices of the candidate to train further; None when a new candidate should be started.
 
-        The last trials of a study belong to the members of the front: more training can only do them good.
+        The last trials of a study go to the members of the front: training can only add better candidates there.
 
         Args:
             front: The front so far.
-            left: How many trials are to come.
+            left: The number of remaining trials.
             may: Whether there is time for a trial on a rung.
         """
         if not self.space.ladder:
@@ -121,16 +122,16 @@ class Promotions:
             twin = self.history.by_key.get(self.space.recipe(self.structure, picks).key)
             if twin is None:
                 return picks
-            above[number] = twin.number  # other choices gave the same recipe, which has been carried out
+            above[number] = twin.number  # other choices gave the same recipe, which was tried already
 
     def best(self, rung: int) -> list[RungEntry]:
-        """The candidates on a rung that nothing there dominates."""
+        """The nondominated candidates of a rung."""
         candidates = self.history.candidates
         entries = [s for s in self.ladder.rungs[rung] if self.judge.keeps_costs(candidates[s.number])]
         return [s for s, kept in zip(entries, nondominated([s.losses for s in entries]), strict=True) if kept]
 
     def rivals(self, rung: int) -> tuple[Rival, ...]:
-        """Whom a candidate on a rung must not be significantly worse than, to be evaluated to its end."""
+        """The candidates that a new one on a rung is compared with; if significantly worse, it is stopped early."""
         judge, base = self.judge, self.judge.baseline.value(self.judge.metric)
         rivals: list[Rival] = []
         last = rung == self.top
@@ -138,7 +139,7 @@ class Promotions:
         if original is not None:
             limits = judge.metric_limits()
             rivals = [Rival("the untouched network", original, base - limit.resolve(base)) for limit in limits]
-        # Below the top the order may still change, unless it is known to change little.
+        # Below the top, training may still change the order, unless tau shows that it changes little.
         tau = None if last else self.ladder.tau(rung)
         objective = judge.metric_objective
         if objective is None or not (last or (tau is not None and tau >= _RELIABLE)):
@@ -155,10 +156,10 @@ class Promotions:
         return tuple(rivals)
 
     def likely(self) -> list[int]:
-        """The numbers of the candidates that may be promoted soon, whose trained weights are worth keeping."""
+        """The numbers of the candidates that may be promoted soon, whose trained weights are therefore kept."""
         numbers: list[int] = []
         for rung, entries in enumerate(self.ladder.rungs):
-            if 0 < rung < self.top:  # at the foot nothing is trained, from the top nobody is promoted
+            if 0 < rung < self.top:  # the lowest rung has no trained weights, and the top has no next rung
                 eligible = [s for s in entries if s.eligible and s.number not in self.ladder.above]
                 order = ranked([s.losses for s in eligible], max(PILOT, len(entries) // 2))
                 numbers += [eligible[place].number for place in order]

@@ -1,4 +1,4 @@
-"""What a study writes down when it begins, and holds itself against when it is resumed: `study.json`."""
+"""`study.json`: what a study writes when it begins and compares itself with when it is resumed."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from ..spaces.plain import plain
 from ..spaces.space import Space
 from .schedule import Guess
 
-_PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # what a kill in the middle of writing leaves behind
+_PARTIAL = re.compile(r"\..*\.\d+\.(partial|part)")  # left behind by a process that was killed while writing
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What was found out before the first trial, and holds for the whole study.
+    """What was measured before the first trial and holds for the whole study.
 
     Args:
-        baseline: The original network's numbers.
-        overheads: By name the bytes of a network's files around its layers' tensors; "" is the original network.
+        baseline: The original model's numbers.
+        overheads: For each network by name, the bytes of its files besides its layers' tensors; "" is the original
+            model.
         plan: How candidates are evaluated.
-        guess: How long things take.
+        guess: How long a trial and its phases take.
         ladder: Whether the choices of recovery are rungs.
     """
 
@@ -51,13 +52,13 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a study was asked for.
+    """The request that a study carries out.
 
     Args:
-        task: Name of the task.
-        objectives: What to pursue.
-        budget: What to keep.
-        sampler: Its name.
+        task: The name of the task.
+        objectives: The objectives.
+        budget: The limits.
+        sampler: The name of the sampler.
         rungs: As in `Study`.
         settings: How files are measured.
     """
@@ -70,8 +71,8 @@ class Asked:
     settings: MeasurementSettings
 
     def snapshot(self, facts: TaskFacts, space: Space) -> dict[str, Any]:
-        """What must not change when a study is resumed: all that decides which recipes come and how they are judged."""
-        # Pairs follow from the network, and studies that are older than them can be resumed.
+        """What must not change when a study is resumed: all that decides which recipes are tried and how they rank."""
+        # Pairs follow from the network, so they are left out; studies from before there were pairs can be resumed.
         bare = replace(facts.structure, students=(), pairs=(), unpaired=())
         structure = json.dumps(plain(bare), sort_keys=True, default=list)
         students = {s.factory: facts.student_weights[s.factory] for s in space.students if s}
@@ -89,10 +90,11 @@ class Asked:
             "rungs": self.rungs,
             "seed": self.settings.seed,
             **({"students": students} if students else {}),
-            # Studies of ONNX Runtime do not name it, as before there were other targets.
+            # The default target is not written: studies from before there were other targets do not name one.
             "measure": ({} if target == DEFAULT else {"target": target}) | measure,
         }
-        return json.loads(json.dumps(snapshot))  # type: ignore[no-any-return]  # an object gives an object
+        stored: dict[str, Any] = json.loads(json.dumps(snapshot))  # tuples become lists, as in a file that was read
+        return stored
 
 
 def write_beginning(
@@ -104,7 +106,7 @@ def write_beginning(
     config: Mapping[str, Any] | None,
     config_file: Path | None,
 ) -> None:
-    """Write `study.json`, after which the study has begun."""
+    """Write `study.json`; from then on the study can be resumed."""
     record = {
         "version": VERSION,
         "snapshot": snapshot,
@@ -123,7 +125,11 @@ def write_beginning(
 
 
 def read_beginning(folder: StudyFolder, snapshot: Mapping[str, Any]) -> Beginning:
-    """What `write_beginning` wrote; raises `StudyError` when the study was asked for something else."""
+    """Read what `write_beginning` wrote.
+
+    Raises:
+        StudyError: The study was begun with another snapshot, that is, another configuration.
+    """
     stored = folder.read_about()
     changed = [key for key in snapshot if stored["snapshot"].get(key) != snapshot[key]]
     if changed:
@@ -139,7 +145,7 @@ def read_beginning(folder: StudyFolder, snapshot: Mapping[str, Any]) -> Beginnin
 
 
 def prepare_folder(folder: StudyFolder) -> None:
-    """Make what is missing in a study's folder, and remove what a kill has left half-written."""
+    """Create what is missing in a study's folder, and remove partial files that a killed process left."""
     if folder.journal.exists() and not folder.about.exists():
         raise StudyError(
             f"{folder.root} holds trials.jsonl without the study.json they belong to; restore that file, or name "
@@ -154,9 +160,10 @@ def prepare_folder(folder: StudyFolder) -> None:
 
 @contextlib.contextmanager
 def held(folder: StudyFolder) -> Iterator[None]:
-    """Hold a study's folder for this process alone; one in which no study began in the end is taken away again.
+    """Lock a study's folder for this process; a new folder in which no study has begun is removed at the end.
 
-    Raises `StudyError` when the folder cannot be written or another process holds it.
+    Raises:
+        StudyError: The folder cannot be written, or another process holds its lock.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -174,10 +181,10 @@ def held(folder: StudyFolder) -> Iterator[None]:
 
 
 def _remove_attempt(folder: StudyFolder) -> None:
-    """Remove what an attempt to begin a study has left in its folder, and the folder if nothing else lies there."""
+    """Remove what an attempt to begin a study left in its folder, and the folder if nothing else is in it."""
     if folder.about.exists() or folder.journal.exists():
         return
-    with contextlib.suppress(OSError):  # what cannot be removed does no harm: the next study begins over it
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm: the next study overwrites it
         candidates = folder.candidates.directory
         for path in candidates.glob("*"):
             if OWNED_FILES.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):

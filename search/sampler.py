@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -126,6 +127,5 @@ def in_space(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> Non
     Optuna would compute the parameters that all trials have in common, which takes longer than the rest of a
     suggestion.
     """
-    sampler.infer_relative_search_space = (  # type: ignore[method-assign]  # Optuna has no argument for the space
-        lambda study, trial: dict(space)
-    )
+    # Replaced on the object, because Optuna's samplers have no argument for the space.
+    cast(Any, sampler).infer_relative_search_space = lambda study, trial: dict(space)

@@ -1,4 +1,4 @@
-"""The time of a study: how long trials take, how many are to come, and what to keep for the end."""
+"""The time budget of a study: how long trials take, how many remain, and how much time to reserve for the end."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .finalists import START
 from .history import History
 from .promotion import Promotions
 
-REPORT_SECONDS = 7.0  # that the report and the end of the MLflow run take
-RUNG_COST_RATIO = 3.0  # times as long as a trial without training must take the training of one that rungs are worth it
-_FINALISTS = 12  # guessed before there is a front
+REPORT_SECONDS = 7.0  # for the report and the end of the MLflow run
+RUNG_COST_RATIO = 3.0  # rungs are worthwhile where training takes at least so many times as long as an untrained trial
+_FINALISTS = 12  # the expected number of finalists before there is a front
 
 
 @dataclass(frozen=True)
 class Guess:
-    """Seconds that were measured before the first trial; the names are those of `seconds` in study.json.
+    """Durations in seconds, measured before the first trial. The names are those of `seconds` in study.json.
 
     Args:
-        trial: Of a trial without training.
-        evaluate: Of these, for the evaluation.
-        epoch: Of an epoch of training.
-        parity: Of the comparison of a finalist with its simulation; an older study does not know it.
+        trial: A trial without training.
+        evaluate: The evaluation in such a trial.
+        epoch: An epoch of training.
+        parity: The comparison of a finalist with its simulation; 0 in studies that did not measure it yet.
     """
 
     trial: float
@@ -37,24 +37,24 @@ class Guess:
     parity: float = 0.0
 
     def pays(self, space: Space) -> bool:
-        """Whether training takes so long that rungs are worth it."""
+        """Whether training takes so long that rungs are worthwhile."""
         longest = max(choice.epochs if choice else 0.0 for choice in space.recovery)
         return longest * self.epoch > RUNG_COST_RATIO * self.trial
 
 
 class Schedule:
-    """What a study expects of the time to come.
+    """Estimates the remaining time and trials of a study.
 
     Args:
-        guess: What was measured before the first trial.
-        space: What is searched.
+        guess: The durations measured before the first trial.
+        space: The search space.
         history: The candidates so far.
-        promotions: On which rung each of them is.
-        samples: By split the number of samples.
-        seconds: Of one latency measurement.
-        combines: Whether ensembles are tried at the end.
-        limit: Seconds that the whole search may take, infinite for no limit.
-        started: When it began, on `time.perf_counter`.
+        promotions: The rung of each candidate.
+        samples: The number of samples of each split.
+        seconds: The duration of one latency measurement.
+        combines: Whether ensembles are tried after the trials.
+        limit: Seconds for the whole search; infinite for no limit.
+        started: When the search began, as `time.perf_counter` counts.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Schedule:
         self.limit, self.started = limit, started
 
     def typical(self, rung: int) -> float:
-        """Seconds that a trial on a rung takes: the mean of those that were carried out, else what is guessed.
+        """Seconds that a trial on a rung takes: the mean of those so far, or the guess with fewer than three.
 
-        The reference recipes do not count: most of them do not train, and none is stopped early.
+        Reference recipes do not count: most of them do not train, and none is stopped early.
         """
         numbers = [s.number for s in self.promotions.ladder.rungs[rung] if not s.given]
         candidates = self.history.candidates
@@ -88,7 +88,7 @@ class Schedule:
         return float(self.guess.trial + self.guess.epoch * epochs)
 
     def per_trial(self) -> float:
-        """Seconds per trial to come, over all rungs; what is rejected by predicted cost takes none."""
+        """Expected seconds per remaining trial over all rungs; a recipe rejected by its predicted cost takes none."""
         candidates = self.history.candidates
         carried = sum(c.measurement is not None for c in candidates) / max(1, len(candidates))
         shares = self.promotions.ladder.shares()
@@ -96,7 +96,7 @@ class Schedule:
         return max(carried, 0.05) * mean if candidates else mean
 
     def time_left(self, members: int) -> float:
-        """Seconds left for trials when the end is kept free; `members`: of the front so far."""
+        """Seconds left for trials, without the time reserved for the end; `members` is the size of the front so far."""
         later = self.reserve(members) + self._for_ensembles()
         return self.remaining() - min(later, self.limit / 4) if math.isfinite(self.limit) else math.inf
 
@@ -105,16 +105,16 @@ class Schedule:
         return self.limit - (time.perf_counter() - self.started)
 
     def trials_left(self, trials: int | None, seconds: float) -> float:
-        """How many trials are to come, of `trials` in all, in so many seconds."""
+        """The number of remaining trials, with `trials` in total and at most `seconds` left."""
         by_time = seconds / max(self.per_trial(), 1e-3)
         return max(0.0, min(by_time, math.inf if trials is None else trials - self.history.trials))
 
     def reserve(self, members: int, parity: float | None = None) -> float:
-        """Seconds to keep for the finalists and the report.
+        """Seconds to reserve for the finalists and the report.
 
         Args:
-            members: Of the front so far.
-            parity: For the comparison of one finalist with its simulation; what was guessed when None.
+            members: The size of the front so far.
+            parity: Seconds for the comparison of one finalist with its simulation; by default those of `guess`.
         """
         tests = self.samples.get("test", 0)
         images = tests / self.samples["validation"]
@@ -127,13 +127,13 @@ class Schedule:
         return 1.1 * (one * (1 + finalists) + parity * finalists) + START + REPORT_SECONDS
 
     def _for_ensembles(self) -> float:
-        """Seconds for ensembles: each network's outputs, and about twice a trial without training for each tried."""
+        """Seconds for ensembles: each network's outputs, and about two untrained trials for each ensemble tried."""
         if not self.combines:
             return 0.0
         return _FINALISTS * self.guess.evaluate + 2 * ensembles.TRIED * self.guess.trial
 
     def plan(self, trials: int | None, seconds: float, members: int) -> str:
-        """For people, before the start: what will be carried out and how long it will take."""
+        """A line for people before the start: what will be executed and how long it will take."""
         left = self.trials_left(trials, seconds)
         ladder = self.promotions.ladder
         parts = [

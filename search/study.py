@@ -1,19 +1,19 @@
-"""The study: asks for recipes, has them carried out, judges them, remembers them, and ends with a front.
+"""The study: asks for recipes, has them executed, judges and records them, and ends with a front.
 
-Everything a study knows lies in its folder (`results.folder`), so that a kill at any moment loses at most the trial
-that was running. A `Study` is put together of parts that each have a state of their own:
+Everything a study knows is in its folder (`results.folder`), so a killed process loses at most the trial that was
+running. A `Study` consists of parts, each with its own state:
 
     Suggester    the sampler: which recipe comes next               (search.suggest)
-    Runner       carries a recipe out, behind one seam              (runners.runner)
+    Runner       executes a recipe, behind one interface            (runners.runner)
     Judge        objectives, limits, predicted costs                (search.judge)
-    Promotions   which candidate is trained further, and rivals     (search.promotion)
+    Promotions   which candidate is trained further, and its rivals (search.promotion)
     Trials       the journal, the candidates, Optuna in memory      (search.trials)
-    Schedule     how long it takes                                  (search.schedule)
+    Schedule     how long everything takes                          (search.schedule)
     Mirror       MLflow                                             (search.mirror)
 
-The order of a trial: predict its costs (over the budget: rejected, nothing is compressed), compress, export, time,
-evaluate, write down, tell the sampler, mirror to MLflow. A rejected recipe is told to the sampler like any other, with
-what is known of it.
+The phases of a trial: predict its costs (over the budget: rejected, nothing is compressed), compress, export, measure
+latency, evaluate, write to the journal, tell the sampler, mirror to MLflow. A rejected recipe is told to the sampler
+like any other, with what is known about it.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ from .suggest import OURS, Suggester
 from .support import check_metrics, checked_space
 from .trials import Trials
 
-TRIALS = 40  # candidates of a study of which neither a number nor a time was said
-MAX_REPEATS = 300  # repeated suggestions in a row after which a space counts as exhausted
+TRIALS = 40  # trials of a study for which neither a number nor a time was given
+MAX_REPEATS = 300  # repeated suggestions in a row after which the space counts as exhausted
 
 
 class RunnerFactory(Protocol):
-    """Makes the runner of a task, whose files go to `directory`."""
+    """Creates the runner of a task, whose files go to `directory`."""
 
     def __call__(
         self, task: Task, directory: Path, settings: MeasurementSettings, *, target: Target | None
@@ -88,29 +88,29 @@ class Study:
         >>> front = Study(task, budget=["size_bytes <= 25%"]).run(trials=40)   # doctest: +SKIP
 
     Args:
-        task: What is compressed.
-        space: What may be done; derived from the network when None.
+        task: The trained network with its data and metric.
+        space: The search space; derived from the network when None.
         objectives: Metrics such as `["accuracy", "size_bytes", "latency_ms"]`; the task's metric and size_bytes when
             None.
         budget: Limits such as `["size_bytes <= 25%", "accuracy >= -1%"]`.
-        directory: The study's folder (`studies/<task name>` when None); a study that is there already is resumed.
+        directory: The study's folder (`studies/<task name>` when None); an existing study is resumed.
         sampler: `ehvi` (our own), or Optuna's `tpe`, `nsga2`, `nsga3`, `gp`, `random`, `qmc`.
-        rungs: Whether every candidate begins untrained and only the best are trained, step by step (see
-            `search.rungs`); None decides it by how long training takes. Only `ehvi` knows rungs.
+        rungs: Whether every candidate starts untrained and only the best ones are trained, step by step (see
+            `search.rungs`). None decides by how long training takes. Only `ehvi` supports rungs.
         ensembles: Whether ensembles of the candidates are tried after the trials (see `search.ensembles`).
-        seed: Of every random choice.
+        seed: The seed of every random choice.
         threads: CPU threads while latency is measured.
         batch: Inputs per call while latency is measured.
-        seconds: Of one latency measurement.
-        calibration_images: Training inputs that set activation ranges and BatchNorm statistics.
-        target: What runs the files that are measured: `onnxruntime`, `openvino`, `torch`, `torch-cuda`, or a `Target`.
-        mlflow: Tracking URI, None for a store in the folder, False for no MLflow.
-        experiment: Name of the MLflow experiment.
-        listener: Hears of every trial.
-        config: What was asked, with every default filled in; kept with the results.
-        config_text: The same as it was written.
-        config_file: Where it was written.
-        make_runner: Makes what carries the recipes out.
+        seconds: The duration of one latency measurement.
+        calibration_images: How many training inputs set activation ranges and BatchNorm statistics.
+        target: The runtime that runs the files: `onnxruntime`, `openvino`, `torch`, `torch-cuda`, or a `Target`.
+        mlflow: The tracking URI; None for a store in the folder, False for no MLflow.
+        experiment: The name of the MLflow experiment.
+        listener: Follows the progress.
+        config: The configuration with every default filled in; stored with the results.
+        config_text: The configuration as it was written.
+        config_file: The file it was read from.
+        make_runner: Creates the runner that executes the recipes.
         max_repeats: Repeated suggestions in a row after which the space counts as exhausted.
 
     Raises:
@@ -165,20 +165,20 @@ class Study:
         self.make_runner, self.max_repeats = make_runner, max_repeats
         self.history = History()
         self.test_baseline: Estimate | None = None
-        self.opened = False  # whether all that a report is made of is known
-        self.overhead_seconds: list[float] = []  # of each trial, what was neither compressing, training nor measuring
+        self.opened = False  # whether everything that a report needs is known
+        self.overhead_seconds: list[float] = []  # of each trial, without compressing, training and measuring
 
     # ---------------------------------------------------------------------------------------------- opening
 
     def check(self) -> Preflight:
-        """The preflight alone, in a throw-away folder; raises what `run` would raise at its start."""
+        """Run only the preflight, in a temporary folder; it raises what `run` would raise at its start."""
         with tempfile.TemporaryDirectory() as folder, self._running(Path(folder)):
             baseline, _ = measure_baseline(self.runner, self.task.name, self.listener)
             return self._preflight(baseline)
 
     @contextlib.contextmanager
     def _running(self, candidates: Path) -> Iterator[None]:
-        """Load the task into a runner, which is closed at the end."""
+        """Load the task into a runner, which is closed at the end of the block."""
         self.listener.phase("loading the network and the data, tracing")
         self.runner = self.make_runner(self.task, candidates, self.asked.settings, target=self.target)
         try:
@@ -209,7 +209,7 @@ class Study:
         return result
 
     def _open(self, limit: float, started: float) -> None:
-        """Measure the baseline and run the preflight of a new study, or read one; then put the parts together."""
+        """Measure the baseline and run the preflight of a new study, or read an existing one; then create its parts."""
         snapshot = self.asked.snapshot(self.facts, self.space)
         resumed = self.folder.about.exists()
         if resumed:
@@ -219,8 +219,8 @@ class Study:
             self.runner.submit(Restore(packed, latency, beginning.plan)).result()
         else:
             baseline, packed = measure_baseline(self.runner, self.task.name, self.listener)
-            found = self._preflight(baseline)
-            beginning = begin(self.runner, self.asked, self.space, found, packed, self.folder, self.listener)
+            checked = self._preflight(baseline)
+            beginning = begin(self.runner, self.asked, self.space, checked, packed, self.folder, self.listener)
             write_atomic(self.folder.baseline, packed)
             environment = self.facts.environment
             write_beginning(self.folder, beginning, self.asked, snapshot, environment, self.config, self.config_file)
@@ -239,7 +239,7 @@ class Study:
             self.listener.say(f"going on with the study in {self.folder.root}: {count} finished")
 
     def _assemble(self, beginning: Beginning, limit: float, started: float) -> None:
-        """The parts of the study, without a candidate yet."""
+        """Create the parts of the study, without any candidate yet."""
         asked, structure = self.asked, self.facts.structure
         self.history = History()
         self.judge = Judge(
@@ -272,17 +272,20 @@ class Study:
     # ----------------------------------------------------------------------------------------------- running
 
     def run(self, trials: int | None = None, time_limit: float | None = None) -> Front:
-        """Search until the study has `trials` finished trials in all, or `time_limit` seconds are over, all included.
+        """Search until the study has `trials` finished trials in total, or `time_limit` seconds are over.
 
-        A study that was interrupted goes on where it stopped; one that has its trials just gives its front. On Ctrl-C
-        the report of the front so far is written before `KeyboardInterrupt` goes on.
+        An interrupted study is resumed; one that has its trials already returns its front. On Ctrl-C the report of the
+        front so far is written before `KeyboardInterrupt` is raised again.
 
         Args:
-            trials: 40 when neither is given, any number in a given time.
-            time_limit: In seconds.
+            trials: The number of trials; when None, 40, or with a time limit as many as fit.
+            time_limit: Seconds for everything, including the baseline, the finalists and the report.
+
+        Returns:
+            The front of all candidates.
 
         Raises:
-            StudyError: The folder cannot be used or belongs to another configuration.
+            StudyError: The folder cannot be used, or it belongs to another configuration.
         """
         started, limit = time.perf_counter(), math.inf if time_limit is None else time_limit
         self.opened, self.test_baseline = False, None
@@ -305,13 +308,13 @@ class Study:
         return self.front
 
     def _stopped(self, error: BaseException) -> None:
-        """What is written when the search does not come to its end; `error` is what stopped it."""
+        """Write what is known when an error or an interruption stops the search."""
         if not self.opened:
             return
         if not isinstance(error, Exception):  # Ctrl-C
             self._finish("KILLED")
             return
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             note = f"The search stopped with an error; the same command goes on.\n\n```\n{error}\n```"
             self.mirror.fail(self.front, self.folder.report, note)
 
@@ -335,11 +338,11 @@ class Study:
             seconds = self._time_left()
             self.listener.say(self.schedule.plan(trials, seconds, self._members()))
         while trials is None or self.history.trials < trials:
-            if not self._may(0) and not (fresh and not self.candidates):  # one at least, however short the time
+            if not self._may(0) and not (fresh and not self.candidates):  # at least one trial, however short the time
                 total = f" of {_count(trials)}" if trials else ""
                 self.listener.say(
                     f"the time is used up after {self.history.trials}{total or ' trials'}; "
-                    "the same command with more time goes on"
+                    "run the same command with more time to resume"
                 )
                 return
             label, trial, picks, recipe = self._next(trials, pending)
@@ -362,7 +365,7 @@ class Study:
             begin = time.perf_counter()
 
     def _reference_recipes(self) -> list[tuple[str, Recipe]]:
-        """The recipes that everybody would try first, with their labels, less those that are done or cannot run."""
+        """The reference recipes with their labels, without those that were tried already or cannot run."""
         recipes = reference_recipes(self.space, self.facts.structure)
         foreign = [label for label, recipe in recipes if any(map(self.target.supports, recipe.steps))]
         if foreign:
@@ -373,7 +376,7 @@ class Study:
     def _next(
         self, trials: int | None, pending: list[tuple[str, Recipe]]
     ) -> tuple[str, optuna.Trial | None, Mapping[str, int] | None, Recipe]:
-        """What comes next: its label, the sampler's trial where it asked for it, its choices and its recipe."""
+        """The next recipe: its label, the trial if the sampler suggested it, its choices, and the recipe itself."""
         structure = self.facts.structure
         if pending:
             label, recipe = pending.pop(0)
@@ -402,7 +405,7 @@ class Study:
         self.listener.finished(candidate, front, done, trials or done + round(left), eta)
 
     def _carry_out(self, recipe: Recipe, picks: Mapping[str, int] | None, label: str) -> Outcome:
-        """The outcome of a recipe's trial. The reference recipes are measured whatever they cost."""
+        """Execute a recipe and return the outcome. Reference recipes are measured whatever they cost."""
         if not label and (outcome := self.judge.rejected(recipe)) is not None:
             return outcome
         rung, number = self.promotions.rung(picks), len(self.candidates)
@@ -411,7 +414,7 @@ class Study:
             recipe,
             budget=None if label else self.judge.budget,
             baseline=self.judge.baseline_values,
-            time_first=self.judge.limits_latency and not rung,  # further up it was timed below
+            time_first=self.judge.limits_latency and not rung,  # on higher rungs it was timed below
             rivals=() if label else self.promotions.rivals(rung),
             cost_objectives=self.judge.other_objectives,
             keep_trained=0 < rung < self.promotions.top,
@@ -428,7 +431,7 @@ class Study:
         picks: Mapping[str, int] | None,
         label: str,
     ) -> tuple[Candidate, Front]:
-        """Onto the disk first, then to the sampler, then to MLflow; the candidate, and the front with it."""
+        """Write the candidate to disk, then tell the sampler, then log it to MLflow; return it and the new front."""
         candidate = self.judge.candidate(len(self.candidates), recipe, outcome, picks, label)
         self.trials.remember(trial, candidate)
         front = self._keep_files()
@@ -447,7 +450,7 @@ class Study:
     # --------------------------------------------------------------------------------------------- the end
 
     def _combine(self) -> None:
-        """Try ensembles of the candidates, where that was asked for."""
+        """Try ensembles of the candidates, where that was requested."""
         if not self.combines:
             return
 
@@ -463,7 +466,7 @@ class Study:
         return self.schedule.remaining() < self.schedule.reserve(self._members())
 
     def _finalists(self) -> None:
-        """The front's members and the baseline on the test split, read from their files; each of them once."""
+        """Measure the front's members and the baseline on the test split from their files, each of them once."""
         if "test" not in self.facts.samples:
             self.listener.say(
                 "the task has no test data: the front's numbers are the validation split's, on which it was selected"
@@ -484,7 +487,7 @@ class Study:
         self._read_finalists()
 
     def _packed(self, candidate: Candidate) -> Path:
-        """The file of a candidate; one that somebody deleted is made again, with the same bytes."""
+        """The packed file of a candidate; a deleted one is created again, with the same bytes."""
         path = self.folder.candidates.packed(candidate.recipe)
         if not path.exists():
             write_atomic(path, self.runner.submit(BuildFile(candidate.recipe)).result())
@@ -504,7 +507,7 @@ class Study:
 
     @undisturbed()
     def _finish(self, status: str) -> None:
-        """The report, and the end of the MLflow run."""
+        """Write the report and end the MLflow run."""
         from ..results.report.write import write_report  # plotly and matplotlib take seconds to import
 
         self.listener.phase("writing the report")
@@ -518,7 +521,7 @@ class Study:
             notes=[f"Rungs: {ladder.describe()}."] if self.space.ladder else [],
         )
         self.mirror.finish(front, self.folder.report, note, status, ladder.taus())
-        self.opened = False  # nothing is left to be written
+        self.opened = False  # nothing is left to write
 
 
 def _count(trials: int) -> str:

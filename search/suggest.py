@@ -1,6 +1,4 @@
-"""The sampler of a study: ours, which is told what arithmetic knows, or one of Optuna's, made anew for every
-suggestion.
-"""
+"""The sampler of a study, constructed anew for every suggestion: our own, which uses predicted costs, or Optuna's."""
 
 from __future__ import annotations
 
@@ -22,16 +20,16 @@ OURS = "ehvi"
 
 
 class Suggester:
-    """Gives the sampler for the next suggestion.
+    """Constructs the sampler for the next suggestion.
 
     Args:
-        name: The sampler's.
-        seed: Of all suggestions.
-        judge: What is good, and what arithmetic predicts.
-        space: What is searched.
-        axes: Its decisions.
-        distributions: Those of them that have a choice.
-        computed: Whether latency is computed on the target, and not noisy.
+        name: The name of the sampler.
+        seed: The seed of all suggestions.
+        judge: The objectives and limits, and the predicted costs.
+        space: The search space.
+        axes: The axes of the space.
+        distributions: The axes with more than one choice, as Optuna's distributions.
+        computed: Whether the target computes latency, so that it has no noise.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class Suggester:
         self.ours: EHVISampler | None = None
 
     def sampler(self, records: int) -> BaseSampler:
-        """The sampler for the suggestion after so many records."""
+        """The sampler for the suggestion after `records` lines of the journal."""
         if self.name != OURS:
             return make_sampler(self.name, self.seed, records, self.distributions)
         if self.ours is None:
@@ -72,7 +70,7 @@ class Suggester:
             return {place: values[metric] for place, metric in exact.items()}, excess
 
         latencies = [place for place, o in enumerate(judge.objectives) if o.metric == "latency_ms"]
-        # By axis of one network alone, at which choice of the network it has an effect.
+        # For each axis that belongs to a single network: the choice of the network at which it has an effect.
         places = {student.factory if student else "": place for place, student in enumerate(self.space.students)}
         conditions = {axis.name: ("student", places[axis.student]) for axis in axes if axis.student in places}
         sampler = EHVISampler(

@@ -1,4 +1,4 @@
-"""Whether a study can be carried out at all: its metrics are known, and the target runs every step of its space."""
+"""Checks that a study can run at all: its metrics are known, and the target supports every step of its space."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from ..spaces.techniques.sparsify import CRITERIA
 
 
 def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str) -> None:
-    """Raises one `ConfigError` with every objective and limit on a metric that is not measured."""
+    """Check that all metrics of objectives and limits are measured.
+
+    Raises:
+        ConfigError: Some are not; one error names all of them.
+    """
     known = (metric, *COSTS)
     problems = [
         f"objectives: unknown metric {o.metric!r}; choose from {', '.join(known)}"
@@ -37,7 +41,11 @@ def check_metrics(objectives: tuple[Objective, ...], budget: Budget, metric: str
 
 
 def check_supported(space: Space, structure: Structure, target: Target) -> None:
-    """Raises one `ConfigError` with every choice of the space that the target cannot run, its layers and the reason."""
+    """Check that the target can run every choice of the space.
+
+    Raises:
+        ConfigError: It cannot; one error names all such choices with their layers and reasons.
+    """
     if target.supports is everything:
         return
     refused: dict[tuple[str, str], list[str]] = {}
@@ -54,9 +62,7 @@ def check_supported(space: Space, structure: Structure, target: Target) -> None:
 
 
 def _steps(space: Space, structure: Structure) -> set[Step]:
-    """Every step that a recipe of the space may hold: each choice, and all pairs of widths of weights and
-    activations.
-    """
+    """Every step that a recipe of the space may contain: each choice, and all pairs of weight and activation widths."""
     axes = space.axes(structure)
     whole = {axis.name: axis.choices.index(min(axis.choices)) for axis in axes if axis.kind == "depth"}
     picks = []
@@ -73,19 +79,22 @@ def _steps(space: Space, structure: Structure) -> set[Step]:
                 pairs.append(begin | {axis.name: min(pick, len(axis.choices) - 1) for axis, pick in pair})
         picks += pairs
         for axis in own:
-            if axis.kind == "scheme":  # which has an effect on some widths only
+            if axis.kind == "scheme":  # it affects only some widths
                 picks += [pair | {axis.name: i} for pair in pairs for i in range(len(axis.choices))]
-            if axis.kind == "activations":  # which has an effect on 8 bits only
+            if axis.kind == "activations":  # it affects only 8 bits
                 eight = {a.name: a.choices.index(8) for a in activations if 8 in a.choices}
                 picks += [begin | eight | {axis.name: i} for i in range(len(axis.choices))]
     return {step for pick in picks for step in space.recipe(structure, pick).steps}
 
 
 def within(space: Space, structure: Structure, target: Target) -> tuple[Space, list[str]]:
-    """A derived space without the widths that the target cannot run, and what was left out, for people.
+    """A derived space without the widths that the target cannot run.
 
-    A width of weights goes when no width of activations suits it, then a width of activations when it does not suit all
-    that are left: so the weights keep most of their choices.
+    First the widths of weights that work with no width of activations are dropped, then the widths of activations that
+    do not work with all remaining widths of weights. In this order most choices for the weights remain.
+
+    Returns:
+        The space, and what was left out, for people.
     """
     if target.supports is everything:
         return space, []
@@ -99,7 +108,7 @@ def within(space: Space, structure: Structure, target: Target) -> tuple[Space, l
     )
     bits = [b for b in all_bits if any(suits(b, a) for a in all_activations or [32])]
     activations = [a for a in all_activations if all(suits(b, a) for b in bits)]
-    if all_activations and not activations:  # none suits all of them: the one that suits most
+    if all_activations and not activations:  # none works with all of them: keep the one that works with most
         activations = [max(all_activations, key=lambda a: sum(suits(b, a) for b in bits))]
         bits = [b for b in bits if suits(b, activations[0])]
     gone = [
@@ -121,7 +130,11 @@ def _only(rules: Sequence[Rule], choices: Collection[int]) -> tuple[Rule, ...]:
 
 
 def check_criteria(space: Space, known: Collection[str], task: str) -> None:
-    """Raises `TaskError` for criteria of the space that are neither built in nor functions of the task, in `known`."""
+    """Check that every criterion of the space is in `known`: built in, or a function of the task.
+
+    Raises:
+        TaskError: One is not.
+    """
     wanted = {choice for rule in space.criterion for choice in rule.choices}
     if missing := sorted(wanted - {*CRITERIA, *known}):
         raise TaskError(
@@ -133,9 +146,18 @@ def check_criteria(space: Space, known: Collection[str], task: str) -> None:
 def checked_space(
     given: Space | None, facts: TaskFacts, target: Target, task: str, say: Callable[[str], None]
 ) -> Space:
-    """The space of a study: what was given, or derived from the network, less what the target cannot run.
+    """The space of a study: the given one, or one derived from the network that the target can run.
 
-    Raises `ConfigError` and `TaskError` when the target or the task cannot carry it out.
+    Args:
+        given: The space; None to derive it from the network.
+        facts: What the runner knows of the task.
+        target: The target.
+        task: The name of the task.
+        say: Called with a line about what was left out of a derived space.
+
+    Raises:
+        ConfigError: The target cannot run every choice of the given space.
+        TaskError: The space names a criterion that the task does not define.
     """
     structure, space = facts.structure, given
     if space is None:

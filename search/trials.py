@@ -1,6 +1,6 @@
-"""The memory of a study: the journal on disk, the candidates, and the Optuna study that is rebuilt from them.
+"""The trials of a study: the journal on disk, the candidates, and the Optuna study that is rebuilt from them.
 
-What happens to a candidate always happens in this order: onto the disk, into the history, to the sampler.
+A candidate is always recorded in this order: on disk, in the history, in the sampler.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Trials:
     """The trials of a study, on disk and in Optuna.
 
     Args:
-        journal: The file that is the truth.
-        history: The candidates, which are added to.
-        promotions: The rungs, on which every candidate is placed.
-        judge: What a sampler learns of a candidate.
-        distributions: The decisions that have a choice.
-        sampler: Name of the sampler.
+        journal: The file that is the source of truth.
+        history: The candidates; new ones are added.
+        promotions: The rungs on which candidates are placed.
+        judge: Decides what the sampler is told about a candidate.
+        distributions: The axes with more than one choice, as Optuna's distributions.
+        sampler: The name of the sampler.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Trials:
         self.optuna = optuna.create_study(directions=directions)
 
     def load(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Bring the history, the rungs and Optuna to where they were when the last record was written."""
+        """Restore the history, the rungs and Optuna to their state when the last record was written."""
         for record in records:
             self.history.records += 1
             if "candidate" in record:
@@ -66,7 +66,7 @@ class Trials:
                 self._tell_top_rung(candidate, picks)
 
     def ask(self, sampler: BaseSampler) -> tuple[optuna.Trial, dict[str, int]]:
-        """A suggestion: Optuna's trial, and its choices."""
+        """Ask the sampler for a suggestion: Optuna's trial, and its choices."""
         self.optuna.sampler = sampler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -74,7 +74,7 @@ class Trials:
         return trial, dict(trial.params)
 
     def remember(self, trial: optuna.Trial | None, candidate: Candidate) -> None:
-        """Write a candidate down and tell the sampler; `trial` is None when the sampler did not ask for it."""
+        """Record a candidate and tell the sampler; `trial` is None when the sampler did not suggest it."""
         system = self._system(trial)
         self.journal.append({"candidate": candidate.to_dict(), "system": system})
         self.history.records += 1
@@ -82,7 +82,7 @@ class Trials:
         self._tell(trial, candidate, candidate.picks, system)
 
     def repeat(self, trial: optuna.Trial, twin: Candidate, picks: Mapping[str, int]) -> None:
-        """Tell a known recipe again with its known numbers; it is never run again."""
+        """Tell the sampler the known numbers of a recipe that it suggested again; the recipe is not run again."""
         system = self._system(trial)
         self.journal.append({"same_as": twin.number, "picks": dict(picks), "system": system})
         self.history.records += 1
@@ -93,11 +93,11 @@ class Trials:
         self.promotions.place(candidate)
 
     def _system(self, trial: optuna.Trial | None) -> dict[str, int]:
-        """What a sampler has noted on a trial and needs again after a resume: NSGA's generation."""
+        """What a sampler stored on a trial and needs again when the study is resumed: NSGA's generation."""
         key = GENERATION.get(self.sampler)
         if key is None:
             return {}
-        # A reference recipe belongs to the generation that all others descend from.
+        # A reference recipe belongs to the first generation, from which all others descend.
         return {key: 0 if trial is None else self.optuna._storage.get_trial(trial._trial_id).system_attrs[key]}
 
     def _tell(
@@ -124,10 +124,10 @@ class Trials:
         self._tell_top_rung(candidate, picks or {})
 
     def _tell_top_rung(self, candidate: Candidate, picks: Mapping[str, int]) -> None:
-        """Tell the sampler, too, what training would make of a candidate that has nothing to win back: the same.
+        """Also tell the sampler the numbers of a candidate with nothing to recover as those on the top rung.
 
-        It asks for recipes by what it expects of them at the top, and learns nothing from there of those that are never
-        promoted.
+        Training would not change them, and the sampler chooses recipes by their expected numbers on the top rung. It
+        would otherwise learn nothing there about candidates that are never promoted.
         """
         top = self.promotions.top
         if self.promotions.rung(picks) < top and candidate.number in self.promotions.recovered:

@@ -1,4 +1,4 @@
-"""A front for people: one plain view of the data, worked out once, and a writer per medium.
+"""The report of a front: one plain view of the data, computed once, and a writer per medium.
 
 Nothing here measures or decides.
 """

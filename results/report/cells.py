@@ -1,4 +1,4 @@
-"""Numbers in words, and which of them a report shows."""
+"""Numbers formatted for people, and which of them a report shows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ _HEADINGS = {"size_bytes": "size", "zstd_bytes": "size, zstd", "latency_ms": "la
 
 
 def heading(metric: str) -> str:
-    """A metric's name above a column."""
+    """The heading of a metric's column."""
     return _HEADINGS.get(metric, metric)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number in words; all parts are empty where it is not known.
+    """One formatted number; all parts are empty where it is not known.
 
-    value: `94.40%`. interval: `[92.8%, 95.7%]`. spread: half of it, `±1.43`. beside: how it stands beside the
-    baseline, `14% of baseline`, `2.1x faster`.
+    Args:
+        value: The value with its unit, such as `94.40%`.
+        interval: Its 95% interval, such as `[92.8%, 95.7%]`.
+        spread: Half the width of the interval, such as `±1.43`.
+        beside: The comparison with the baseline, such as `14% of baseline` or `2.1x faster`.
     """
 
     value: str = ""
@@ -53,9 +56,9 @@ class Cell:
 
 
 def costs_of(front: Front) -> list[str]:
-    """The costs that were measured and are not the quality metric.
+    """The costs that were measured, without the quality metric.
 
-    MACs are among them only where an objective or a limit asks for them, or where no other cost was measured.
+    MACs are included only where an objective or a limit uses them, or where no other cost was measured.
     """
     quality = front.quality
     known = [name for name in ("size_bytes", "latency_ms") if name in front.baseline.metrics and name != quality]
@@ -66,23 +69,23 @@ def costs_of(front: Front) -> list[str]:
 
 
 def is_trivial(candidate: Candidate) -> bool:
-    """Whether a candidate is a trivial baseline, such as all weights at 8 bits; the original model is none."""
+    """Whether a candidate is a reference recipe such as all weights at 8 bits; the original model does not count."""
     return bool(candidate.label) and candidate.recipe != Recipe()
 
 
 def measured(candidate: Candidate, metric: str) -> Estimate | None:
-    """What the trial has measured; None where it did not."""
+    """A metric as the trial measured it; None where it did not."""
     return candidate.measurement.metrics.get(metric) if candidate.measurement else None
 
 
 def final(candidate: Candidate, metric: str) -> Estimate | None:
-    """The number that counts: a finalist's latency is that of the clean process."""
+    """A metric in its most precise measurement: a finalist's latency is the one from the clean process."""
     estimate = measured(candidate, metric)
     return candidate.test.get(metric, estimate) if metric == "latency_ms" else estimate
 
 
 def beside(front: Front, member: Candidate, metric: str) -> str:
-    """A member's number beside the baseline's: `14% of baseline`, `2.1x faster`."""
+    """A member's number compared with the baseline's: `14% of baseline`, `2.1x faster`."""
     if metric == "latency_ms" and (pair := front.latency(member)):
         return against(metric, *pair)
     estimate, base = measured(member, metric), front.baseline.metrics.get(metric)

@@ -1,7 +1,7 @@
-"""A sensitivity for people: a table for the terminal, a picture, and the numbers.
+"""The sensitivity of layers as a heat map: a table for the terminal, a picture, and the numbers.
 
-Rows are layers in the order of execution; columns are levels (bits, then sparsity), the mildest first. The colour scale
-is logarithmic: the divergences of one network span five orders of magnitude.
+Rows are layers in the order of execution; columns are levels (bits, then sparsity), the mildest first. The color scale
+is logarithmic, because the divergences within one network span five orders of magnitude.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILES = ("sensitivity.json", "sensitivity.csv", "sensitivity.png")
-# Below which divergence a cell has which style: under 0.01 nats hardly an answer changes, above 1 hardly any is left.
+# The styles of cells by upper bounds on the divergence, in nats. Below 0.01 hardly any predicted class changes; above 1
+# hardly any prediction stays the same.
 _STYLES = ((0.001, "dim green"), (0.01, "green"), (0.1, "yellow"), (1.0, "red"), (math.inf, "bold red"))
 
 
 def short(value: float) -> str:
-    """A divergence in four characters at most.
+    """Format a divergence in at most four characters.
 
     >>> [short(value) for value in (0.0, 0.00012, 0.0349, 0.96, 1.26, 34.5, 5.4e6, math.inf)]
     ['0', '1e-4', '0.03', '0.96', '1.3', '34', '5e6', 'inf']
@@ -47,14 +48,14 @@ def _layers(sensitivity: Sensitivity) -> list[str]:
 
 
 def _share(sparsity: float | str) -> str:
-    """A sparsity as a column is named: `50%`, a pattern such as `2:4` as it is, nothing for a dense layer."""
+    """A sparsity in a column's name: `50%`, a pattern such as `2:4` unchanged, empty for a dense layer."""
     if isinstance(sparsity, str):
         return sparsity
     return f"{100 * sparsity:.3g}%" if sparsity else ""
 
 
 def heat_tables(sensitivity: Sensitivity, width: int = 80) -> list[Table]:
-    """The heat map for a terminal of `width` columns; levels that do not fit stand in further tables."""
+    """The heat map for a terminal of `width` columns; levels that do not fit go into further tables."""
     from rich.table import Table
     from rich.text import Text
 
@@ -74,7 +75,8 @@ def heat_tables(sensitivity: Sensitivity, width: int = 80) -> list[Table]:
             label = f"{bits}\n{_share(sparsity)}" if zeros else f"{bits}"
             table.add_column(label, justify="right", no_wrap=True, width=cell)
         for layer in layers:
-            name = layer if len(layer) <= longest else f"...{layer[3 - longest :]}"  # the end tells layers apart
+            # Names of layers differ at their ends, so the beginning is cut off.
+            name = layer if len(layer) <= longest else f"...{layer[3 - longest :]}"
             cells = []
             for level in part:
                 number = value.get((layer, *level))
@@ -86,7 +88,7 @@ def heat_tables(sensitivity: Sensitivity, width: int = 80) -> list[Table]:
 
 
 def heat_rows(sensitivity: Sensitivity) -> list[dict[str, str | float]]:
-    """The heat map as plain data: a row per layer, a column per level, a dash where a layer lacks it.
+    """The heat map as plain data: a row per layer, a column per level, a dash where a layer lacks the level.
 
     >>> from paretorch.runners.sensitivity import SensitivityRow
     >>> levels = (SensitivityRow("fc", 8, 0.0, 0.01, 36), SensitivityRow("fc", 32, 0.5, 0.02, 80))
@@ -109,7 +111,11 @@ def _name(bits: int, sparsity: float | str) -> str:
 
 
 def write_sensitivity(sensitivity: Sensitivity, directory: Path, *, name: str) -> None:
-    """Write `sensitivity.json`, `.csv` and `.png` into a folder, each whole or not at all; raises `OSError`."""
+    """Write `sensitivity.json`, `.csv` and `.png` into a folder, each atomically.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     contents: tuple[str | bytes, ...] = (
         sensitivity.to_json(),
@@ -121,7 +127,7 @@ def write_sensitivity(sensitivity: Sensitivity, directory: Path, *, name: str) -
 
 
 def heat_png(sensitivity: Sensitivity, name: str) -> bytes:
-    """The picture for a README. No pyplot: that would change settings of the whole process."""
+    """The heat map as a PNG picture. It avoids pyplot, which would change settings of the whole process."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -134,9 +140,9 @@ def heat_png(sensitivity: Sensitivity, name: str) -> bytes:
     high = float(known.max()) if len(known) else 1.0
     low = max(float(known.min()) if len(known) else 0.1, high * 1e-6)
     top = high if high > low else 2 * low
-    # Zero and infinity have no place on a logarithmic scale: they are drawn at its ends.
+    # Zero and infinity do not exist on a logarithmic scale; they are drawn at its ends.
     drawn = np.clip(grid, low, top)
-    # In inches: a row as high as its name needs, whatever the network's depth.
+    # In inches. A row is as high as its name needs, whatever the network's depth.
     tall, wide, left = 0.2 * len(layers), 0.52 * len(levels), 0.35 + 0.075 * max(map(len, layers))
     height, width = tall + 1.6, max(left + wide + 1.2, 5.2)
     figure = Figure(figsize=(width, height), dpi=150 if height < 100 else 60, facecolor="white")
@@ -178,7 +184,7 @@ def _lines_between(ax: Any, columns: int, rows: int) -> None:
 
 
 def explained(sensitivity: Sensitivity) -> str:
-    """What the numbers are, in a line."""
+    """What the numbers mean, in one line."""
     what = (
         "KL divergence of the softmax in nats"
         if sensitivity.unit == KL

@@ -1,4 +1,4 @@
-"""The page to explore a front: one file that needs no other and no network."""
+"""The interactive page of a front: a single file that needs no other files and no network access."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SIZES = {"baseline": 17, "front": 10, "trivial": 9}
 
 
 def html_page(view: View, plots: Plots) -> str:
-    """The page, with plotly, the charts and the pictures inside."""
+    """The HTML page, with plotly, the charts and the pictures embedded."""
     name = html.escape(view.name)
     body = [f"<h1>{name}</h1>", f"<p class=lead>{_bold(html.escape(view.summary))}</p>"]
     if view.budget:
@@ -90,7 +90,7 @@ def _nearest(view: View) -> list[str]:
 
 
 def _steps(recipe: Recipe) -> str:
-    """A recipe for people, a step a line."""
+    """A recipe for people, one step per line."""
     lines = []
     networks = recipe.networks()
     for place, network in enumerate(networks, 1):
@@ -106,7 +106,7 @@ def _flat(value: object) -> str:
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str | Cell]], steps: Sequence[str] = ()) -> str:
-    """A table; the last cell of a row opens to its steps where there are some."""
+    """An HTML table; where `steps` are given, the last cell of a row can be expanded to show them."""
 
     def shown(cell: str | Cell) -> str:
         if isinstance(cell, str):
@@ -130,7 +130,7 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str | Cell]], steps: S
 
 
 def _charts(plots: Plots) -> str:
-    """The panels side by side over the hypervolume per candidate, with plotly inside."""
+    """The panels side by side, above the curve of the hypervolume, with plotly embedded."""
     columns = max(1, len(plots.panels))
     figure = make_subplots(
         rows=2,
@@ -218,7 +218,7 @@ def _add_stairs(figure: Any, panel: Panel, column: int) -> None:
 
 
 def _add_points(figure: Any, panel: Panel, column: int, named: set[str]) -> None:
-    """A trace per role; a role gets its legend entry where it is met first."""
+    """Add a trace per role; a role gets its legend entry on the first panel that has it."""
     for role, (legend, colour, marker, _) in ROLES.items():
         points = panel.of(role)
         if not points:
@@ -260,7 +260,7 @@ def _add_points(figure: Any, panel: Panel, column: int, named: set[str]) -> None
 
 
 def _hover(point: Point) -> str:
-    """What a point tells when it is pointed at; plotly reads it as HTML."""
+    """The hover text of a point; plotly reads it as HTML."""
     lines = [*_wrapped(point.what), *point.numbers, *_wrapped(point.outcome)[:4]]
     head = f"<b>{html.escape(point.name)}</b> {html.escape(point.remark)}".rstrip()
     return "<br>".join([head, *map(html.escape, lines)])
@@ -275,7 +275,7 @@ def _add_limits(figure: Any, panel: Panel, column: int) -> None:
     for axis, text, value in panel.limits:
         add = figure.add_vline if axis == "x" else figure.add_hline
         add(value, line={"dash": "dash", "color": "#d1495b", "width": 1.2}, row=1, col=column)
-        # By hand: plotly puts the note of a line on a logarithmic axis somewhere else.
+        # Placed by hand, because plotly misplaces the annotation of a line on a logarithmic axis.
         place = math.log10(value) if axis == "x" and panel.log else value
         figure.add_annotation(
             text=html.escape(text),

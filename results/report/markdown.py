@@ -1,4 +1,4 @@
-"""The report as text: `report.md`, which is also the description of the study's MLflow run."""
+"""The report as Markdown: `report.md`, which is also the description of the study's MLflow run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _USING = (
 
 
 def markdown(view: View, folder: Path) -> str:
-    """The report, for a file in `folder` beside `front.png`."""
+    """The report as Markdown, for a file in `folder`, next to `front.png`."""
     parts = [f"# {view.name}: what the search found", view.summary, *_baseline(view)]
     parts += ["## Budget", "\n".join(f"- `{line}`" for line in view.budget) or "No limit was set."]
     parts += _front(view) if view.members else _unreachable(view)
@@ -93,7 +93,7 @@ def _trivial(view: View) -> list[str]:
 
 
 def _lost(view: View) -> list[str]:
-    """What was over the budget, and what failed and why."""
+    """How many candidates were over the budget, and which ones failed and why."""
     parts, outcomes = [], view.outcomes
     if outcomes.over:
         limits = "\n".join(f"- `{limit}`: exceeded by {count}" for limit, count in outcomes.exceeded_by_over)
@@ -123,7 +123,7 @@ def _using(view: View) -> list[str]:
 
 
 def _sensitivity(view: View, folder: Path) -> list[str]:
-    """The section with the picture, by its path from the folder of the report."""
+    """The section with the heat map, linked by its path relative to the folder of the report."""
     if view.sensitivity is None:
         return []
     address = quote(os.path.relpath(view.sensitivity, folder))
@@ -135,7 +135,10 @@ def _sensitivity(view: View, folder: Path) -> list[str]:
 
 
 def _knee(view: View) -> list[str]:
-    """The knee's recipe, a step a line and last: MLflow shows a page as wide as its widest line and may cut its end."""
+    """The recipe of the knee, one step per line.
+
+    It comes last, because MLflow shows a page as wide as its widest line and may cut off its end.
+    """
     if view.knee is None:
         return []
     recipe = view.knee.recipe

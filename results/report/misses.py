@@ -1,4 +1,4 @@
-"""By how much a candidate misses the budget, and the limits that it would keep."""
+"""By how much a candidate misses the budget, and the limits it would keep."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..front import Front
 
 
 def nearest(front: Front, count: int) -> list[Candidate]:
-    """The candidates over the budget that miss it by the least; unmeasured ones where none was measured."""
+    """The candidates over the budget with the smallest excess; unmeasured ones where none was measured."""
     over = [c for c in front.candidates if c.state == OVER_BUDGET and c.excess]
     return front.least_violating(count) or sorted(over, key=lambda c: (c.violation, c.number))[:count]
 
 
 def misses(front: Front, candidate: Candidate) -> list[tuple[str, str]]:
-    """For each limit that a candidate exceeds: by how much, and the limit that it would keep."""
+    """For each limit that a candidate exceeds: by how much, and the limit it would keep."""
     out = []
     for limit in front.budget.limits:
         excess = candidate.excess.get(limit.text, 0.0)
         if excess > 0:
             base = front.baseline.value(limit.metric)
             bound = limit.resolve(base)
-            # A recipe rejected by its predicted cost was never measured, but the excess tells the predicted number.
+            # A recipe rejected by its predicted cost was never measured; its predicted value follows from the excess.
             value = bound + (excess if limit.upper else -excess) * (abs(bound) or 1.0)
             word = "over" if limit.upper else "under"
             missed = f"{show(limit.metric, value)}, {100 * excess:.3g}% {word} {limit.text}"
@@ -34,7 +34,7 @@ def misses(front: Front, candidate: Candidate) -> list[tuple[str, str]]:
 
 
 def needed(limit: Limit, value: float, baseline: float) -> str:
-    """The limit, written in its own kind, that this value would just keep.
+    """The tightest limit of the same kind that a value keeps.
 
     >>> needed(Limit.parse("size_bytes <= 25%"), 273.0, 1000.0), needed(Limit.parse("accuracy >= -1%"), 0.93, 0.95)
     ('size_bytes <= 27.3%', 'accuracy >= -2%')
@@ -49,7 +49,7 @@ def needed(limit: Limit, value: float, baseline: float) -> str:
         amount = value / scale
     else:
         amount = value
-    # Rounded to the side that keeps the value inside: three digits and as many steps more as rounding errors ask for.
+    # Rounded to three digits, towards the side that keeps the value inside, and further where rounding errors need it.
     digits = 2 - math.floor(math.log10(abs(amount))) if amount else 2
     toward: Callable[[float], int] = math.ceil if limit.upper else math.floor
     start = toward(round(amount * 10**digits, 6))

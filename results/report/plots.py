@@ -1,4 +1,4 @@
-"""What the pictures show, as plain data: the metric over each cost, and the hypervolume after each candidate."""
+"""The data of the plots: the metric over each cost, and the hypervolume after each candidate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..front import Front
 from .cells import Cell, costs_of, heading, is_trivial, measured
 
 ORIGINAL = "original model"
-# What a point on a plot is: legend, colour, plotly's and matplotlib's marker.
+# The roles of a point on a plot: legend, color, plotly's and matplotlib's marker.
 ROLES = {
     "other": ("candidate", "#9aa5b1", "circle", "o"),
     OVER_BUDGET: ("over budget", "#d1495b", "circle-open", "o"),
@@ -30,8 +30,17 @@ FAINT = ("other", OVER_BUDGET)
 class Point:
     """One candidate, or the baseline, on one panel.
 
-    label: what stands beside it on the plot. The rest is told when it is pointed at: name, remark (the candidate's
-    label), what (the recipe), numbers and outcome (empty for a candidate inside the budget).
+    Args:
+        role: A key of the legend, which decides color and marker.
+        number: The candidate's number.
+        x: The cost.
+        y: The metric.
+        label: The text next to the point. All further texts are shown on hover.
+        name: The candidate's name.
+        remark: The candidate's label.
+        what: Its recipe in one line.
+        numbers: Its metrics.
+        outcome: Why it is not inside the budget; empty for a candidate that is.
     """
 
     role: str
@@ -50,9 +59,17 @@ class Point:
 class Panel:
     """One plot: the metric over one cost.
 
-    stairs: the front's corners from left to right. limits: axis, text and value of each that bounds an axis. window:
-    the part of the y axis worth looking at. span: the ends of the x axis. up: whether more of the metric is better.
-    percent: whether it is a share. knee: its number, -1 where the front is empty.
+    Args:
+        x: The cost.
+        y: The metric.
+        points: The baseline and the candidates that were measured on both axes.
+        stairs: The corners of the front from left to right.
+        limits: Axis, text and value of each limit on one of the axes.
+        window: The ends of the visible part of the y axis.
+        span: The ends of the x axis.
+        up: Whether more of the metric is better.
+        percent: Whether the metric is a share, shown as a percentage.
+        knee: The number of the knee; -1 where the front is empty.
     """
 
     x: str
@@ -68,12 +85,12 @@ class Panel:
 
     @property
     def log(self) -> bool:
-        """Whether the x axis is logarithmic: the costs span more than a factor of six."""
+        """Whether the x axis is logarithmic, as it is where the costs span more than a factor of six."""
         return self.span[0] > 0 and self.span[1] / self.span[0] > 6
 
     @property
     def pad(self) -> float:
-        """The margin beside the points on a linear x axis."""
+        """The margin next to the points on a linear x axis."""
         return 0.06 * ((self.span[1] - self.span[0]) or abs(self.span[1]) or 1.0)
 
     @property
@@ -91,14 +108,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plots:
-    """The panels, and the hypervolume after each candidate: its number and the volume."""
+    """The panels, and the curve of the hypervolume: a candidate's number, and the volume after it."""
 
     panels: tuple[Panel, ...]
     curve: tuple[tuple[int, float], ...]
 
 
 def plots_of(front: Front) -> Plots:
-    """The pictures' data; two panels at most."""
+    """The data of the plots; at most two panels."""
     quality = front.quality
     panels = [_panel(front, cost, quality) for cost in costs_of(front)[:2] if quality in front.baseline.metrics]
     numbers = [candidate.number for candidate in front.candidates]
@@ -153,7 +170,7 @@ def _points(front: Front, x: str, y: str) -> Iterator[Point]:
         if mx is None or my is None or not (math.isfinite(mx.value) and math.isfinite(my.value)):
             continue
         if c.recipe == Recipe() and c.number not in members:
-            continue  # the star shows it
+            continue  # drawn as the baseline's star
         role = "front" if c.number in members else "trivial" if is_trivial(c) and c.state == OK else c.state
         yield Point(
             role=role if role in ROLES else "other",
@@ -186,7 +203,7 @@ def _numbers(front: Front, candidate: Candidate) -> Iterator[str]:
 
 
 def _stairs(front: Front, points: Sequence[Point], up: bool) -> tuple[tuple[float, float], ...]:
-    """The points inside the budget that no other beats on this panel."""
+    """The points inside the budget that are nondominated on this panel."""
     inside = {c.number for c in front.candidates if c.state == OK}
     ok = [p for p in points if p.number in inside]
     keep = nondominated([[p.x.value, -p.y.value if up else p.y.value] for p in ok])
@@ -196,7 +213,7 @@ def _stairs(front: Front, points: Sequence[Point], up: bool) -> tuple[tuple[floa
 def _window(points: Sequence[Point], base: float, up: bool, limits: Sequence[float]) -> tuple[float, float]:
     """The part of the y axis to draw.
 
-    Candidates far below the baseline would squeeze the rest into a line; they are drawn at the edge instead.
+    Candidates far below the baseline would compress all others into a line; they are drawn at the edge instead.
     """
 
     def near(point: Point) -> bool:
@@ -210,12 +227,12 @@ def _window(points: Sequence[Point], base: float, up: bool, limits: Sequence[flo
 
 
 def bars(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """How far the intervals reach below and above the values."""
+    """The distances of the ends of the intervals below and above the values, as error bars need them."""
     return [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]]
 
 
 def log_ticks(panel: Panel) -> list[float]:
-    """Round numbers along a logarithmic x axis, few enough to read."""
+    """Round numbers along a logarithmic x axis, few enough to stay legible."""
     low, high = panel.span
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for subs in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
@@ -226,7 +243,7 @@ def log_ticks(panel: Panel) -> list[float]:
 
 
 def linear_ticks(low: float, high: float) -> Iterator[float]:
-    """Some round numbers between two."""
+    """A few round numbers between `low` and `high`."""
     step = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1.0))
     step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 7)
     number = math.ceil(low / step)

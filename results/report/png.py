@@ -1,4 +1,7 @@
-"""The picture for a README: the metric over each cost. No pyplot: that would change settings of the whole process."""
+"""The static picture of a front: the metric over each cost.
+
+It avoids pyplot, which would change settings of the whole process.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..candidate import OVER_BUDGET
 from .plots import FAINT, ORIGINAL, ROLES, Panel, Plots, Point, bars, log_ticks
 from .view import View
 
-# Where a label may stand beside its point: offset in points, then the alignment.
+# The possible places of a label next to its point: offset in points, then the alignment.
 _AROUND = (
     (-5, 5, "right", "bottom"),
     (5, -6, "left", "top"),
@@ -31,12 +34,12 @@ _AROUND = (
 )
 _SIZES = {"baseline": 190, "front": 46, "trivial": 34}
 _OUTSIDE = "off the scale"
-# The legend's order is the order of importance.
+# The legend lists the roles in order of importance.
 _LEGEND = ("front", "trivial baseline", ORIGINAL, "candidate", "over budget", _OUTSIDE, "budget")
 
 
 def png_bytes(view: View, plots: Plots) -> bytes:
-    """The panels side by side under the name and the summary."""
+    """The picture as PNG bytes: the panels side by side below the name and the summary."""
     panels = plots.panels
     several = len(panels) > 1
     figure = Figure(figsize=(11.6 if several else 7.6, 4.9), dpi=150, facecolor="white")
@@ -95,7 +98,7 @@ def _set_axes(ax: Any, panel: Panel) -> None:
 
 
 def _draw(ax: Any, panel: Panel) -> dict[str, Any]:
-    """The limits, the front's stairs and the points; returns the legend's handles by their text."""
+    """Draw the limits, the stairs of the front and the points; return the legend's handles by their text."""
     handles: dict[str, Any] = {}
     for axis, _, value in panel.limits:
         line = ax.axvline if axis == "x" else ax.axhline
@@ -103,7 +106,7 @@ def _draw(ax: Any, panel: Panel) -> dict[str, Any]:
     if panel.stairs:
         xs, ys = zip(*panel.stairs, strict=True)
         floor = panel.window[0] if panel.up else panel.window[1]
-        # Down to the axis on the left and on to the edge on the right: everything below and beyond is beaten.
+        # The stairs extend down to the axis on the left and to the edge on the right: all beyond them is dominated.
         xs, ys = (xs[0], *xs, ax.get_xlim()[1]), (floor, *ys, ys[-1])
         ax.step(xs, ys, where="post", color="#0b6e99", linewidth=1.6, alpha=0.75, zorder=2)
     for role in ROLES:
@@ -112,7 +115,7 @@ def _draw(ax: Any, panel: Panel) -> dict[str, Any]:
 
 
 def _draw_points(ax: Any, panel: Panel, role: str) -> dict[str, Any]:
-    """The points of one role with their intervals; those off the scale as triangles at its edge."""
+    """Draw the points of one role with their intervals; points off the scale become triangles at its edge."""
     legend, colour, _, marker = ROLES[role]
     inside = [p for p in panel.of(role) if panel.inside(p)]
     outside = [p for p in panel.of(role) if not panel.inside(p)]
@@ -159,7 +162,7 @@ def _draw_points(ax: Any, panel: Panel, role: str) -> dict[str, Any]:
 
 
 def _label(ax: Any, panel: Panel, canvas: Any) -> None:
-    """Numbers at the front's members and names at the trivial baselines, each where it covers the least."""
+    """Label the members with numbers and the reference recipes with names, each where it overlaps the least."""
     renderer = canvas.get_renderer()
     points = [p for p in panel.points if panel.inside(p)]
     spots = [ax.transData.transform((p.x.value, p.y.value)) for p in points]
@@ -184,14 +187,14 @@ def _label(ax: Any, panel: Panel, canvas: Any) -> None:
 
 
 def _text(point: Point, panel: Panel, crowd: bool) -> str:
-    """What stands beside a point; in a crowd members without a name stay bare."""
+    """The label of a point; on a crowded panel, members without a name get none."""
     if point.role != "front" or (crowd and not point.label):
         return point.label
     return " ".join(part for part in (point.name, "knee" * (point.number == panel.knee), point.label) if part)
 
 
 def _place(note: Any, taken: list[Any], area: Any, renderer: Any) -> Any:
-    """Move a note to where it covers the least of what is there; returns its box."""
+    """Move a label to where it overlaps the least with what is drawn already; return its box."""
     choices: list[tuple[int, int, Any]] = []
     for dx, dy, ha, va in _AROUND:
         note.set(position=(dx, dy), ha=ha, va=va)

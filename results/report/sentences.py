@@ -1,6 +1,6 @@
-"""What a report says of a front in words: marks, verdicts and sentences.
+"""The sentences of a report: marks, verdicts and warnings.
 
-This module and `view` are the only ones here that ask whether members can be distinguished and files be trusted.
+Only this module and `view` check whether members can be distinguished and whether files passed the parity check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SENSITIVITY = "How far the outputs move when one layer alone is compressed, with
 
 
 def marks(front: Front, member: Candidate) -> tuple[str, ...]:
-    """What a table says of a member behind its recipe: `knee`, `recommended`, `like #3`, `not what was simulated`."""
+    """The marks after a member's recipe in a table: `knee`, `recommended`, `like #3`, `not what was simulated`."""
     words = ["knee"] if member.number == front.knee().number else []
     heads = list(front.clusters.values())
     head = front.clusters.get(member.number)
@@ -33,9 +33,9 @@ def marks(front: Front, member: Candidate) -> tuple[str, ...]:
 
 
 def pick(front: Front) -> str:
-    """What to export by default, as `--pick` takes it.
+    """The candidate to export by default, as `--pick` takes it.
 
-    That is the knee, or the recommended member where the test split was used; where the front is empty, the candidate
+    It is the recommended member where the test split was used, else the knee; where the front is empty, the candidate
     that misses the budget by the least.
     """
     if front.members:
@@ -53,7 +53,7 @@ def warnings(front: Front) -> tuple[str, ...]:
 
 
 def summary(front: Front, costs: Sequence[str], states: Mapping[str, int]) -> str:
-    """How many candidates were tried and what the knee is beside the baseline; the second part is in bold (`**`)."""
+    """How many candidates were tried, and how the knee compares with the baseline (in bold, `**`)."""
     ok, over, stopped, failed = (states.get(state, 0) for state in (OK, OVER_BUDGET, STOPPED, FAILED))
     tried = f"{len(front.candidates)} candidates: {ok} inside the budget, {over} over it, {failed} failed."
     if stopped:
@@ -68,7 +68,7 @@ def summary(front: Front, costs: Sequence[str], states: Mapping[str, int]) -> st
 
 
 def certainty(front: Front, clusters: Sequence[str], warnings: Sequence[str]) -> tuple[str, ...]:
-    """What the numbers do not tell: members that cannot be distinguished, the bias of the selection, warnings."""
+    """What the numbers cannot tell: members that cannot be distinguished, the bias of the selection, warnings."""
     quality, lines = front.quality, []
     if front.clusters:
         lines += [f"{line}." for line in clusters]
@@ -115,7 +115,7 @@ def _selection(quality: str, cost: Estimate) -> str:
 
 
 def beaten(front: Front, trivial: Candidate) -> str:
-    """A trivial baseline beside the front: the member that is better in every objective, and by how much."""
+    """How a reference recipe compares with the front: the member that is better in every objective, and by how much."""
     theirs = trivial.measurement
     if theirs is None or trivial.state != OK:
         return trivial.reason or trivial.state.replace("_", " ")
@@ -133,7 +133,7 @@ def beaten(front: Front, trivial: Candidate) -> str:
 
 
 def _gain(metric: str, ours: Estimate, theirs: Estimate) -> str:
-    """One objective of a member beside a trivial baseline's; empty where they are equal."""
+    """How much better a member is than a reference recipe in one objective; empty where they are equal."""
     if ours.value == theirs.value:
         return ""
     if metric in COSTS and theirs.value:

@@ -1,4 +1,4 @@
-"""The numbers of a front for programs: rows, CSV and JSON."""
+"""The numbers of a front in machine-readable form: rows, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def rows(front: Front) -> list[dict[str, Any]]:
-    """The front's members as plain data, a row each, the smallest first."""
+    """The front's members as plain data, one row each, the smallest first."""
     view = view_of(front)
     out = []
     for member in view.members:

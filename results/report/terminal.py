@@ -1,4 +1,4 @@
-"""A front for a terminal of 80 columns. Needs neither plotly nor matplotlib."""
+"""The report for a terminal of 80 columns. It needs neither plotly nor matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .view import MemberView, View
 
 
 def front_table(view: View) -> Table:
-    """The front, each number over its spread or its share of the baseline."""
+    """The front as a table; below each number, its spread or its share of the baseline."""
     quality = view.quality
     table = _table()
     for name in view.metrics:
@@ -34,7 +34,7 @@ def front_table(view: View) -> Table:
 
 
 def least_violating_table(view: View) -> Table:
-    """The candidates that miss the budget by the least, and the limits that they would keep."""
+    """The candidates that miss the budget by the least, and the limits they would keep."""
     table = _table()
     table.add_column(view.quality, min_width=8, max_width=12, overflow="fold")
     for head in ("misses", "would keep", "what"):
@@ -46,7 +46,7 @@ def least_violating_table(view: View) -> Table:
 
 
 def summary(view: View) -> Iterator[Text]:
-    """What became of the trials, what failed and why, and what one should know of the members."""
+    """The outcomes of the trials, failures with their reasons, and notes on the members."""
     outcomes = view.outcomes
     stopped = outcomes.states.get(STOPPED, 0)
     by_limit = ", ".join(f"{count} by {limit}" for limit, count in outcomes.exceeded)
@@ -83,7 +83,7 @@ def _cell(cell: Cell, beside: bool = True) -> str:
 
 
 def _what(member: MemberView) -> str:
-    """The recipe with the member's label and marks; rich finds no markup in the first two."""
+    """The recipe with the member's label and marks; recipe and label are escaped for rich."""
     text = escape(member.what)
     if member.candidate.label:
         text += f" [dim]({escape(member.candidate.label)})[/dim]"

@@ -1,8 +1,8 @@
-"""All that a report says of a front, as plain data, worked out once by `view_of`.
+"""The content of a report as plain data, computed once by `view_of`.
 
-The writers of this folder read a `View` and nothing else (the pictures also `plots.Plots`), so a number, a verdict or a
-sentence is the same in the terminal, in `report.md` and on the page. Every number carries its 95% interval, and a
-difference inside the intervals is called none.
+The writers in this folder read only a `View` (the plots also `results.report.plots.Plots`), so every number, verdict
+and sentence is the same in the terminal, in `report.md` and on the page. Every measured number has its 95% interval,
+and a difference within the intervals is not reported as one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ NEAREST = 3  # how many candidates over the budget are shown where the front is 
 class MemberView:
     """A member of the front.
 
-    what: its recipe in one line. numbers: by metric; the latency of a finalist is that of the clean process. test: its
-    metric on the test split, beside it the paired difference to the baseline there, `-0.56 ±1.20`. marks and verdicts:
-    see `sentences.marks` and `Front.verdicts`.
+    Args:
+        candidate: The candidate.
+        what: Its recipe in one line.
+        numbers: Its numbers by metric; the latency of a finalist is the one from the clean process.
+        test: Its metric on the test split, with the paired difference to the baseline there, `-0.56 ±1.20`.
+        marks: See `results.report.sentences.marks`.
+        verdicts: See `Front.verdicts`.
     """
 
     candidate: Candidate
@@ -45,7 +49,7 @@ class MemberView:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A candidate over the budget: by how much it misses each limit, and the limits that it would keep."""
+    """A candidate over the budget: by how much it misses each limit, and the limits it would keep."""
 
     number: int
     what: str
@@ -56,7 +60,7 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class TrivialView:
-    """A trivial baseline, such as all weights at 8 bits, and what the search adds to it."""
+    """A reference recipe, such as all weights at 8 bits, and what the search improves on it."""
 
     number: int
     label: str
@@ -66,12 +70,16 @@ class TrivialView:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of the candidates.
+    """The outcomes of the candidates.
 
-    states: how many candidates are in each state. over: how many are over the budget. rejected: how many of these were
-    never measured, because their predicted cost is over. exceeded: for each limit, how many candidates exceed it;
-    exceeded_by_over: the same among those over the budget (a candidate that was stopped early is in the first only).
-    failed: number and reason of each failed candidate.
+    Args:
+        states: How many candidates are in each state.
+        over: How many are over the budget.
+        rejected: How many of these were never measured, because their predicted cost exceeds a limit.
+        exceeded: For each limit, how many candidates exceed it.
+        exceeded_by_over: The same among the candidates over the budget. A candidate that was stopped early counts in
+            `exceeded` only.
+        failed: Number and reason of each failed candidate.
     """
 
     states: Mapping[str, int]
@@ -88,7 +96,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class BoundLimit:
-    """A limit of the budget, with the number that it means for this baseline."""
+    """A limit of the budget, with its absolute value for this baseline."""
 
     text: str
     metric: str
@@ -98,19 +106,36 @@ class BoundLimit:
 
 @dataclass(frozen=True)
 class View:
-    """A front and what is said of it.
+    """A front and everything a report says about it.
 
-    name, config, notes and budget: what `view_of` was given.
-    study: the study's folder as one types it in a shell.
-    limits: the budget in numbers.
-    quality, costs: the names of the metric and of what is paid for it.
-    columns: what the report's table of the front shows.
-    pick: what to export by default.
-    nearest: the candidates that miss the budget by the least.
-    trivial_volume: the hypervolume of the trivial baselines alone; hypervolume: that of the front.
-    summary, certainty, warnings: see `sentences`.
-    clusters, optimism: lines on members that cannot be distinguished and on the bias of the selection.
-    sensitivity: the picture in the study's folder, None where it was not measured.
+    Args:
+        name: The study's name.
+        config: The study's configuration as YAML; empty where there is none.
+        notes: Further remarks in Markdown.
+        study: The study's folder as one types it in a shell.
+        objectives: The objectives.
+        limits: The limits with their absolute values.
+        budget: The limits, for people.
+        quality: The name of the quality metric.
+        costs: The names of the costs.
+        columns: The metrics in the report's table of the front.
+        baseline: The measurement of the original model.
+        test_baseline: Its metric on the test split; None where it was not measured.
+        members: The members of the front.
+        knee: The knee; None where the front is empty.
+        recommended: The recommended member; None where the front is empty.
+        pick: The candidate to export by default, as `--pick` takes it.
+        nearest: The candidates that miss the budget by the least.
+        trivial: The reference recipes.
+        trivial_volume: The hypervolume of the reference recipes alone.
+        hypervolume: The hypervolume of the front.
+        outcomes: The outcomes of all candidates.
+        summary: See `results.report.sentences.summary`.
+        certainty: See `results.report.sentences.certainty`.
+        warnings: See `results.report.sentences.warnings`.
+        clusters: Lines on members that cannot be distinguished.
+        optimism: A sentence on the bias of the selection.
+        sensitivity: The heat map in the study's folder; None where it was not measured.
     """
 
     name: str
@@ -148,7 +173,7 @@ class View:
 
     @property
     def tested(self) -> bool:
-        """Whether a member has met the test split."""
+        """Whether a member was measured on the test split."""
         return any(self.quality in member.candidate.test for member in self.members)
 
     def baseline_cell(self, metric: str) -> Cell:
@@ -169,7 +194,7 @@ def view_of(
     budget_lines: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> View:
-    """Work out all that a report says of a front; the arguments are those of `write_report`."""
+    """Compute everything a report says about a front; the arguments are those of `write_report`."""
     costs = costs_of(front)
     columns = [metric for metric in (front.quality, *costs) if metric in front.baseline.metrics]
     if "zstd_bytes" in front.baseline.metrics:
@@ -215,7 +240,7 @@ def view_of(
 
 
 def front_cells(view: View) -> tuple[list[str], list[list[Cell]]]:
-    """Heads and cells of the front's table, for the text and the page."""
+    """Headings and cells of the front's table, for the Markdown report and the page."""
     tests = [f"test {view.quality}"] if view.tested else []
     heads = ["#", *(heading(name) for name in view.columns), *tests, "what"]
     lines = []
@@ -231,7 +256,7 @@ def front_cells(view: View) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _typed(directory: Path | None) -> str:
-    """The study's folder as one would type it here."""
+    """The study's folder as one types it in the current directory."""
     if directory is None:
         return "STUDY"
     path = directory.resolve()

@@ -26,15 +26,15 @@ def write_report(
 ) -> str:
     """Write `front.csv`, `front.json`, `front.png`, `front.html` and `report.md` into a folder.
 
-    All of them are made before the first is written, and each is replaced whole or not at all.
+    All of them are generated before the first is written, and each is replaced atomically.
 
     Args:
-        front: What is reported.
-        directory: The folder, made where it is missing.
-        name: The study's name, the heading of the report.
-        config_text: The study's configuration as YAML, shown at the end of the text.
-        budget_lines: Describe the limits; by default as `Budget.describe` does.
-        notes: Further remarks in markdown, a paragraph each.
+        front: The front to report.
+        directory: The folder; it is created where it does not exist.
+        name: The study's name, used as the heading of the report.
+        config_text: The study's configuration as YAML, shown at the end of the report.
+        budget_lines: The limits for people; by default those of `Budget.describe`.
+        notes: Further remarks in Markdown, one paragraph each.
 
     Returns:
         The text of `report.md`.
@@ -42,7 +42,7 @@ def write_report(
     Raises:
         OSError: The folder cannot be written.
     """
-    # Here, because they import plotly and matplotlib, which only these two need.
+    # Imported here, because only these two need plotly and matplotlib.
     from .html_page import html_page
     from .png import png_bytes
 
