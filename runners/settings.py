@@ -1,4 +1,4 @@
-"""How numbers come about: the one declaration of the measurement settings and their defaults."""
+"""The measurement settings and their defaults, declared only here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .targets.catalog import DEFAULT, TARGETS
 
 @dataclass(frozen=True)
 class MeasurementSettings:
-    """What decides how a file is measured, beside the task.
+    """Everything but the task that decides how a file is measured.
 
     Args:
         threads: CPU threads of the runtime while latency is measured.
@@ -31,7 +31,7 @@ class MeasurementSettings:
 
     @property
     def runtime(self) -> str:
-        """What computes the outputs, for people."""
+        """The name of the runtime that computes the outputs, for people."""
         name = self.target if isinstance(self.target, str) else DEFAULT
         return TARGETS[name].title if name in TARGETS else name
 
