@@ -1,3 +1,1 @@
-"""The bytes on disk: packed files, entropy coding, atomic writing. Nothing here knows a recipe or imports torch at
-module level.
-"""
+"""The bytes on disk: packed files, entropy coding, atomic writing. Knows no recipe and loads no torch by itself."""
