@@ -2,8 +2,8 @@
 
 The score is the divergence of the outputs from the original network's, on calibration images, after BatchNorm
 re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL divergence of the softmax (temperature
-1), for any other the mean squared difference relative to the outputs' variance. Neither the error of the weights nor the
-curvature of the loss is used: they rank the levels of a layer, but not the layers of a network.
+1), for any other the mean squared difference relative to the outputs' variance. Neither the error of the weights nor
+the curvature of the loss is used: they rank the levels of a layer, but not the layers of a network.
 
 The modules before the changed layer compute the same as in the original network, so they are run once and their outputs
 are recorded. A network is any torch module, and the arguments of a module are unknown. So calls are numbered in the
@@ -243,7 +243,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
 
 
 def divergence(dense: Tensor, outputs: Tensor) -> float:
-    """The divergence of outputs from the original network's, as a mean over the images; infinite if they are not finite.
+    """The divergence of outputs from the original network's, averaged over the images; infinite if not finite.
 
     Args:
         dense: The original network's outputs. `[n, classes]` with at least two classes gives KL(softmax(dense) ||
@@ -398,8 +398,8 @@ class _Astray(Exception):
 class Prefix:
     """The calls of a network's modules before one layer, recorded for some batches.
 
-    After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. The modules named in `replayed` are
-    then not run.
+    After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. The modules named in `replayed`
+    are then not run.
 
     Args:
         model: The network. Its modules get forward methods that record and replay. Between calls of `advance` the layer

@@ -29,8 +29,8 @@ from ..spaces.techniques.student import STUDENT
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
-# From a weight, and a tensor of the same shape with the norms of the weight's inputs on the calibration images (None for
-# layers of more than 8192 inputs), to the importance of each number in it.
+# From a weight, and a tensor of the same shape with the norms of the weight's inputs on the calibration images (None
+# for layers of more than 8192 inputs), to the importance of each number in it.
 Criterion = Callable[[Tensor, Tensor | None], Tensor]
 
 

@@ -183,7 +183,7 @@ class Builder:
 
     @cached_property
     def output_moments(self) -> list[Moments]:
-        """For each of `calibration_parts`, mean and variance of the outputs of layers without a BatchNorm behind them."""
+        """For each of `calibration_parts`, mean and variance of the layer outputs that no BatchNorm follows."""
         return self._moments(self.model, Recipe())
 
     def _moments(self, model: nn.Module, recipe: Recipe) -> list[Moments]:
@@ -203,8 +203,8 @@ class Builder:
             recipe: The recipe; it must fit the network.
             progress: Called with a description of what is being done.
             recovery: False skips recovery, which gives a file of the same size and speed sooner.
-            keep_trained: Whether to keep the trained weights, so that a recipe which trains further continues from them.
-                That saves time and changes no bit of a file.
+            keep_trained: Whether to keep the trained weights, so that a recipe which trains further continues from
+                them. That saves time and changes no bit of a file.
 
         Raises:
             RecipeError: The recipe does not fit the network.
@@ -246,8 +246,8 @@ class Builder:
             By layer, the factors that its outputs were multiplied with to match the statistics.
         """
         steps = recipe.of(Recover)
-        # After pruning, the statistics of a channel have no counterpart in the original any more, and a network that was
-        # trained on crops needs the statistics of crops.
+        # After pruning, the statistics of a channel have no counterpart in the original any more, and a network that
+        # was trained on crops needs the statistics of crops.
         pruned = any(isinstance(step, Student | Prune) for step in recipe.steps)
         comparable = not pruned and not any(step.epochs for step in steps)
         bias = self.calibration_bias if comparable else None

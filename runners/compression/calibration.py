@@ -6,8 +6,8 @@ stored in the layer library by content, and so shared by trials, studies and pro
 
 The inputs of a layer are those in the float network in evaluation mode, not in a network whose earlier layers are
 already compressed. So the result of compressing a layer depends on the layer alone, and is computed once. Where blocks
-or channels were removed, the narrowed network is run, after its BatchNorm statistics are re-estimated as they will be in
-the end.
+or channels were removed, the narrowed network is run, after its BatchNorm statistics are re-estimated as they will be
+in the end.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Statistics:
 
     @cached_property
     def key(self) -> str:
-        """The hash of the network and its images: of its modules, numbers and outputs, because code cannot be hashed."""
+        """The hash of the network (its modules, numbers and outputs, as code cannot be hashed) and its images."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
         # The number of threads determines the order of sums.

@@ -1,9 +1,9 @@
 """The `Structure` of a live network: its layers, dependency groups and blocks, and what cannot be compressed.
 
 The network is run on real inputs with hooks, so that whatever runs can be traced. Only the dependency groups are read
-off the autograd graph, by Torch-Pruning (Fang et al., CVPR 2023). Groups are accepted only after all of them were really
-pruned in a copy that still gives outputs of the same shape, and a block only after a copy without it had the shapes that
-`spaces.shapes.shapes` predicts.
+off the autograd graph, by Torch-Pruning (Fang et al., CVPR 2023). Groups are accepted only after all of them were
+really pruned in a copy that still gives outputs of the same shape, and a block only after a copy without it had the
+shapes that `spaces.shapes.shapes` predicts.
 """
 
 from __future__ import annotations

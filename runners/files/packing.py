@@ -11,14 +11,14 @@ tensor has, how many of them are not zero, and how wide they are. So `objectives
 - `ternary`: numbers of {-1, 0, 1}, five to a byte.
 - `sign`: numbers of {-1, 1}, a bit each.
 - `bitmap`: a bit for each number, then the nonzero numbers.
-- `index`: the positions of the nonzero numbers in the code of Elias and Fano for increasing sequences (R. M. Fano, 1971;
-  P. Elias, J. ACM 21, 1974), then their values.
+- `index`: the positions of the nonzero numbers in the code of Elias and Fano for increasing sequences (R. M. Fano,
+  1971; P. Elias, J. ACM 21, 1974), then their values.
 
 In `bitmap` and `index` the positive integers are lowered by one, because zero does not occur; so -1 and 1 take a single
 bit. Where the graph gives integers a zero point, the zero point counts as zero: the numbers of a sparse affine weight.
 
-The packing is lossless: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and
-did not lower the integers in a bitmap; its files still load. Version 3 is version 2 with `sign`, and version 4 is
+The packing is lossless: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`,
+and did not lower the integers in a bitmap; its files still load. Version 3 is version 2 with `sign`, and version 4 is
 version 3 with zero points; only files that use these carry their version.
 
 The header is written here and not by the safetensors library, so that it is unique: a file is intact exactly when its

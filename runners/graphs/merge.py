@@ -6,8 +6,8 @@ packed, measured, simulated and deployed like any other.
 The outputs are averaged as they are: for a classifier, the logits and not the probabilities. So the file returns the
 same kind of output as every other candidate of the study, and the same operation is right for outputs that are no class
 scores. The accuracy is nearly the same: over all 561 pairs of 34 candidates of the digits quickstart, averaging logits
-is 0.010 points better on the 359 validation images and 0.014 points worse on the 360 images of the test split, and fewer
-than 1 prediction in 1,000 differs.
+is 0.010 points better on the 359 validation images and 0.014 points worse on the 360 images of the test split, and
+fewer than 1 prediction in 1,000 differs.
 """
 
 from __future__ import annotations

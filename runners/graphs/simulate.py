@@ -3,12 +3,12 @@
 Quantize and Dequantize are computed as ONNX specifies them (divide, round half to even, saturate, and back to floats).
 A layer between quantized tensors adds up integers and is requantized where the runtime requantizes (`integer`). All
 else is computed on floats, node by node, by ONNX's reference implementation, except for a few operators that take
-minutes there and are computed by the torch target. ONNX Runtime optimizes the same graph, and `agreement` says how often
-both give the same prediction.
+minutes there and are computed by the torch target. ONNX Runtime optimizes the same graph, and `agreement` says how
+often both give the same prediction.
 
-Where every layer is quantized they agree to the last bit. Where floats are added they do not: in another order, a number
-on the border between two steps may round the other way. So predictions are compared, and the size of the differences is
-reported as well.
+Where every layer is quantized they agree to the last bit. Where floats are added they do not: in another order, a
+number on the border between two steps may round the other way. So predictions are compared, and the size of the
+differences is reported as well.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ class _CostGraph:
         return 32
 
     def _stored_bits(self, weight: str, count: int) -> int:
-        """The bits of a weight: those of its code where the file stores one code per weight, else its share of the bytes."""
+        """The bits of a weight: those of its code where the file stores one per weight, else its share of the bytes."""
         sources: dict[str, onnx.TensorProto] = {}
         waiting = [weight]
         while waiting:

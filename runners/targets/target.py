@@ -37,9 +37,9 @@ class Target:
 
     Attributes:
         name: Letters, digits and `-_.`; results are filed under it.
-        load: `load(model, threads)` gets the bytes of an ONNX file and the number of CPU threads, and returns a function
-            from a batch of inputs to outputs, which several threads may call at once. It raises `ExportFailed` for a
-            file that cannot run.
+        load: `load(model, threads)` gets the bytes of an ONNX file and the number of CPU threads, and returns a
+            function from a batch of inputs to outputs, which several threads may call at once. It raises `ExportFailed`
+            for a file that cannot run.
         supports: `supports(step)` returns why a step of a recipe cannot run there, None when it can. A study calls it
             for its whole space before the first trial.
         milliseconds: `milliseconds(model, batch)` computes the milliseconds of a run of an ONNX file on so many inputs;

@@ -216,7 +216,7 @@ def _dynamic_quantize(i: Inputs, a: Attributes) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _matmul_integer(i: Inputs, a: Attributes) -> Tensor:
-    """Computed in double precision, which is exact for sums of up to 2^37 products, and faster than torch's integers."""
+    """Computed in double precision: exact for sums of up to 2^37 products, and faster than torch's integers."""
     x, w = (
         (t.double() if zero is None else t.double() - zero.double())
         for t, zero in ((i[0], _at(i, 2)), (i[1], _at(i, 3)))

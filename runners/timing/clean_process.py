@@ -1,14 +1,14 @@
 """Packed files measured in a clean process, which has only the file on the disk and no state of the search.
 
 The process is a fresh Python that imports NumPy and the target's runtime (ONNX Runtime, and then no torch), and nothing
-of the user's. It reads a packed file, unpacks it and runs it on the target. The task stays in the parent process, because
-it may be an object of the user's program that no other process can create: the parent reads the samples, sends the
-inputs, receives the outputs and scores them. So a task from a configuration and one defined in a notebook are measured
-in the same way, and no data set is loaded twice.
+of the user's. It reads a packed file, unpacks it and runs it on the target. The task stays in the parent process,
+because it may be an object of the user's program that no other process can create: the parent reads the samples, sends
+the inputs, receives the outputs and scores them. So a task from a configuration and one defined in a notebook are
+measured in the same way, and no data set is loaded twice.
 
-Inputs and outputs go through one socket per batch in flight, as raw bytes after a line of JSON; nothing is pickled. When
-the other end of a socket is closed, the thread that serves it ends. When the parent dies, the kernel ends the process
-(`prctl(2)`, PR_SET_PDEATHSIG), so that nothing is left running.
+Inputs and outputs go through one socket per batch in flight, as raw bytes after a line of JSON; nothing is pickled.
+When the other end of a socket is closed, the thread that serves it ends. When the parent dies, the kernel ends the
+process (`prctl(2)`, PR_SET_PDEATHSIG), so that nothing is left running.
 """
 
 from __future__ import annotations

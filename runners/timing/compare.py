@@ -1,8 +1,8 @@
 """Whether one ONNX file is faster than another: the protocol of `paretorch measure`.
 
-1. The files run in a fresh process that imports only ONNX Runtime and NumPy, with a fixed number of threads pinned to as
-   many cores (where the system allows it). Both files are loaded there as a study loads them, and get the same random
-   inputs (`feed`).
+1. The files run in a fresh process that imports only ONNX Runtime and NumPy, with a fixed number of threads pinned to
+   as many cores (where the system allows it). Both files are loaded there as a study loads them, and get the same
+   random inputs (`feed`).
 2. Time is taken in blocks of at least 2 ms: one run that is not counted, because the other file has just filled the
    caches with its own weights, and then several runs in a row. With one thread the clock is the thread's CPU time,
    which excludes preemption by other programs; with more it is the wall clock.
