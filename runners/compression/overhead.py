@@ -48,7 +48,7 @@ def measure_overhead(
     structure = builder.structure.named(student)
 
     def mixed(*modes: int, without: tuple[str, ...] = ()) -> list[Quantize]:
-        """Steps for the layers outside `without`: these activation bits in turn (0: none), 8 and 4 weight bits in turn."""
+        """Steps for the layers outside `without`: activation bits in turn (0: none), 8 and 4 weight bits in turn."""
         names = [layer.name for layer in structure.layers if not inside(layer.name, without)]
         steps = zip(names, itertools.cycle(modes), strict=False)
         return [Quantize(name, 4 if i // len(modes) % 2 else 8, mode) for i, (name, mode) in enumerate(steps) if mode]

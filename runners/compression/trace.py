@@ -196,9 +196,7 @@ def _folds(
     for module in model.modules():
         if is_layer(module):
             hooks.append(module.register_forward_hook(after))
-        elif (
-            isinstance(module, BATCHNORMS) and module.running_mean is not None
-        ):  # without statistics there is nothing to fold
+        elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # else there is nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
     with torch.no_grad(), attached(hooks):
         model(example[:2])
