@@ -37,6 +37,6 @@ class MeasurementSettings:
 
 
 # The comparison of a finalist's file with the simulation of its graph.
-PARITY_INPUTS = 1000  # on which it is measured, where there are as many
-PARITY_AGREEMENT = 0.995  # the share of equal answers that a file must reach
-PARITY_DIFFERENCE = 0.05  # of the largest output, which outputs without classes may differ by on average
+PARITY_INPUTS = 1000  # inputs that are compared, or all if there are fewer
+PARITY_AGREEMENT = 0.995  # the least share of equal predictions
+PARITY_DIFFERENCE = 0.05  # the largest mean difference of outputs without classes, as a share of the largest

@@ -81,7 +81,7 @@ class Calibration:
 class Statistics:
     """Hessians and gradients of a network's layers on calibration images, computed when first asked for.
 
-    Layers are all that run exactly once; `[layer]` raises `KeyError` for any other.
+    Only layers that run exactly once have statistics; computing those of another raises `KeyError`.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration) -> None:
