@@ -157,7 +157,7 @@ def show_changes(console: Console, rows: Sequence[RecordRow]) -> None:
     def cell(metric: str, estimate: Estimate | None) -> str:
         return "-" if estimate is None else f"{show(metric, estimate.value)} {spread(metric, estimate)}"
 
-    cells = [(r.name, cell(r.metric, r.baseline), cell(r.metric, r.found), r.change()) for r in rows]
+    cells = [(r.name, cell(r.metric, r.baseline), cell(r.metric, r.estimate), r.change()) for r in rows]
     show_cells(console, ("", "untouched", "compressed", "change"), cells)
 
 

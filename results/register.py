@@ -16,7 +16,6 @@ from pathlib import Path
 from ..errors import ConfigError, StudyError
 from ..runners.targets.runtime import DISABLED_OPTIMIZERS, session
 from .candidate import Candidate
-from .export import export_candidate
 from .front import Front
 from .tracking.names import accepted
 from .tracking.registry import NewVersion, Registered, Registry
@@ -59,7 +58,7 @@ def register(
     if front.folder is None:
         raise StudyError(f"candidate {candidate.number} has no file")
     with tempfile.TemporaryDirectory() as folder:
-        exported = export_candidate(front.folder, candidate, Path(folder) / "exported", force=force)
+        exported = front.export(str(candidate.number), Path(folder) / "exported", force)
         version = _version(front, candidate, exported, name, alias)
         return Registry.of_study(front.folder.root, candidate, uri).add(version)
 

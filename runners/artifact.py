@@ -1,9 +1,8 @@
-"""What ships: a directory with the model as plain ONNX, the packed file, the recipe, and what was measured, how and
-where.
+"""The artifact that ships: a directory with the model as plain ONNX, the packed file, the recipe and the measurements.
 
 `model.onnx` runs in ONNX Runtime alone. `weights.safetensors` is the packed file whose length is `size_bytes`; it holds
-the whole model and gives `model.onnx` bit for bit. `artifact.json` lists the SHA-256 of every file, which finds every
-damage; it is no signature, and whoever can write the directory can write all of it anew. Nothing is pickled.
+the whole model and gives `model.onnx` bit for bit. `artifact.json` lists the SHA-256 of every file, which detects any
+damage. It is no signature: whoever can write the directory can also write a new list. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -35,14 +34,22 @@ VERSION = 2
 _FILES_1 = ("model.onnx", "weights.safetensors", "recipe.yaml", "measurements.json", "README.md")
 # By version: the files that an artifact consists of, beside artifact.json.
 _FILES = {1: _FILES_1, 2: (*_FILES_1, "environment.json")}
-_PROBED = 4, 64  # pseudo-random inputs, and outputs that are kept
-# By what share of the largest output two machines may differ. Floats are added in another order; where layers compute
-# in int8, a number at the border of two steps falls to the other side, and layers behind it make more of that.
+_PROBED = 4, 64  # the number of pseudo-random inputs, and of outputs that are kept
+# The share of the largest output by which two machines may differ. Floats are added in another order; where layers
+# compute in int8, a number on the border between two steps may round the other way, and later layers amplify that.
 _TOLERANCE_FLOAT, _TOLERANCE_INT8 = 1e-3, 5e-2
 
 
 class OnnxModule(nn.Module):
-    """A torch module that computes an exported network in ONNX Runtime: one float tensor in, one out, on the CPU."""
+    """A torch module that computes an exported network in ONNX Runtime on the CPU: one float tensor in, one out.
+
+    Args:
+        data: The packed file.
+        threads: CPU threads of the runtime.
+
+    Raises:
+        ArtifactError: ONNX Runtime cannot load the network.
+    """
 
     def __init__(self, data: bytes, threads: int) -> None:
         super().__init__()
@@ -53,12 +60,16 @@ class OnnxModule(nn.Module):
         self._input = self._session.get_inputs()[0].name
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self._session.run(None, {self._input: x.detach().cpu().contiguous().numpy()})
-        return torch.from_numpy(found[0])
+        outputs = self._session.run(None, {self._input: x.detach().cpu().contiguous().numpy()})
+        return torch.from_numpy(outputs[0])
 
 
 def check_free(directory: Path) -> None:
-    """Raises `ArtifactError` when something is there that an artifact must not replace."""
+    """Check that an artifact may be written to a directory.
+
+    Raises:
+        ArtifactError: Something is there that an artifact must not replace.
+    """
     if directory.exists() and not _replaceable(directory):
         raise ArtifactError(f"{directory} exists and is not an artifact; choose another directory or empty it")
 
@@ -71,10 +82,22 @@ def write(
     card: str,
     environment: Mapping[str, str],
 ) -> Path:
-    """Write an artifact directory whole; an existing artifact there is replaced, any other directory is refused.
+    """Write the directory of an artifact as a whole; an existing artifact there is replaced.
 
-    What the network gives for fixed pseudo-random inputs is added to the measurements as `check`. Raises
-    `ArtifactError` when `directory` holds something else, `OSError` when it cannot be written.
+    Args:
+        directory: Where to write.
+        packed: The packed file.
+        recipe: The recipe that made it.
+        measurements: `Record.to_dict`; what `probe` gives for the network is added as `check`.
+        card: The text of the README.
+        environment: What the measurements depend on beside the file.
+
+    Returns:
+        The absolute path of the directory.
+
+    Raises:
+        ArtifactError: The directory holds something else than an artifact.
+        OSError: It cannot be written.
     """
     directory = directory.absolute()
     check_free(directory)
@@ -112,30 +135,36 @@ def write(
 
 
 def _replaceable(directory: Path) -> bool:
-    """Whether nothing but an artifact (or nothing at all) is in the way."""
+    """Whether the path is a directory that is empty or holds just an artifact."""
     if not directory.is_dir():
         return False
-    found = {path.name for path in directory.iterdir()}
-    return not found or ("artifact.json" in found and found <= {*_FILES[VERSION], "artifact.json"})
+    names = {path.name for path in directory.iterdir()}
+    return not names or ("artifact.json" in names and names <= {*_FILES[VERSION], "artifact.json"})
 
 
 def _listing(contents: Mapping[str, bytes], version: int) -> bytes:
-    """`artifact.json` of these files, in one form."""
+    """The bytes of `artifact.json` for these files; equal files give equal bytes."""
     digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in _FILES[version]}
     listing = {"format": "paretorch.artifact", "version": version, "sha256": digests}
     return (json.dumps(listing, indent=1) + "\n").encode()
 
 
 def _read(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise ArtifactError(f"{path} is not a file")
     return path.read_bytes()
 
 
 def verify(directory: str | Path) -> dict[str, bytes]:
-    """The artifact's files, every one checked against its SHA-256; raises `ArtifactError`.
+    """Read the files of an artifact and check each against its SHA-256.
 
-    Files beside them are none of its business: nothing reads them.
+    Other files in the directory are ignored, because nothing reads them.
+
+    Returns:
+        The bytes of each file by its name.
+
+    Raises:
+        ArtifactError: The directory is not an artifact, or a file was changed.
     """
     folder = Path(directory)
     try:
@@ -164,17 +193,31 @@ def verify(directory: str | Path) -> dict[str, bytes]:
 
 
 def load(directory: str | Path, threads: int = 1) -> OnnxModule:
-    """The exported network as a torch module, from its packed weights; raises `ArtifactError` for a changed file.
+    """Load the exported network as a torch module.
 
-    The module computes in ONNX Runtime on the CPU with `threads` threads: the same file, runtime and numbers that were
-    measured.
+    The module computes in ONNX Runtime on the CPU: the same file, runtime and numbers that were measured.
+
+    Args:
+        directory: The directory of the artifact.
+        threads: CPU threads of the runtime.
+
+    Raises:
+        ArtifactError: The directory is not an artifact, or a file was changed.
     """
     return OnnxModule(verify(directory)["weights.safetensors"], threads)
 
 
 @dataclass(frozen=True)
 class VerifiedArtifact:
-    """An artifact that was found to be whole, and what it gives for the fixed pseudo-random inputs here and now."""
+    """An artifact whose files have passed every check.
+
+    Args:
+        packed: The packed file.
+        recipe: The recipe that made it.
+        record: The recorded measurements.
+        environment: Where they were measured.
+        outputs: What `probe` gives for the network on this machine.
+    """
 
     packed: bytes
     recipe: Recipe
@@ -184,10 +227,13 @@ class VerifiedArtifact:
 
 
 def inspect(directory: str | Path) -> VerifiedArtifact:
-    """All that can be checked without a task; raises `ArtifactError`.
+    """Check everything about an artifact that can be checked without its task.
 
-    Beyond the digests: nothing lies there that does not belong to it, the packed file gives `model.onnx` bit for bit,
-    that is valid ONNX and runs, and recipe and measurements can be read.
+    Beyond the digests: the directory holds no other files, the packed file gives `model.onnx` bit for bit, the model is
+    valid ONNX and runs, and the recipe and the measurements can be read.
+
+    Raises:
+        ArtifactError: A check failed.
     """
     folder = Path(directory)
     contents = verify(folder)
@@ -218,10 +264,18 @@ def inspect(directory: str | Path) -> VerifiedArtifact:
 
 
 def probe(model: bytes) -> dict[str, Any]:
-    """What a network gives for inputs that are the same everywhere, as plain data: some outputs and how far they may be
-    off.
+    """Run a network on pseudo-random inputs that are the same on every machine.
 
-    Raises `ExportFailed` when it does not run. The inputs are uniform in -1..1, from NumPy's frozen Mersenne Twister.
+    The inputs are uniform in -1..1, from NumPy's frozen Mersenne Twister.
+
+    Args:
+        model: The bytes of the ONNX file.
+
+    Returns:
+        Plain data: some of the outputs, and the share of the largest by which another machine's may differ.
+
+    Raises:
+        ExportFailed: The network does not run.
     """
     runtime = session(model)
     given = runtime.get_inputs()[0]
@@ -229,15 +283,15 @@ def probe(model: bytes) -> dict[str, Any]:
     shape = [count, *(size if isinstance(size, int) else 1 for size in given.shape[1:])]
     inputs = np.random.RandomState(0).uniform(-1, 1, shape).astype(np.float32)
     try:
-        found = runtime.run(None, {given.name: inputs})[0]
+        outputs = runtime.run(None, {given.name: inputs})[0]
     except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
         raise ExportFailed(f"the exported network does not run in ONNX Runtime: {error}") from error
-    flat = found.reshape(-1).astype(np.float64)
+    flat = outputs.reshape(-1).astype(np.float64)
     places = np.unique(np.linspace(0, len(flat) - 1, min(kept, len(flat))).astype(int))
     int8 = any(node.op_type == "QuantizeLinear" for node in onnx.load_from_string(model).graph.node)
     return {
         "inputs": f"numpy.random.RandomState(0).uniform(-1, 1, {shape}).astype('float32')",
-        "shape": list(found.shape),
+        "shape": list(outputs.shape),
         "outputs": [float(f"{value:.7g}") for value in flat[places]],
         "largest": float(f"{np.abs(flat).max(initial=0.0):.7g}"),
         "tolerance": _TOLERANCE_INT8 if int8 else _TOLERANCE_FLOAT,
@@ -245,12 +299,12 @@ def probe(model: bytes) -> dict[str, Any]:
 
 
 def card(recipe: Recipe, record: Record, environment: Mapping[str, str]) -> str:
-    """The README of an artifact: what it is, its numbers beside the untouched network's, and how to run it."""
+    """The README of an artifact: what it is, its numbers beside the baseline's, and how to run it."""
     lines = []
     for row in record.rows:
         one, base = (
             ("-" if m is None else f"{show(row.metric, m.value)} {spread(row.metric, m)}".rstrip())
-            for m in (row.found, row.baseline)
+            for m in (row.estimate, row.baseline)
         )
         lines.append(f"| {row.name} | {one} | {base} | {row.change()} |")
     table = "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Whether a target keeps the promises that studies rely on; for authors of their own, without pytest.
+"""Check that a target keeps the contract that studies rely on; for authors of targets, without pytest.
 
-It is asked to run what paretorch really exports: a small convolutional network, untouched and after every kind of step
-that the target says it supports, each held against ONNX Runtime.
+The target runs what paretorch really exports: a small convolutional network, as it is and after every kind of step that
+the target says it supports. The outputs are compared with ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ from .targets.target import Network, Target
 from .task import Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# By what share of the largest output a file may differ from ONNX Runtime: sums in another order; where layers compute
-# in int8, numbers at the border of two steps that fall to the other side.
+# The share of the largest output by which a file may differ from ONNX Runtime. Sums are added in another order; where
+# layers compute in int8, numbers on the border between two steps may round the other way.
 _FLOAT, _INT8 = 1e-3, 5e-2
-_SECONDS = 0.05  # for which threads are looked at
+_SECONDS = 0.05  # how long the CPU time of threads is measured
 
 
 def check_target(target: Target) -> None:
-    """Raises one `TargetError` with every promise that a target breaks; takes some seconds.
+    """Check a target, which takes some seconds.
+
+    Raises:
+        TargetError: The target breaks the contract; the message lists every violation.
 
     >>> check_target(as_target("onnxruntime"))  # doctest: +SKIP
     """
@@ -64,7 +67,7 @@ def check_target(target: Target) -> None:
 
 @cache
 def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
-    """What is run: a network of two layers by what is done to it, as ONNX files, and a few inputs."""
+    """The ONNX files of a network of two layers, by recipe, and a few inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)).eval()
@@ -82,7 +85,7 @@ def _files() -> tuple[dict[Recipe, bytes], NDArray[Any]]:
 
 
 def _plain(target: Target) -> Iterator[str]:
-    """What can be seen without running anything."""
+    """The problems that can be seen without running anything."""
     if not isinstance(target.name, str) or not _NAME.fullmatch(target.name):
         yield f"name = {target.name!r}: use letters, digits and -_. only (at most 100, a letter or digit first)"
     if not all(isinstance(text, str) for pair in target.environment.items() for text in pair):
@@ -94,7 +97,7 @@ def _plain(target: Target) -> Iterator[str]:
 
 
 def _answer(target: Target, step: Step) -> str | TargetError | None:
-    """What `supports` says of a step, or what is wrong with that."""
+    """What `supports` returns for a step, or the problem with that."""
     try:
         answer = target.supports(step)
     except Exception as error:  # whatever an author's function raises
@@ -105,7 +108,7 @@ def _answer(target: Target, step: Step) -> str | TargetError | None:
 
 
 def _runs(target: Target, model: bytes, x: NDArray[Any], recipe: Recipe) -> Iterator[str]:
-    """What is wrong with how a file is run that the target supports."""
+    """The problems of running a file that the target says it supports."""
     if target.milliseconds is not None:
         yield from _computes(target.milliseconds, model)
     try:
@@ -116,18 +119,18 @@ def _runs(target: Target, model: bytes, x: NDArray[Any], recipe: Recipe) -> Iter
     expected = as_target(DEFAULT).load(model, 1)(x)
     before = x.copy()
     try:
-        found, one, again = network(x), network(x[:1]), network(x)
+        outputs, one, again = network(x), network(x[:1]), network(x)
     except Exception as error:
         yield f"the network raised {_told(error)} on a batch of {len(x)} or of 1; the batch size is open"
         return
-    for outputs, count in ((found, len(x)), (one, 1)):
-        if not isinstance(outputs, np.ndarray) or outputs.shape != (count, *expected.shape[1:]):
-            shape = outputs.shape if isinstance(outputs, np.ndarray) else type(outputs).__name__
+    for made, count in ((outputs, len(x)), (one, 1)):
+        if not isinstance(made, np.ndarray) or made.shape != (count, *expected.shape[1:]):
+            shape = made.shape if isinstance(made, np.ndarray) else type(made).__name__
             yield f"outputs of {count} inputs are {shape}, not a NumPy array of shape {(count, *expected.shape[1:])}"
             return
-    kept = found.copy()
+    kept = outputs.copy()
     network(x[::-1].copy())
-    if not np.array_equal(found, kept):
+    if not np.array_equal(outputs, kept):
         yield "the next run overwrites the outputs of the last one; return a copy"
     if not np.array_equal(x, before):
         yield "a run changes its inputs"
@@ -141,7 +144,7 @@ def _runs(target: Target, model: bytes, x: NDArray[Any], recipe: Recipe) -> Iter
 
 
 def _threads(target: Target, network: Network, x: NDArray[Any], expected: NDArray[Any]) -> Iterator[str]:
-    """Whether several threads may call at once, and where the work is done."""
+    """The problems of calls from several threads at once, and of `calling_thread`."""
     wrong: list[str] = []
 
     def call() -> None:
@@ -171,7 +174,7 @@ def _threads(target: Target, network: Network, x: NDArray[Any], expected: NDArra
 
 
 def _computes(milliseconds: Any, model: bytes) -> Iterator[str]:
-    """What is wrong with a latency that is computed."""
+    """The problems of a latency that is computed."""
     try:
         one, again, eight = milliseconds(model, 1), milliseconds(model, 1), milliseconds(model, 8)
     except Exception as error:
@@ -186,7 +189,7 @@ def _computes(milliseconds: Any, model: bytes) -> Iterator[str]:
 
 
 def _refuses(target: Target) -> Iterator[str]:
-    """Whether a file that cannot be run fails as a candidate may fail."""
+    """The problems of loading a file that cannot be run, which must fail one candidate and no more."""
     try:
         target.load(b"no ONNX file", 1)
         yield "load took bytes that are no ONNX file; it must raise ExportFailed"

@@ -14,7 +14,11 @@ from .targets.target import Target
 
 
 def environment(target: Target | None = None) -> dict[str, str]:
-    """What the numbers depend on outside the recipe: processor, cores, versions, and what the target adds."""
+    """What measured numbers depend on beside the recipe: processor, cores and versions.
+
+    Args:
+        target: The target that was measured; its own entries are added.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,8 +1,8 @@
 """Races: the evaluation of a candidate that is significantly worse than a rival is stopped early.
 
-The sampler must still learn what such a candidate is worth, and its score on the first images is biased: those may have
-been easy. So it is told the rival's score over all images, less the paired difference on the images that both have
-seen.
+The sampler still needs a score for such a candidate, and its score on the first images is biased, because those may be
+easier than the rest. So the sampler is told the rival's score on all images, less the paired difference on the images
+that both have seen.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .evaluate import Watch as Watch
 
 @dataclass(frozen=True)
 class Rival:
-    """Whom a candidate must not be significantly worse than.
+    """A candidate that another one must not be significantly worse than.
 
     Args:
         name: For people, such as `#12`.
         scores: Its metric on every validation sample.
         margin: By how much a candidate may be worse.
-        losses: What it costs in the other objectives; only candidates that cost no less have it as a rival. Empty: all
-            have.
+        losses: Its values in the other objectives, lower is better. It is a rival only of candidates that are no better
+            in any of them; empty: of all candidates.
     """
 
     name: str
@@ -39,7 +39,11 @@ class Rival:
 
 
 def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:
-    """A watcher of an evaluation that raises `Stopped` when a rival is surely better; `rivals` is asked once, late.
+    """A watcher of an evaluation that raises `Stopped` when the candidate is significantly worse than a rival.
+
+    Args:
+        rivals: Gives the rivals; called once, when the first scores are there.
+        metric: The name of the metric, for the message.
 
     >>> watch = race(lambda: [Rival("#3", np.ones(1000))], "accuracy")
     >>> watch(np.r_[np.zeros(300), np.ones(20)])
@@ -52,17 +56,17 @@ def race(rivals: Callable[[], Sequence[Rival]], metric: str) -> Watch:
         if not asked:
             asked.append(rivals())
         for rival in asked[0]:
-            found = difference(rival.scores, scores)
-            if not found.surely_above(rival.margin):
+            gap = difference(rival.scores, scores)
+            if not gap.surely_above(rival.margin):
                 continue
-            value, half = float(np.mean(rival.scores)) - found.value, Z95 * found.error
-            here = float(np.mean(rival.scores[: found.n]))
+            value, half = float(np.mean(rival.scores)) - gap.value, Z95 * gap.error
+            here = float(np.mean(rival.scores[: gap.n]))
             amount = f"{100 * rival.margin:.3g} points" if is_rate(metric) else f"{rival.margin:.3g}"
             by = f" by more than {amount}" if rival.margin else ""
             raise Stopped(
                 f"{metric} {show(metric, float(scores.mean()))} after {len(scores)} images, where {rival.name} has "
                 f"{show(metric, here)}: worse{by} beyond doubt",
-                Estimate(value, value - half, value + half, found.n),
+                Estimate(value, value - half, value + half, gap.n),
             )
 
     return watch

@@ -1,9 +1,8 @@
 """The numbers that ship with a file: what was measured, on which split, how, and beside what.
 
 A `Record` is the plain data of an artifact's `measurements.json`. `compare` tells whether two of them agree: exact
-numbers must be equal, a metric must lie inside the recorded interval, and a speed is compared as the ratio to the
-untouched network that was timed beside it, because absolute times of two machines, or of one machine on two days, say
-little.
+numbers must be equal, a metric must lie inside the recorded interval, and a latency is compared as its ratio to the
+baseline that was timed beside it, because absolute times on two machines, or on one machine on two days, say little.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..objectives.measurement import Estimate, Measurement
 from .settings import MeasurementSettings
 from .targets.catalog import TARGETS
 
-# By how much the ratio of two networks' latencies differs between processes, beyond the interval within one.
+# The share by which the ratio of two latencies differs between processes, beyond its interval within one process.
 _BETWEEN_RUNS = 0.05
 
 
@@ -27,14 +26,19 @@ _ON_CPU = tuple(name for name, entry in TARGETS.items() if entry.on_cpu)
 
 @dataclass(frozen=True)
 class RecordRow:
-    """One measured number, the untouched network's beside it, and in words how it was measured.
+    """One measured number of a file, beside the baseline's.
 
-    split: whose inputs were used; empty for what needs none.
+    Args:
+        metric: What was measured, such as `accuracy` or `size_bytes`.
+        split: The split whose inputs were used; empty where none are needed.
+        estimate: The number with its interval.
+        baseline: The same number of the original model; None where it has none.
+        protocol: In words how it was measured.
     """
 
     metric: str
     split: str
-    found: Estimate
+    estimate: Estimate
     baseline: Estimate | None
     protocol: str
 
@@ -43,7 +47,7 @@ class RecordRow:
         return {
             "metric": self.metric,
             "split": self.split or None,
-            **asdict(self.found),
+            **asdict(self.estimate),
             "baseline": base,
             "protocol": self.protocol,
         }
@@ -61,14 +65,14 @@ class RecordRow:
 
     @property
     def name(self) -> str:
-        """For people: `accuracy, test`."""
+        """The metric and its split as people read it: `accuracy, test`."""
         return f"{self.metric}, {self.split}" if self.split and self.metric != "latency_ms" else self.metric
 
     def change(self) -> str:
-        """Beside the untouched network: `4.08%`, `-0.41 points`, `1.3x faster`."""
+        """The difference to the baseline: `4.08%`, `-0.41 points`, `1.3x faster`."""
         if self.baseline is None:
             return ""
-        return against(self.metric, self.found, self.baseline).removesuffix(" of baseline")
+        return against(self.metric, self.estimate, self.baseline).removesuffix(" of baseline")
 
 
 def _metric(data: Mapping[str, Any]) -> Estimate:
@@ -77,7 +81,17 @@ def _metric(data: Mapping[str, Any]) -> Estimate:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one file. protocol: None where an older paretorch did not write it down."""
+    """All that is known of one file.
+
+    Args:
+        name: The name of the file, such as `candidate 12`.
+        task: The name of the task.
+        rows: The measured numbers.
+        protocol: The measurement settings; None where an older paretorch did not write them down.
+        budget: The limits that the file was searched for, such as `size_bytes <= 25%`.
+        over_budget: By limit, by how much the file exceeds it.
+        check: What `artifact.probe` gave for the file.
+    """
 
     name: str
     task: str
@@ -100,7 +114,11 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The record in a `measurements.json` of any version; raises `ArtifactError` for anything else."""
+        """Read the record of a `measurements.json` of any version.
+
+        Raises:
+            ArtifactError: The data is something else.
+        """
         try:
             if "candidate" in data:
                 return _from_version_1(data)
@@ -119,21 +137,21 @@ class Record:
 
 
 def _from_version_1(data: Mapping[str, Any]) -> Record:
-    """Artifacts of version 1 held the study's candidate as it was journalled, and no protocol."""
+    """The record of an artifact of version 1, which held the candidate as the journal did, and no protocol."""
     candidate = data["candidate"]
     test = {name: Estimate(**entry) for name, entry in candidate["test"].items()}
-    found, base = (Measurement.from_dict(entry) for entry in (candidate["measurement"], data["baseline"]))
+    measurement, base = (Measurement.from_dict(entry) for entry in (candidate["measurement"], data["baseline"]))
     return Record(
         name=f"candidate {candidate['number']}",
         task="",
-        rows=rows(found, base, test=test),
+        rows=rows(measurement, base, test=test),
         budget=tuple(data["budget"]),
         over_budget=dict(data["over_budget"]),
     )
 
 
 def rows(
-    found: Measurement,
+    measurement: Measurement,
     base: Measurement,
     protocol: MeasurementSettings | None = None,
     *,
@@ -141,14 +159,20 @@ def rows(
     test_base: Estimate | None = None,
     box: float | None = None,
 ) -> tuple[RecordRow, ...]:
-    """A file's measurement as rows; `test` is what `LocalRunner.measure_again` gave for it on the test split, or a
-    study for a finalist (`search.finalists`).
+    """A file's measurement as rows.
 
-    test_base: the untouched network's metric there. box: seconds that the latency in `found` was measured for.
+    Args:
+        measurement: What was measured of the file on the validation split.
+        base: The same of the baseline.
+        protocol: The measurement settings; None where they are not known.
+        test: What `LocalRunner.measure_again` gave for the file on the test split, or a study for a finalist
+            (`search.finalists`).
+        test_base: The baseline's metric on the test split.
+        box: Seconds that the latency in `measurement` was measured for.
     """
     test = test or {}
     parts: list[RecordRow] = []
-    for name, metric in found.metrics.items():
+    for name, metric in measurement.metrics.items():
         beside = base.metrics.get(name)
         if name == "latency_ms":
             # Where a file was timed twice, the longer time counts.
@@ -166,11 +190,11 @@ def rows(
             parts.append(RecordRow(name, "", metric, beside, _EXACT.get(name, "exact")))
     scored = (
         "test"
-        if any(metric.n and name in test for name, metric in found.metrics.items() if name != "latency_ms")
+        if any(metric.n and name in test for name, metric in measurement.metrics.items() if name != "latency_ms")
         else "validation"
     )
     for name, metric in test.items():
-        if name not in found.metrics:
+        if name not in measurement.metrics:
             beside, split = (Estimate.exact(1.0), "validation") if name == "latency_ratio" else (None, scored)
             parts.append(RecordRow(name, split, metric, beside, _FINALIST.get(name, _PAIRED)))
     return tuple(parts)
@@ -225,7 +249,7 @@ def _timing(
         )
     clock = "the thread's CPU time" if protocol.threads == 1 and protocol.target in _ON_CPU else "the wall clock"
     place = protocol.runtime + (" on the CPU" if protocol.target in _ON_CPU else "")
-    yardstick = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
+    baseline_text = "" if base is None else f" times the untouched network's {base.value:.4g} ms"
     box = protocol.seconds if seconds is None else seconds
     turns = f"in turns with the untouched network within a time box of {box:g} s"
     if clean:
@@ -234,15 +258,21 @@ def _timing(
         )
     return (
         f"a run on {many} of the validation split in {place}, {protocol.threads} "
-        f"thread{'s' * (protocol.threads > 1)}, {clock}; {turns}; the median of the pairs' ratios{yardstick}; "
+        f"thread{'s' * (protocol.threads > 1)}, {clock}; {turns}; the median of the pairs' ratios{baseline_text}; "
         "95% interval"
     )
 
 
 @dataclass(frozen=True)
 class RecordComparison:
-    """A recorded number beside the same number now. verdict: in words; agrees: whether they are the same for all one
-    knows.
+    """A recorded number beside the same number measured now.
+
+    Args:
+        name: The name of the row.
+        recorded: The recorded number, as people read it.
+        now: The number now, as people read it.
+        verdict: The outcome in words.
+        agrees: Whether the two are the same within what the measurement can tell.
     """
 
     name: str
@@ -253,14 +283,14 @@ class RecordComparison:
 
 
 def compare(recorded: Sequence[RecordRow], now: Sequence[RecordRow]) -> list[RecordComparison]:
-    """The rows that both hold, side by side."""
+    """Compare the rows that both hold."""
     fresh = {(row.metric, row.split): row for row in now}
     return [_compared(row, fresh[row.metric, row.split]) for row in recorded if (row.metric, row.split) in fresh]
 
 
 def _compared(then: RecordRow, now: RecordRow) -> RecordComparison:
-    name, old, new = then.metric, then.found, now.found
-    texts = [f"{show(name, row.found.value)} {spread(name, row.found)}".rstrip() for row in (then, now)]
+    name, old, new = then.metric, then.estimate, now.estimate
+    texts = [f"{show(name, row.estimate.value)} {spread(name, row.estimate)}".rstrip() for row in (then, now)]
     if name == "latency_ms" and then.baseline is not None and now.baseline is not None:
         (low, high), (other_low, other_high) = _ratio(then), _ratio(now)
         agrees = other_low <= high * (1 + _BETWEEN_RUNS) and low <= other_high * (1 + _BETWEEN_RUNS)
@@ -269,7 +299,7 @@ def _compared(then: RecordRow, now: RecordRow) -> RecordComparison:
     elif not old.n:
         agrees = old.value == new.value
         if not agrees and texts[0] == texts[1]:
-            texts = [f"{row.found.value:,.15g}" for row in (then, now)]
+            texts = [f"{row.estimate.value:,.15g}" for row in (then, now)]
         verdict = "the same" if agrees else "DIFFERS"
     else:
         agrees = old.low <= new.value <= old.high
@@ -280,20 +310,28 @@ def _compared(then: RecordRow, now: RecordRow) -> RecordComparison:
 
 
 def _ratio(row: RecordRow) -> tuple[float, float]:
-    """The interval of a latency as a share of the untouched network's, which was its yardstick."""
+    """The interval of a latency as a share of the baseline latency."""
     assert row.baseline is not None
-    return row.found.low / row.baseline.value, row.found.high / row.baseline.value
+    return row.estimate.low / row.baseline.value, row.estimate.high / row.baseline.value
 
 
 def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> RecordComparison | None:
-    """What a file gives for the fixed pseudo-random inputs: recorded beside now; None where nothing was recorded."""
+    """Compare the outputs of a file for the fixed pseudo-random inputs with the recorded ones.
+
+    Args:
+        recorded: What `artifact.probe` gave when the file was written.
+        now: What it gives now.
+
+    Returns:
+        The comparison; None where nothing was recorded.
+    """
     if not recorded:
         return None
-    then, found = list(recorded["outputs"]), list(now["outputs"])
+    then, outputs = list(recorded["outputs"]), list(now["outputs"])
     largest, tolerance = float(recorded["largest"]), float(recorded["tolerance"])
-    same_shape = recorded["shape"] == now["shape"] and len(then) == len(found)
+    same_shape = recorded["shape"] == now["shape"] and len(then) == len(outputs)
     # Two NaN at the same place are equal here.
-    apart = [abs(a - b) for a, b in zip(then, found, strict=False) if not (a == b or (a != a and b != b))]
+    apart = [abs(a - b) for a, b in zip(then, outputs, strict=False) if not (a == b or (a != a and b != b))]
     worst = max((float("inf") if gap != gap else gap for gap in apart), default=0.0) / (largest or 1.0)
     agrees = same_shape and worst <= tolerance
     told = f"{100 * worst:.2g}% off" if same_shape else f"shape {now['shape']}"
@@ -304,7 +342,7 @@ def compare_outputs(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) 
 
 
 def changed_environment(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two environments, a line each: processor, versions."""
+    """The differences between two environments (processor, versions), a line each."""
     return [
         f"{key}: {recorded[key]} then, {now[key]} now"
         for key in recorded

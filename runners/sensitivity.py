@@ -2,16 +2,16 @@
 
 The score is the divergence of the outputs from the original network's, on calibration images, after BatchNorm
 re-estimation as `LocalRunner.build` does it: for outputs `[n, classes]` the KL divergence of the softmax (temperature
-1), for any other the mean squared difference relative to the outputs' variance. It is never the error of the weights
-alone, nor the curvature of the loss: they rank the levels of a layer, but not the layers of a network.
+1), for any other the mean squared difference relative to the outputs' variance. Neither the error of the weights nor
+the curvature of the loss is used: they rank the levels of a layer, but not the layers of a network.
 
-All that runs before the changed layer computes what it does in the original network, so it is run once and recorded.
-A network is any torch module, and what a module is called with is unknown. So calls are numbered in the order in
-which they begin; one that has ended before the changed layer is called returns what it returned before and runs
-nothing inside (`Prefix`). Of a network of stages that leaves a few tensors per stage, which are recorded from layer
-to layer. Recorded twice: BatchNorm normalises with the statistics of the batch while its own are estimated. What does
-not fit into memory is run again, and what is recorded counts only if the outputs with recorded calls are those
-without, on two images.
+The modules before the changed layer compute the same as in the original network, so they are run once and their outputs
+are recorded. A network is any torch module, and the arguments of a module are unknown. So calls are numbered in the
+order in which they begin. A call that ended before the changed layer is called returns its recorded output and runs
+nothing inside (`Prefix`). For a network of stages that leaves a few tensors per stage, which are updated from layer to
+layer. They are recorded in two modes, because BatchNorm normalises with the statistics of the batch while its own are
+estimated. What does not fit into memory is run again. Records are used only if the outputs with them equal those
+without on two images.
 """
 
 from __future__ import annotations
@@ -48,15 +48,23 @@ if TYPE_CHECKING:
 
 KL, SQUARED = "KL divergence (nats)", "squared difference / variance"
 VERSION = 1
-Level = tuple[int, float | str]  # weight bits, and the share of zeros or their pattern
+Level = tuple[int, float | str]  # weight bits, and the sparsity: a share or a pattern
 UNTOUCHED: Level = (32, 0.0)
-# Is given the progress: rows that are done, rows in all, and the layer at work.
+# Called with the number of rows that are done, the number of all rows, and the layer being measured.
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One layer at one level: its divergence, and the packed bytes of the layer (weight, scales, bias)."""
+    """One layer at one level of compression.
+
+    Args:
+        layer: The name of the layer.
+        weight_bits: Bits of a weight.
+        sparsity: The share of zero weights, or their pattern.
+        divergence: The divergence of the network's outputs.
+        bytes: The packed bytes of the layer (weight, scales, bias).
+    """
 
     layer: str
     weight_bits: int
@@ -67,7 +75,7 @@ class SensitivityRow:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The divergence of every layer at every level, alone; infinite where outputs are not finite.
+    """The divergence of every layer at every level, each changed alone; infinite where outputs are not finite.
 
     Attributes:
         rows: One for each layer and level.
@@ -85,7 +93,12 @@ class Sensitivity:
     images: int
 
     def divergence(self, layer: str, weight_bits: int = 32, sparsity: float | str = 0.0) -> float:
-        """Of one layer at one level, 0 for the original one.
+        """The divergence of one layer at one level; 0 for the original level.
+
+        Args:
+            layer: The name of the layer.
+            weight_bits: Bits of a weight.
+            sparsity: The share of zero weights, or their pattern.
 
         Raises:
             RecipeError: The level was not measured.
@@ -105,9 +118,20 @@ class Sensitivity:
         return {(row.layer, row.weight_bits, row.sparsity): row.divergence for row in self.rows}
 
     def by_axis(self, space: Space, structure: Structure) -> dict[str, tuple[float, ...]]:
-        """By axis of weight bits or sparsity, the divergence of each choice alone; of a shared axis the layers' sum.
+        """The divergence of each choice of the axes of weight bits and sparsity.
 
-        Divergences of layers add up well while they are small. Raises `RecipeError` for a choice that was not measured.
+        For an axis that layers share, it is the sum over the layers: their divergences add up well while they are
+        small.
+
+        Args:
+            space: The space that has the axes.
+            structure: The structure of the network.
+
+        Returns:
+            By axis, the divergence of each choice.
+
+        Raises:
+            RecipeError: A choice was not measured.
         """
         divergences = {}
         for axis in space.axes(structure):
@@ -125,7 +149,7 @@ class Sensitivity:
         return divergences
 
     def table(self) -> pandas.DataFrame:
-        """A row per layer and level; `unit` is a column, so that a CSV file says what it holds."""
+        """A row per layer and level; `unit` is a column, so that a CSV file states its unit."""
         import pandas
 
         columns = [field.name for field in fields(SensitivityRow)]
@@ -133,7 +157,7 @@ class Sensitivity:
         return table.assign(unit=self.unit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; JSON has no infinity, so that one is None."""
+        """Plain data for JSON, which has no infinity: an infinite divergence becomes None."""
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["divergence"] = row["divergence"] if math.isfinite(row["divergence"]) else None
@@ -144,7 +168,11 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """What `to_dict` gave; raises `ArtifactError` for anything else."""
+        """The reverse of `to_dict`.
+
+        Raises:
+            ArtifactError: The data is something else.
+        """
         try:
             if data["version"] > VERSION:
                 raise ArtifactError(f"a sensitivity of version {data['version']}; this paretorch reads up to {VERSION}")
@@ -156,7 +184,11 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, text: str) -> Sensitivity:
-        """What `to_json` gave; raises `ArtifactError` for anything else."""
+        """The reverse of `to_json`.
+
+        Raises:
+            ArtifactError: The text is something else.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except ValueError as error:
@@ -164,18 +196,25 @@ class Sensitivity:
 
 
 def _from_json(divergence: float | None) -> float:
-    """JSON has no infinity, so that one is None there."""
+    """A divergence as JSON holds it, where None is infinity."""
     return math.inf if divergence is None else float(divergence)
 
 
 def order(level: Level) -> tuple[float, str, int]:
-    """The sort key of a level: increasing zeros, then decreasing bits."""
+    """The sort key of a level: increasing sparsity, then decreasing bits."""
     bits, zeros = level
     return zeros_of(zeros), str(zeros), -bits
 
 
 def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
-    """By layer, in order: every combination of its choices, and each choice alone, without the original's level.
+    """The levels at which each layer is measured: every combination of its choices, and each choice alone.
+
+    Args:
+        space: The space that names the choices.
+        structure: The structure of the network.
+
+    Returns:
+        By layer, its levels in the order of `order`, without the original level.
 
     Raises:
         ConfigError: The space leaves nothing to measure.
@@ -187,7 +226,9 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
             next((axis.choices for axis in axes if axis.kind == kind and layer.name in axis.targets), ())
             for kind in ("weight_bits", "sparsity")
         )
-        both = [(b, r) for r in ratios for b in bits if b > 1 or not r]  # signs have no zeros
+        both = [
+            (b, r) for r in ratios for b in bits if b > 1 or not r
+        ]  # weights of one bit are signs, which are never zero
         alone = [*((b, 0.0) for b in bits), *((32, r) for r in ratios)]
         distinct = sorted({*both, *alone} - {UNTOUCHED}, key=order)
         if distinct:
@@ -202,7 +243,7 @@ def levels(space: Space, structure: Structure) -> dict[str, list[Level]]:
 
 
 def divergence(dense: Tensor, outputs: Tensor) -> float:
-    """How far outputs are from the original network's, a mean over the images; infinite when they are not finite.
+    """The divergence of outputs from the original network's, averaged over the images; infinite if not finite.
 
     Args:
         dense: The original network's outputs. `[n, classes]` with at least two classes gives KL(softmax(dense) ||
@@ -224,7 +265,7 @@ def divergence(dense: Tensor, outputs: Tensor) -> float:
 
 
 def unit_of(outputs: Tensor) -> str:
-    """What a divergence of such outputs is: `KL` for `[n, classes]`, else `SQUARED`."""
+    """The unit of the divergence of such outputs: `KL` for `[n, classes]`, else `SQUARED`."""
     return KL if outputs.ndim == 2 and outputs.shape[1] > 1 else SQUARED
 
 
@@ -236,16 +277,17 @@ def measure_sensitivity(
     reuse: bool = True,
     memory: int = 1 << 30,
 ) -> Sensitivity:
-    """Measure every layer at every level of the space, alone in the runner's network, on all its calibration images.
+    """Measure every layer at every level of the space, each alone, on all calibration images of the runner.
 
-    Zeros, ranges and rounding are chosen by the first methods of the space.
+    The criterion, the ranges and the rounding are the first methods of the space.
 
     Args:
         runner: The runner whose network is measured.
         space: The space that names the levels.
-        progress: Is given rows that are done, rows in all, and the layer being measured.
-        reuse: Whether what runs before a layer is recorded instead of run again; it changes the time alone.
-        memory: Bytes of records at most; it changes the time alone.
+        progress: Called with the number of rows that are done, the number of all rows, and the layer being measured.
+        reuse: Whether the outputs of modules before a layer are recorded instead of computed again. It affects only the
+            time.
+        memory: Bytes of records at most. It affects only the time.
 
     Raises:
         ConfigError: The space leaves nothing to measure.
@@ -283,7 +325,7 @@ def _recipe(layer: str, level: Level, methods: Mapping[str, Any]) -> Recipe:
 
 
 class _Bench:
-    """One network in which one layer after the other is compressed and restored."""
+    """A network in which one layer at a time is compressed, measured and restored."""
 
     def __init__(self, runner: Builder, memory: int) -> None:
         self.runner = runner
@@ -297,7 +339,7 @@ class _Bench:
         self.prefix = Prefix(self.model, self.parts, memory, modes=2 if self.norms else 1)
 
     def restore(self, layer: str | None = None) -> None:
-        """Restore the original network: the statistics, and the weight of a layer."""
+        """Restore the original network: the BatchNorm statistics, and the weight of a layer if one is named."""
         for name, norm in self.norms.items():
             norm.load_state_dict(self.statistics[name])
         if layer:
@@ -305,7 +347,7 @@ class _Bench:
 
     @torch.no_grad()
     def advance(self, layer: str) -> None:
-        """Record all that runs before a layer, in both ways that BatchNorm works."""
+        """Record all that runs before a layer, in both modes of BatchNorm."""
 
         def estimating(active: bool) -> None:
             for norm in self.norms.values():
@@ -316,6 +358,7 @@ class _Bench:
 
     @torch.no_grad()
     def divergence(self, layer: Layer, recipe: Recipe) -> float:
+        """The divergence with one layer compressed by a recipe; the layer is restored afterwards."""
         runner = self.runner
         compress(self.model, recipe, runner.structure, runner.example, runner.library, runner.statistics)
         together = one_factor(freeze(self.model, recipe), self.model, runner.structure)
@@ -329,10 +372,13 @@ class _Bench:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module in a forward pass: `end` is the number of the next call that is not inside it.
+    """One call of a module in a forward pass.
 
-    bytes: of its output for one image, 0 when it cannot be recorded. frail: whether the output is changed in place
-    later.
+    Args:
+        module: The name of the module.
+        end: The number of the next call that is not inside this one.
+        bytes: The bytes of its output for one image; 0 if the output cannot be recorded.
+        frail: Whether the output is changed in place later.
     """
 
     module: str
@@ -342,7 +388,7 @@ class _Call:
 
 
 class _Reached(Exception):
-    """The forward pass has come to the layer up to which it is recorded."""
+    """The forward pass has reached the layer up to which it is recorded."""
 
 
 class _Astray(Exception):
@@ -352,15 +398,15 @@ class _Astray(Exception):
 class Prefix:
     """The calls of a network's modules before one layer, recorded for some batches.
 
+    After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. The modules named in `replayed`
+    are then not run.
+
     Args:
-        model: Is given forward methods that record and replay. Between `advance` calls it may change from the layer on,
-            but not before it.
+        model: The network. Its modules get forward methods that record and replay. Between calls of `advance` the layer
+            and what follows it may change, but nothing before it.
         batches: The batches of inputs.
         memory: Bytes of records at most.
-        modes: In how many ways it is run, told apart by a number.
-
-    After `advance(layer, switch)` the network is run on the batches of `feed(mode)`. `replayed` are the names of the
-    modules that are not run then.
+        modes: The number of modes in which the network is run; each has records of its own.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], memory: int, modes: int = 1) -> None:
@@ -376,21 +422,25 @@ class Prefix:
         if memory:
             self._calls = self._look(batches[0][:2])
             for module, name in self._names.items():
-                if not isinstance(module, torch.jit.ScriptModule):  # it has no forward method that could be replaced
+                if not isinstance(module, torch.jit.ScriptModule):  # its forward method cannot be replaced
                     module.forward = partial(self._call, name, module.forward)
 
     def feed(self, mode: int) -> Iterator[Tensor]:
-        """The batches, each to be run by the network at once."""
+        """The batches of a mode; run the network on each before the next is taken."""
         for number, batch in enumerate(self.batches):
             self._begin(self._records.get((mode, number), {}))
             yield batch
         self._begin({})
 
     def advance(self, layer: str, switch: Callable[[bool], None]) -> None:
-        """Record up to a layer that is called once; `switch(True)` begins mode 1, `switch(False)` ends it.
+        """Record up to a layer that is called once.
 
-        The network must be untouched. When the records would take more memory than they may, those of an earlier
-        layer stay.
+        The network must be in its original state. When the records would exceed the memory, those of an earlier layer
+        stay.
+
+        Args:
+            layer: The name of the layer.
+            switch: `switch(True)` begins mode 1, `switch(False)` ends it.
         """
         stop = next((number for number, call in enumerate(self._calls) if call.module == layer), None)
         if stop is None:
@@ -405,7 +455,7 @@ class Prefix:
             for number, batch in enumerate(self.batches):
                 try:
                     records[mode, number] = self._record(self._records.pop((mode, number), {}), batch, stop, frontier)
-                except _Astray:  # this batch, unlike the two images, takes another way
+                except _Astray:  # this batch takes another path through the network than the two images
                     self._records, self.replayed, self._calls = {}, frozenset(), []
                     switch(False)
                     return
@@ -415,7 +465,7 @@ class Prefix:
         self.replayed = frozenset(self._calls[i].module for i in inside)
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of a module's forward method."""
+        """The replacement of a module's forward method."""
         number, self._count = self._count, self._count + 1
         if number == self._stop:
             raise _Reached
@@ -462,7 +512,7 @@ class Prefix:
             before = [_version(value) for value in given]
             output = forward(*args, **kwargs)
             size = 0
-            # One that changes its input in place must change it again.
+            # A module that changes its input in place must run again, so its output is not recorded.
             if isinstance(output, Tensor) and before == [_version(value) for value in given]:
                 outputs[number] = output, _version(output)
                 size = output.nbytes // len(images)
@@ -488,8 +538,8 @@ class Prefix:
     def _frontier(self, stop: int) -> frozenset[int]:
         """The outermost calls that have ended before the call `stop` and can be recorded.
 
-        A BatchNorm that is called on both sides gets other statistics from the changed layer, and so what follows its
-        first call is no longer what it was.
+        A BatchNorm that is called both before and after `stop` gets other statistics because of the changed layer, so
+        everything after its first call changes, too.
         """
         norms = batchnorms(self.model)
         while shared := {call.module for call in self._calls[stop:] if call.module in norms} & {
@@ -507,7 +557,7 @@ class Prefix:
         return frozenset(outermost)
 
     def _agrees(self, stop: int, frontier: frozenset[int]) -> bool:
-        """Whether the outputs with recorded calls are those without, on two images."""
+        """Whether the outputs with recorded calls equal those without on two images."""
         images = self.batches[0][:2]
         self._begin({})
         expected = self.model(images)

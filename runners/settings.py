@@ -1,4 +1,4 @@
-"""How numbers come about: the one declaration of the measurement settings and their defaults."""
+"""The measurement settings and their defaults, declared only here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .targets.catalog import DEFAULT, TARGETS
 
 @dataclass(frozen=True)
 class MeasurementSettings:
-    """What decides how a file is measured, beside the task.
+    """Everything but the task that decides how a file is measured.
 
     Args:
         threads: CPU threads of the runtime while latency is measured.
@@ -31,12 +31,12 @@ class MeasurementSettings:
 
     @property
     def runtime(self) -> str:
-        """What computes the outputs, for people."""
+        """The name of the runtime that computes the outputs, for people."""
         name = self.target if isinstance(self.target, str) else DEFAULT
         return TARGETS[name].title if name in TARGETS else name
 
 
 # The comparison of a finalist's file with the simulation of its graph.
-PARITY_INPUTS = 1000  # on which it is measured, where there are as many
-PARITY_AGREEMENT = 0.995  # the share of equal answers that a file must reach
-PARITY_DIFFERENCE = 0.05  # of the largest output, which outputs without classes may differ by on average
+PARITY_INPUTS = 1000  # inputs that are compared, or all if there are fewer
+PARITY_AGREEMENT = 0.995  # the least share of equal predictions
+PARITY_DIFFERENCE = 0.05  # the largest mean difference of outputs without classes, as a share of the largest

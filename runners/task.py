@@ -1,8 +1,8 @@
-"""A task: everything that is the user's. The network, the data, the metric."""
+"""A task: everything that the user provides, which is the network, the data and the metric."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,32 +29,44 @@ from ..spaces.techniques.student import STUDENT
 
 Data = Dataset[Any] | DataLoader[Any]
 Split = Literal["train", "validation", "test"]
-# How important each weight is, from the weight and, as large, the norms of what it is multiplied with on the
-# calibration images (None for layers of more than 8192 inputs).
+# From a weight, and a tensor of the same shape with the norms of the weight's inputs on the calibration images (None
+# for layers of more than 8192 inputs), to the importance of each number in it.
 Criterion = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Whether each sample's highest output is its target: `[n, classes]`, `[n]` -> `[n]` of 0 and 1."""
+    """Whether the largest output of each sample is its target: `[n, classes]`, `[n]` -> `[n]` of 0 and 1."""
     return (outputs.argmax(1) == targets).float()
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is compressed, and how one tells whether it still works.
+    """What is compressed, and how its quality is measured.
 
-    model: a function without arguments that returns the *trained* network, a new object at each call, mapping one input
-    tensor to one output tensor. train, validation, test: datasets or DataLoaders of `(input, target)`; the search
-    trains and calibrates on *train*, selects on *validation*, and looks at *test* once, for the finalists. Of a
-    DataLoader the samples, how they are collated and the workers are used; order and `batch_size` are the task's.
-    metric: `metric(outputs, targets)` returns one score per sample, higher is better; its mean is the metric and its
-    interval comes from the number of samples. metric_name: how it is called in objectives and budgets. loss: for
-    recovery; cross-entropy when None. criteria: functions that choose zeros, by the name that `Sparsify.criterion`
-    calls them, such as "rules.py:score": from a weight `[output, input, ...]` and the norms of its inputs on the
-    calibration images (as the weight, or None where a layer has more than 8192 inputs) they return a score for each
-    weight, the lowest of which become zero. students: other networks for the same inputs and outputs, by the name that
-    `Student.factory` calls them, as functions without arguments; they may be untrained, then recovery trains them.
+    Args:
+        name: The name of the task.
+        model: A function without arguments that returns the *trained* network, a new object at each call. The network
+            maps one input tensor to one output tensor.
+        train: A dataset or DataLoader of `(input, target)` on which the search trains and calibrates. Of a DataLoader
+            the samples, the collate function and the workers are used; order and `batch_size` are the task's.
+        validation: The same for the samples on which the search selects.
+        test: The same for the samples on which the finalists are measured once.
+        metric: `metric(outputs, targets)` returns one score per sample, higher is better. The mean is the metric; its
+            interval comes from the number of samples.
+        metric_name: The name of the metric in objectives and budgets.
+        loss: `loss(outputs, targets)` that recovery minimises; cross-entropy when None.
+        batch_size: Samples per batch in training and evaluation.
+        criteria: Functions that choose which weights become zero, by their name in `Sparsify.criterion`, such as
+            "rules.py:score". Each gets a weight `[output, input, ...]` and the norms of its inputs on the calibration
+            images (of the same shape; None where a layer has more than 8192 inputs), and returns a score for each
+            number of the weight. The lowest scores become zero.
+        students: Functions without arguments that return other networks for the same inputs and outputs, by their name
+            in `Student.factory`. Recovery trains those that are untrained.
 
+    Raises:
+        TaskError: A field has a value that cannot be used.
+
+    Example:
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
         >>> task = Task("tiny", lambda: nn.Linear(4, 2), train=data, validation=data)
@@ -115,7 +127,11 @@ class Task:
 
 
 def dataset(task: Task, split: Split) -> Dataset[Any]:
-    """The samples of a split; raises `TaskError` when there are none."""
+    """The samples of a split.
+
+    Raises:
+        TaskError: The task has no such split, or it is empty or has no length.
+    """
     data = getattr(task, split)
     if data is None:
         raise TaskError(f"task {task.name!r} has no {split} data")
@@ -130,7 +146,7 @@ def dataset(task: Task, split: Split) -> Dataset[Any]:
 
 
 def _loaded(task: Task, split: Split, loader: DataLoader[Any]) -> Dataset[Any]:
-    """The samples that a DataLoader gives: two loaders may split one dataset by their samplers alone."""
+    """The samples that a DataLoader draws: two loaders may share one dataset and differ only in their samplers."""
     if isinstance(loader.dataset, IterableDataset):
         return loader.dataset
     if loader.batch_size is None:
@@ -157,16 +173,26 @@ def batches(
     shuffle: int | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `(inputs, targets)` of a split; `limit` samples at most, in an order drawn from the seed `shuffle`.
+    """Iterate over the batches `(inputs, targets)` of a split.
 
-    A dataset sorted by class is the usual trap of calibration, so whatever takes a part of a split shuffles it.
-    indices: these samples in this order; `shuffle` is then the seed of the workers alone.
+    Args:
+        task: The task.
+        split: The split.
+        batch_size: Samples per batch; the task's when None.
+        limit: Samples at most. They are drawn at random, because datasets are often sorted by class.
+        shuffle: The seed of the order; None keeps the order of the dataset unless there is a limit.
+        indices: Take these samples in this order; `shuffle` is then the seed of the workers alone.
+
+    Raises:
+        TaskError: The split cannot be used, or does not give `(input, target)` pairs of one input tensor and targets
+            that are numbers or tensors.
     """
     samples = dataset(task, split)
     data = getattr(task, split)
     generator = torch.Generator().manual_seed(shuffle or 0)
     if indices is None and (limit is not None or shuffle is not None):
-        indices = torch.randperm(len(samples), generator=generator).tolist()[:limit]  # type: ignore[arg-type]
+        assert isinstance(samples, Sized)  # `dataset` has checked it
+        indices = torch.randperm(len(samples), generator=generator).tolist()[:limit]
     if indices is not None:
         samples = Subset(samples, indices)
     extra: dict[str, Any] = {}
@@ -188,7 +214,7 @@ def batches(
 
 
 def inputs(task: Task, split: Split, limit: int, seed: int) -> Tensor:
-    """At most `limit` inputs of a split, drawn with the seed, in one tensor."""
+    """At most `limit` inputs of a split in one tensor, drawn with the seed."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)  # augmentation in the user's dataset draws from the global generator
     try:
@@ -198,42 +224,52 @@ def inputs(task: Task, split: Split, limit: int, seed: int) -> Tensor:
 
 
 def example_input(task: Task, size: int = 2) -> Tensor:
-    """The first `size` validation inputs."""
-    found = next(iter(batches(task, "validation", batch_size=size)))[0]
-    if not found.is_floating_point():
+    """The first `size` validation inputs.
+
+    Raises:
+        TaskError: They are not floating-point numbers.
+    """
+    example = next(iter(batches(task, "validation", batch_size=size)))[0]
+    if not example.is_floating_point():
         raise TaskError(
-            f"task {task.name!r}: inputs are {found.dtype}; paretorch compresses networks of floating-point inputs"
+            f"task {task.name!r}: inputs are {example.dtype}; paretorch compresses networks of floating-point inputs"
         )
-    return found
+    return example
 
 
 def loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
-    """What recovery minimises."""
+    """The loss that recovery minimises."""
     return task.loss(outputs, targets) if task.loss else F.cross_entropy(outputs, targets)
 
 
 def scores(task: Task, outputs: Tensor, targets: Tensor) -> NDArray[np.float64]:
     """The task's metric of each sample of a batch.
 
-    Raises `Diverged` for outputs of NaN or a metric that is not finite, `TaskError` for one that does not give a score
-    per sample.
+    Raises:
+        Diverged: The outputs hold NaN, or a score is not finite.
+        TaskError: The metric does not return one score per sample.
     """
-    if bool(outputs.isnan().any()):  # argmax would make a class of it
+    if bool(outputs.isnan().any()):  # argmax would turn it into a class
         raise Diverged("the network's outputs hold NaN")
-    found = torch.as_tensor(task.metric(outputs, targets)).double()
-    if found.shape != (len(outputs),):
+    per_sample = torch.as_tensor(task.metric(outputs, targets)).double()
+    if per_sample.shape != (len(outputs),):
         raise TaskError(
-            f"metric {task.metric_name!r} returned the shape {tuple(found.shape)} for {len(outputs)} samples; "
+            f"metric {task.metric_name!r} returned the shape {tuple(per_sample.shape)} for {len(outputs)} samples; "
             "it must return one score per sample, as paretorch.accuracy does"
         )
-    if not bool(found.isfinite().all()):
-        raise Diverged(f"metric {task.metric_name!r} returned {float(found[~found.isfinite()][0])}")
-    return found.numpy()
+    if not bool(per_sample.isfinite().all()):
+        raise Diverged(f"metric {task.metric_name!r} returned {float(per_sample[~per_sample.isfinite()][0])}")
+    return per_sample.numpy()
 
 
 def score(task: Task, pairs: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
-    """The task's metric over `(outputs, targets)` pairs; raises as `scores` does."""
-    found = [scores(task, outputs, targets) for outputs, targets in pairs]
-    if not found:
+    """The task's metric over `(outputs, targets)` pairs.
+
+    Raises:
+        Diverged: As `scores`.
+        TaskError: As `scores`, and when there are no pairs.
+    """
+    per_batch = [scores(task, outputs, targets) for outputs, targets in pairs]
+    if not per_batch:
         raise TaskError(f"task {task.name!r}: there are no samples to score")
-    return Estimate.of(np.concatenate(found))
+    return Estimate.of(np.concatenate(per_batch))

@@ -42,15 +42,15 @@ from .freeze import freeze, one_factor
 from .library import LayerLibrary
 from .trace import trace
 
-# Hears in words what is being done.
+# Called with a description of what is being done.
 Progress = Callable[[str], None]
-# Images at a time for BatchNorm statistics, in the layout that convolutions on a CPU run fastest in: 1.5 to 2.5 times
-# as fast as 128 images in the layout they come in (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
+# Images at a time for BatchNorm statistics. In the memory format that convolutions on a CPU run fastest in, that is 1.5
+# to 2.5 times as fast as 128 images in their own format (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
 _CHUNK = 32
 
 
 def silent(phase: str) -> None:
-    """A listener of progress that does nothing."""
+    """A `Progress` that does nothing."""
 
 
 def fast_layout(x: Tensor) -> torch.memory_format:
@@ -60,8 +60,7 @@ def fast_layout(x: Tensor) -> torch.memory_format:
 
 def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
     """The same network with its weights in a memory format, in place."""
-    # torch's stubs lack this overload
-    return model.to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+    return model.to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
 
 
 class Builder:
@@ -74,7 +73,7 @@ class Builder:
         seed: Seed of calibration inputs, training and student weights.
         int8_products: Whether products of two activations are int8 in the files, see `Target.int8_products`.
         library: Where compressed layers are kept; the user's own when None.
-        other_students: Where another runner of the same task may have kept trained students, to spare their training.
+        other_students: Where another runner of the same task may have kept trained students, which are then reused.
 
     Raises:
         TaskError: The task cannot be used.
@@ -105,30 +104,35 @@ class Builder:
         self.structure: Structure = replace(structure, students=tuple(others))
 
     def _student(self, name: str) -> nn.Module:
-        """Another network of the task's, with weights drawn from the seed where it comes untrained."""
+        """A student network of the task; weights that its function draws at random are drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = _made(self.task, self.task.students[name], f"the function of its student {name!r}")
         with torch.no_grad():
             expected = self.model(self.example).shape
             try:
-                found = model(self.example)
+                outputs = model(self.example)
             except Exception as error:  # whatever the user's network raises
                 raise TaskError(
                     f"student {name!r} does not run on the task's inputs of shape {tuple(self.example.shape)}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-        if not isinstance(found, Tensor) or found.shape != expected:
-            shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(outputs, Tensor) or outputs.shape != expected:
+            shown = f"the shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TaskError(
                 f"student {name!r} returns {shown}, the network {tuple(expected)}; it must give the same outputs"
             )
         return model
 
     def network(self, recipe: Recipe, progress: Progress = silent) -> nn.Module:
-        """The network that a recipe begins with: the original, or the student that it names, trained once as it says.
+        """The network that a recipe begins with: the original model, or the student that the recipe names.
 
-        The weights of a trained student are kept in the file `trained` of the recipe of this step alone.
+        A student is trained once, as the recipe says. Its weights are kept in `CandidateFiles.trained` of a recipe that
+        has this step alone.
+
+        Args:
+            recipe: The recipe.
+            progress: Called with a description of what is being done.
 
         Raises:
             RecipeError: The task makes no such student.
@@ -158,27 +162,28 @@ class Builder:
 
     @cached_property
     def calibration_parts(self) -> list[Tensor]:
-        """The calibration images as BatchNorm statistics are taken from them."""
+        """The calibration images in the batches and the memory format in which BatchNorm statistics are estimated."""
         parts = chunks(self.calibration, _CHUNK)
         return [part.contiguous(memory_format=fast_layout(part)) for part in parts]
 
     @cached_property
     def teacher_logits(self) -> Tensor | None:
-        """The untouched network's outputs for all training samples, or None where they cannot be reused."""
+        """The original model's outputs for all training samples, or None where they cannot be reused."""
         return distill.teacher_logits(self.task, self.model)
 
     @cached_property
     def statistics(self) -> Calibration:
-        """What rounding and criteria may ask the calibration images."""
+        """The statistics of the calibration images that rounding and criteria may use."""
         return Calibration(self.comparable(), self.calibration_parts, self.library, self.seed, self.task.criteria)
 
     @cached_property
     def calibration_bias(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """`operators.fold.calibration_bias` of the original model."""
         return calibration_bias(self.comparable(), self.calibration_parts)
 
     @cached_property
     def output_moments(self) -> list[Moments]:
-        """For each of `calibration_parts`, mean and variance of what layers give that no BatchNorm follows."""
+        """For each of `calibration_parts`, mean and variance of the layer outputs that no BatchNorm follows."""
         return self._moments(self.model, Recipe())
 
     def _moments(self, model: nn.Module, recipe: Recipe) -> list[Moments]:
@@ -195,11 +200,11 @@ class Builder:
         """The packed file of a recipe.
 
         Args:
-            recipe: What to do; it must fit the network.
-            progress: Hears what is being done.
-            recovery: False for a file of the same size and speed, sooner.
-            keep_trained: Keep the trained weights, so that a recipe which trains further continues from them. What is
-                kept saves time and changes no bit.
+            recipe: The recipe; it must fit the network.
+            progress: Called with a description of what is being done.
+            recovery: False skips recovery, which gives a file of the same size and speed sooner.
+            keep_trained: Whether to keep the trained weights, so that a recipe which trains further continues from
+                them. That saves time and changes no bit of a file.
 
         Raises:
             RecipeError: The recipe does not fit the network.
@@ -235,10 +240,14 @@ class Builder:
     def _reestimate(
         self, model: nn.Module, source: nn.Module, recipe: Recipe, one_factor: set[str]
     ) -> dict[str, Tensor]:
-        """Re-estimate the statistics of a compressed network in place; gives what layers are multiplied by for that."""
+        """Re-estimate the statistics of a compressed network in place.
+
+        Returns:
+            By layer, the factors that its outputs were multiplied with to match the statistics.
+        """
         steps = recipe.of(Recover)
-        # After pruning a channel's statistics have no counterpart in the original any more, and a network that was
-        # trained on crops wants the statistics of crops.
+        # After pruning, the statistics of a channel have no counterpart in the original any more, and a network that
+        # was trained on crops needs the statistics of crops.
         pruned = any(isinstance(step, Student | Prune) for step in recipe.steps)
         comparable = not pruned and not any(step.epochs for step in steps)
         bias = self.calibration_bias if comparable else None
@@ -254,14 +263,14 @@ class Builder:
         return factors
 
     def _network(self, recipe: Recipe, progress: Progress, recovery: bool) -> onnx.ModelProto:
-        """The graph of an ensemble's network: that of its packed file where it was kept, which gives the same bytes."""
+        """The graph of an ensemble's network, read from its packed file if there is one; both give the same bytes."""
         try:
             return packing.unpack(self.files.packed(recipe).read_bytes())
         except (FileNotFoundError, ArtifactError):  # never built here, or damaged
             return packing.unpack(self.build(recipe, progress, recovery=recovery))
 
     def _train(self, model: nn.Module, recipe: Recipe, progress: Progress) -> None:
-        """Carry out the training steps of a recipe, from the last one of which anything was kept."""
+        """Run the training steps of a recipe, resuming from the last one whose weights or state were kept."""
         training = recipe.of(Recover)
         others = [step for step in recipe.steps if not isinstance(step, Recover)]
         prefixes = [Recipe((*others, *training[: count + 1])) for count in range(len(training))]
@@ -280,7 +289,7 @@ class Builder:
     def _finetune(
         self, model: nn.Module, recipe: Recipe, step: Recover, progress: Progress, state: State | None
     ) -> None:
-        """One training step, the last of a recipe, from the state between two of its epochs, if there is one."""
+        """Run the last training step of a recipe, resuming from a state between two of its epochs if there is one."""
         reused = step.epochs >= distill.WORTH and step.distill and not step.features
         finetune(
             model,
@@ -296,7 +305,7 @@ class Builder:
 
 
 def _restored(model: nn.Module, path: Path) -> bool:
-    """Load weights that were kept; False where there are none, or what is there is damaged or of something else."""
+    """Load kept weights; returns False if the file is missing, damaged or of another network."""
     try:
         model.load_state_dict(load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError, RuntimeError):
@@ -305,7 +314,7 @@ def _restored(model: nn.Module, path: Path) -> bool:
 
 
 def _made(task: Task, function: Callable[[], Any], what: str) -> nn.Module:
-    """The network that a function of the user's returns."""
+    """The network that a function of the user returns; raises `TaskError` when it fails or returns something else."""
     try:
         model = function()
     except TaskError:

@@ -1,13 +1,13 @@
 """Statistics of each layer on the calibration images: the Hessian of its inputs and the gradients of its weights.
 
-Some methods of rounding and of choosing zeros need more than the weights. All of it comes from one pass of the
-network over the calibration images (several where the Hessians of all layers would not fit into memory), is stored in
-the layer library by content, and so shared by trials, studies and processes.
+Some methods of rounding and some sparsity criteria need more than the weights. These statistics come from one pass of
+the network over the calibration images (several where the Hessians of all layers would not fit into memory). They are
+stored in the layer library by content, and so shared by trials, studies and processes.
 
-Inputs are those of the float network in evaluation mode, not of a network whose earlier layers are compressed
-already: so a layer's result depends on the layer alone, and is made once. Where blocks or channels are gone, the
-narrowed network is the one that runs, with the statistics of its BatchNorms estimated anew, as they will be in the
-end.
+The inputs of a layer are those in the float network in evaluation mode, not in a network whose earlier layers are
+already compressed. So the result of compressing a layer depends on the layer alone, and is computed once. Where blocks
+or channels were removed, the narrowed network is run, after its BatchNorm statistics are re-estimated as they will be
+in the end.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..operators.layers import groups_of, layers_of, output_first, parameter_of,
 from ..task import Criterion
 from .library import LayerLibrary, LayerStatistics, digest
 
-VERSION = 1  # of what is computed here; raised when it comes out otherwise
+VERSION = 1  # of the statistics; to be raised when their computation changes
 _MEMORY = 1 << 30  # bytes of Hessians that are accumulated in one pass
-_TOGETHER = 8  # images whose gradient is one
+_TOGETHER = 8  # images per gradient
 HESSIAN, FISHER = "hessian", "fisher"
 
 
@@ -59,6 +59,7 @@ class Calibration:
 
     @cached_property
     def images(self) -> str:
+        """The digest of the images."""
         return digest(*self.parts)
 
     @cached_property
@@ -67,20 +68,20 @@ class Calibration:
         return Statistics(self.model, self)
 
     def of(self, model: nn.Module) -> Statistics:
-        """Statistics of another network that computes the same; it stays as it is."""
+        """Statistics of another network that computes the same; the network is copied."""
         return Statistics(copy.deepcopy(model), self)
 
     def after(self, model: nn.Module) -> Statistics:
-        """Statistics of a network that lost channels, blocks or ranks; it stays as it is."""
-        operated = copy.deepcopy(model)
-        reestimate_batchnorms(operated, self.parts)
-        return Statistics(operated, self)
+        """Statistics of a network that lost channels, blocks or ranks, with BatchNorm re-estimated in a copy."""
+        narrowed = copy.deepcopy(model)
+        reestimate_batchnorms(narrowed, self.parts)
+        return Statistics(narrowed, self)
 
 
 class Statistics:
     """Hessians and gradients of a network's layers on calibration images, computed when first asked for.
 
-    Layers are all that run exactly once; `[layer]` raises `KeyError` for any other.
+    Only layers that run exactly once have statistics; computing those of another raises `KeyError`.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration) -> None:
@@ -89,10 +90,10 @@ class Statistics:
 
     @cached_property
     def key(self) -> str:
-        """Names the network and its images: its modules, numbers and outputs, because code has no content to hash."""
+        """The hash of the network (its modules, numbers and outputs, as code cannot be hashed) and its images."""
         with torch.no_grad():
             answer = self.model(self.calibration.parts[0][:2])
-        # The number of threads is the order of sums.
+        # The number of threads determines the order of sums.
         names, seed = list(self.model.state_dict()), self.calibration.seed
         about = (VERSION, torch.__version__, torch.get_num_threads(), str(self.model), names, seed)
         numbers = digest(*self.model.state_dict().values(), answer)
@@ -113,7 +114,7 @@ class Statistics:
         return layers_of(self.model)
 
     def _get(self, kind: str, layer: str) -> Tensor:
-        """From the library, or else computed, together with those of other layers as far as they fit into memory."""
+        """Statistics from the library, or computed, together with those of other layers that fit into memory."""
         stored = self._stored(kind, layer)
         return self._compute(kind, layer) if stored is None else stored
 
@@ -130,7 +131,7 @@ class Statistics:
     def _keep(self, kind: str, layer: str, value: Tensor) -> None:
         library = self.calibration.library
         if library is None or not library.put(self._name(kind, layer), {kind: value}):
-            self._in_memory[kind, layer] = value  # there is no disk to keep it
+            self._in_memory[kind, layer] = value  # the library cannot store it
 
     def _name(self, kind: str, layer: str) -> str:
         return hashlib.sha256(f"{self.key}/{layer}/{kind}".encode()).hexdigest()
@@ -173,9 +174,9 @@ class Statistics:
     def _fisher(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The mean square of the gradients of a divergence from the network's own outputs.
 
-        The divergence itself has no gradient there; its second derivative is the mean of `g g^T` over gradients g of
-        the loss at answers that are drawn from the network's own (Fisher information). So no labels are needed.
-        Outputs that are no class scores get answers with normal noise.
+        At these outputs the divergence has gradient zero. Its second derivative is the mean of `g g^T` over gradients g
+        of the loss for targets that are drawn from the network's own outputs (Fisher information), so no labels are
+        needed. For outputs that are no class scores, the targets are the outputs with normal noise.
         """
         weights = {name: parameter_of(self._layers[name]) for name in names}
         flags = {name: weight.requires_grad for name, weight in weights.items()}
@@ -190,8 +191,8 @@ class Statistics:
                     gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                     for name, gradient in zip(names, gradients, strict=True):
                         if gradient is not None:
-                            # Drawn answers make gradients of mean zero, so that the square of their sum is a sum of
-                            # squares.
+                            # Gradients for drawn targets have mean zero, so that on average the square of their sum is
+                            # the sum of their squares.
                             totals[name] += (gradient * len(images)).square()
         finally:
             for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""What packed files weigh around the layers' tensors, fitted to a few files that are really built."""
+"""The bytes of packed files beside the layers' tensors, fitted to a few files that are really built."""
 
 from __future__ import annotations
 
@@ -20,29 +20,35 @@ from ...spaces.techniques.quantize import Quantize
 from ...spaces.techniques.sparsify import zeros_of
 from ...spaces.techniques.student import Student
 from ..operators.fold import channel_factors
+from ..operators.layers import parameter_of
 from ..operators.quantize import codes
 from .build import Builder
 from .compress import compress
 from .freeze import folded_norms
 from .library import Method
 
-_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least, of a layer whose rounding is looked at beforehand
+_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS = 32, 1 << 16  # at least this many, per layer, are rounded to predict zeros
 
 
 def measure_overhead(
     builder: Builder, baseline_size: int | None = None, axes: Sequence[Axis] = (), student: str = ""
 ) -> cost.FileOverhead:
-    """The bytes around the layers' tensors, fitted to a few files, and what few bits round to zero at the axes' levels.
+    """Fit the bytes beside the layers' tensors to a few files, and predict how many weights are rounded to zero.
 
-    The files are the baseline (of `baseline_size` bytes, where they are known) and those of 8-bit weights with float,
-    with 8-bit and with mixed activations, without the blocks that can be left out, and with half of the channels.
-    student: the name of the network whose files they are, as it was before any training; that of the task when "".
+    The files are the baseline and files of 8-bit weights with float, with 8-bit and with mixed activations, without the
+    blocks that can be left out, and with half of the channels.
+
+    Args:
+        builder: The builder of the files.
+        baseline_size: The bytes of the baseline, if they are known.
+        axes: The axes whose levels are predicted.
+        student: The name of the network whose files are built, as it is before any training; the task's when "".
     """
     begin = [Student(factory=student)] if student else []
     structure = builder.structure.named(student)
 
     def mixed(*modes: int, without: tuple[str, ...] = ()) -> list[Quantize]:
-        """Activation bits in turn for the layers that are there, 0 for none; weights of 8 and 4 bits in turn."""
+        """Steps for the layers outside `without`: activation bits in turn (0: none), 8 and 4 weight bits in turn."""
         names = [layer.name for layer in structure.layers if not inside(layer.name, without)]
         steps = zip(names, itertools.cycle(modes), strict=False)
         return [Quantize(name, 4 if i // len(modes) % 2 else 8, mode) for i, (name, mode) in enumerate(steps) if mode]
@@ -69,7 +75,7 @@ def measure_overhead(
     shares = cost.FileOverhead(nonzero=nonzero_shares(builder, builder.network(recipes[0]), structure, axes))
     rest = [size - cost.layer_bytes(structure, recipe, shares) for size, recipe in zip(sizes, recipes, strict=True)]
     made_of = [vars(cost.contents(structure, recipe)) for recipe in recipes]
-    # Least squares of the least norm: where nothing tells two coefficients apart, they share.
+    # The least-squares solution of least norm: coefficients that cannot be told apart get equal shares.
     fitted, *_ = np.linalg.lstsq(np.array([list(row.values()) for row in made_of], float), np.array(rest), rcond=None)
     coefficients = dict(zip(made_of[0], map(float, fitted), strict=True))
     return cost.FileOverhead(**coefficients, nonzero=shares.nonzero)
@@ -78,11 +84,21 @@ def measure_overhead(
 def nonzero_shares(
     builder: Builder, model: nn.Module, structure: Structure, axes: Sequence[Axis]
 ) -> dict[str, dict[str, float]]:
-    """By layer and level of the axes, the share of its weights that are not zero after masking and rounding.
+    """The share of each layer's weights that are not zero after masking and rounding.
 
-    Of a large layer some output channels stand for all: each has a scale of its own, or all have the one of these.
-    Nearest rounding stands for the other ways to round, and zeros of least magnitude for the other criteria, which
-    leave about as many. Where ranges may be equalised, also of the weights that are then multiplied.
+    A large layer is represented by some of its output channels: each channel has a scale of its own, or all share the
+    scale of these. Nearest rounding represents the other methods of rounding, and the magnitude criterion the other
+    criteria, which leave about as many nonzero weights.
+
+    Args:
+        builder: The builder, whose library compresses the layers.
+        model: The network.
+        structure: The structure of the network.
+        axes: The axes whose levels are predicted. With cross-layer equalization among them, the weights that it scales
+            are predicted as well.
+
+    Returns:
+        By layer, the share by level (`cost.level`).
     """
     models = {"none": model}
     for by in (by for axis in axes if axis.kind == "equalize" for by in axis.choices if by != "none"):
@@ -90,7 +106,7 @@ def nonzero_shares(
         models[by] = compress(copy.deepcopy(model), recipe, structure, builder.example, None, builder.statistics)
     readers = {name for _, names in structure.pairs for name in names}
     choices = {(axis.kind, target): axis.choices for axis in axes for target in axis.targets}
-    found: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for layer in structure.layers:
         levels = {(4, 0.0), (8, 0.0)}  # those of the files that the overhead is fitted to
         levels |= set(
@@ -101,7 +117,7 @@ def nonzero_shares(
         for by, network in models.items():
             if by != "none" and layer.name not in readers:
                 continue
-            weight = network.get_submodule(layer.name).weight.detach()  # type: ignore[operator,union-attr]
+            weight = parameter_of(network.get_submodule(layer.name)).detach()
             every = max(1, len(weight) // max(_SAMPLED_CHANNELS, _SAMPLED_WEIGHTS // weight[0].numel()))
             weight, norm = weight[::every], folded_norms(network, structure).get(layer.name)
             schemes = dict.fromkeys(("symmetric", *choices.get(("scheme", layer.name), ())))
@@ -116,5 +132,5 @@ def nonzero_shares(
                     step = made.scale.clamp_min(1e-12) / (factor if affine else 1)
                     whole = codes(kept, step, bits, made.zero)
                     share = float(whole.count_nonzero()) / whole.numel()
-                    found.setdefault(layer.name, {})[cost.level(bits, zeros, by, affine)] = share
-    return found
+                    shares.setdefault(layer.name, {})[cost.level(bits, zeros, by, affine)] = share
+    return shares

@@ -1,9 +1,9 @@
 """The `Structure` of a live network: its layers, dependency groups and blocks, and what cannot be compressed.
 
-Everything is found by running the network on real inputs with hooks, so that whatever runs can be traced, except the
-dependency groups, which Torch-Pruning (Fang et al., CVPR 2023) reads off the autograd graph. A group counts only
-after all of them were really pruned in a copy that still gives outputs of the same shape, and a block only after the
-copy without it had the shapes that `spaces.structure.shapes` predicts.
+The network is run on real inputs with hooks, so that whatever runs can be traced. Only the dependency groups are read
+off the autograd graph, by Torch-Pruning (Fang et al., CVPR 2023). Groups are accepted only after all of them were
+really pruned in a copy that still gives outputs of the same shape, and a block only after a copy without it had the
+shapes that `spaces.shapes.shapes` predicts.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
 
 
 def _run(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, tuple[Tensor, Tensor]], Tensor]:
-    """The first call of each module that maps one tensor to one tensor, in order of execution, and the output."""
+    """The input and output of each module that maps one tensor to one tensor (its first call), and the output."""
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -159,7 +159,7 @@ def _layer(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> Layer:
 def _refused(
     model: nn.Module, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
 ) -> list[tuple[str, str]]:
-    """What carries parameters and is left as it is, each with the reason."""
+    """The modules that have parameters but cannot be compressed, each with the reason."""
     refused = []
     supported = ", ".join(one.__name__ for one in TYPES)
     for module, name in names.items():
@@ -179,9 +179,9 @@ def _refused(
 def _folds(
     model: nn.Module, example: Tensor, output: Tensor, names: dict[nn.Module, str]
 ) -> tuple[tuple[str, str], ...]:
-    """`(layer, batchnorm)` pairs in which the BatchNorm reads just the layer's output."""
+    """The `(layer, batchnorm)` pairs that can be folded: nothing but the BatchNorm reads the layer's output."""
     made: dict[int, nn.Module] = {}
-    alive: list[Tensor] = []  # an id is only unique among living objects
+    alive: list[Tensor] = []  # keeps the objects alive, because an id is unique only among living objects
     pairs: dict[str, str] = {}
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
@@ -196,7 +196,7 @@ def _folds(
     for module in model.modules():
         if is_layer(module):
             hooks.append(module.register_forward_hook(after))
-        elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # or it has nothing to fold
+        elif isinstance(module, BATCHNORMS) and module.running_mean is not None:  # else there is nothing to fold
             hooks.append(module.register_forward_pre_hook(before))
     with torch.no_grad(), attached(hooks):
         model(example[:2])
@@ -215,7 +215,10 @@ def _folds(
 def _blocks(
     model: nn.Module, example: Tensor, calls: dict[nn.Module, tuple[Tensor, Tensor]], names: dict[nn.Module, str]
 ) -> tuple[str, ...]:
-    """Blocks that may be left out: modules of a class of their own, from a shape to the same shape."""
+    """The blocks that may be left out, least important first.
+
+    A block is a module of a class other than torch's containers, whose output has the shape of its input.
+    """
     change: dict[str, float] = {}
     for module, (x, y) in calls.items():
         own_class = not isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in module.children())
@@ -224,7 +227,7 @@ def _blocks(
     total = sum(p.numel() for p in model.parameters())
 
     def parts(within: Sequence[str]) -> list[str]:
-        """The outermost of them; what holds most of the network is no block of it, but may hold some."""
+        """The outermost modules; one with more than half of the parameters is replaced by the blocks inside it."""
         outermost = []
         for name in within:
             if any(name.startswith(f"{other}.") for other in within):
@@ -241,7 +244,7 @@ def _blocks(
             with torch.no_grad():
                 result = other(example[:2])
         except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
-            # Whatever a network raises without a part of it (torch's encoder asks its first layer for its attention).
+            # What networks raise when a part is missing (torch's encoder reads an attribute of its first layer).
             return False
         return isinstance(result, Tensor) and bool(result.isfinite().all())
 
@@ -249,7 +252,7 @@ def _blocks(
 
 
 def _with_groups(model: nn.Module, example: Tensor, output: Tensor, structure: Structure) -> Structure:
-    """The structure with the dependency groups that can really be narrowed."""
+    """The structure with the dependency groups that can really be narrowed, and the blocks that can be left out."""
     order = {layer.name: position for position, layer in enumerate(structure.layers)}
     try:
         groups_there = channel_groups(model, example[:2])
@@ -326,7 +329,7 @@ def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Stru
             if other(example).shape != output.shape:
                 return False
     except (ExportFailed, RuntimeError, ValueError, IndexError, AssertionError):
-        # What a network raises after surgery that it does not survive; the answer is the finding.
+        # What networks raise after compression passes that break them.
         return False
     return all(
         tuple(weight_of(other.get_submodule(name)).shape[:2]) == shape
@@ -335,7 +338,7 @@ def _survives(model: nn.Module, example: Tensor, output: Tensor, structure: Stru
 
 
 def _sound(parts: Sequence[_Part], works: Callable[[Sequence[_Part]], bool]) -> list[_Part]:
-    """Those of the parts that work, found by bisection: parts that do not work are rare and a trial is expensive."""
+    """The parts that work, by bisection, because parts that do not work are rare and each check is expensive."""
     if not parts or works(parts):
         return list(parts)
     if len(parts) == 1:

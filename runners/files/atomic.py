@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Atomic writing: a file is written under another name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a crash at any moment, of the machine too, leaves the old one or the new one.
+    """Write a file so that a crash at any moment, even of the machine, leaves the old one or the new one.
 
     Raises:
         OSError: The file cannot be written; an older one stays as it was.
@@ -20,9 +20,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Like `write_atomic`, but the folder is made and the disk is not waited for: for files that can be made again.
+    """Write a file that can be made again; faster than `write_atomic`, because it does not wait for the disk.
 
-    A kill of the process leaves the old file or the new one. After a power cut the file may be empty.
+    The folder is created if it is missing. When the process is killed, the old file or the new one is left. After a
+    power failure the file may be empty.
 
     Raises:
         OSError: The file cannot be written; an older one stays as it was.
@@ -46,7 +47,7 @@ def _replace(path: Path, data: bytes | str, durable: bool) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a kill in the middle of writing has left anywhere in a folder."""
+    """Remove the partial files that a killed process has left anywhere in a folder."""
     for pattern in (".*.partial", ".*.part"):  # the second is the name that older versions wrote
         for path in folder.rglob(pattern):
             if not path.is_dir():
@@ -54,7 +55,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_scores(path: Path, scores: NDArray[np.float64]) -> None:
-    """Keep a score per sample: a byte each where all are 0 or 1, else four."""
+    """Write a score per sample, as a byte each where all are 0 or 1, else as four."""
     buffer = io.BytesIO()
     binary = bool(((scores == 0) | (scores == 1)).all())
     np.save(buffer, scores.astype(np.uint8 if binary else np.float32), allow_pickle=False)
@@ -62,9 +63,9 @@ def write_scores(path: Path, scores: NDArray[np.float64]) -> None:
 
 
 def read_scores(path: Path) -> NDArray[np.floating] | None:
-    """What `write_scores` has written, if that is still there and readable."""
+    """Read what `write_scores` has written; None where the file is missing or damaged."""
     try:
-        found = np.load(path, allow_pickle=False)
+        scores: NDArray[np.floating] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.ndim == 1 else None
+    return scores if scores.ndim == 1 else None

@@ -1,6 +1,4 @@
-"""The files of candidates in a folder, each named by the key of its recipe: this is the only place that spells the
-names.
-"""
+"""The files of candidates in a folder, each named by the key of its recipe. The names are spelled only here."""
 
 from __future__ import annotations
 
@@ -21,7 +19,10 @@ PARTIAL_TRAINING = ".partial-training"
 
 @dataclass(frozen=True)
 class CandidateFiles:
-    """Where the files of a recipe are.
+    """The paths of the files of each recipe.
+
+    Args:
+        directory: The folder.
 
     >>> CandidateFiles(Path("candidates")).packed("0123456789abcdef")
     PosixPath('candidates/0123456789abcdef.safetensors')
@@ -34,11 +35,11 @@ class CandidateFiles:
         return self._path(recipe, ".safetensors")
 
     def trained(self, recipe: Recipe | str) -> Path:
-        """The weights after training, before they became integers: training of later rungs continues from them."""
+        """The weights after training, before quantization, from which the training of later rungs continues."""
         return self._path(recipe, ".trained")
 
     def partial(self, recipe: Recipe | str) -> Path:
-        """The state of the last training step between two epochs, in case the process is killed."""
+        """The state of the last training step between two epochs, to resume from when the process was killed."""
         return self._path(recipe, PARTIAL_TRAINING)
 
     def scores(self, recipe: Recipe | str) -> Path:

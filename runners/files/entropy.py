@@ -1,8 +1,8 @@
-"""What a packed file takes after entropy coding: what a download or an archive with zstd would make of it.
+"""The size of a packed file after entropy coding, as a download or an archive with zstd would store it.
 
-Nothing here ships. Packed bits seldom align to bytes, which is what zstd codes, so the numbers are offered to it in
-several forms, and the shortest counts: the packed file, coded or left as it is; integers as a byte each; a bitmap of
-what is not zero, and a byte for each number that is not. Floats go in as they are; the deflated graph stays as it is.
+Nothing here ships. Packed numbers seldom align to bytes, which are what zstd codes, so they are compressed in several
+forms, and the shortest counts: the packed file, coded or as it is; each integer as a byte; a bitmap of the nonzero
+numbers, and a byte for each of them. Floats are coded as they are; the deflated graph is not coded again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from .packing import large_tensors, payload_size
 
 
 def zstd_bytes(model: onnx.ModelProto, packed: bytes, level: int) -> int:
-    """The length of the shortest of these codings. packed: the packed file of the model. level: of zstd, 1 to 19."""
+    """The length of the shortest of these codings.
+
+    Args:
+        model: The model.
+        packed: The packed file of the model.
+        level: The compression level of zstd, 1 to 19.
+    """
     zstd = pyarrow.Codec("zstd", compression_level=level)
 
     def coded(parts: list[bytes]) -> int:

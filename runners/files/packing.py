@@ -2,26 +2,27 @@
 
 `size_bytes` on the front is the length of this file. It is a safetensors file of three byte tensors: `graph` (the
 ONNX model without its large tensors, deflated), `index` (how each tensor is stored, deflated JSON) and `payload`.
-Integer tensors take the width of their largest number (3-bit weights cost 3 bits); floats are kept as they are. Any
-tensor is stored in the way that takes the fewest bytes, which depends on three numbers alone: how many numbers there
-are, how many of them are not zero, and how wide they are. So `objectives.cost` can say beforehand what a file will
-weigh.
+Integer tensors take the width of their largest number (3-bit weights take 3 bits each); floats are kept as they are.
+Each tensor gets the encoding that takes the fewest bytes. That depends on three numbers alone: how many numbers the
+tensor has, how many of them are not zero, and how wide they are. So `objectives.cost` can predict the size of a file.
 
-- `zeros`: nothing at all.
-- `dense`: one number after the other. `ternary`: numbers of {-1, 0, 1}, five to a byte. `sign`: numbers of {-1, 1}, a
-  bit each.
-- `bitmap`: a bit for each number, then those that are not zero. `index`: the positions of those that are not zero as
-  Elias and Fano write an increasing sequence (R. M. Fano, 1971; P. Elias, J. ACM 21, 1974), then their values. With
-  zero out of the way the positive integers move down by one, so that -1 and 1 take a single bit.
+- `zeros`: no bytes; every number is zero.
+- `dense`: one number after the other.
+- `ternary`: numbers of {-1, 0, 1}, five to a byte.
+- `sign`: numbers of {-1, 1}, a bit each.
+- `bitmap`: a bit for each number, then the nonzero numbers.
+- `index`: the positions of the nonzero numbers in the code of Elias and Fano for increasing sequences (R. M. Fano,
+  1971; P. Elias, J. ACM 21, 1974), then their values.
 
-Where the graph gives integers a zero point, that is what counts as zero: those of a sparse affine weight.
+In `bitmap` and `index` the positive integers are lowered by one, because zero does not occur; so -1 and 1 take a single
+bit. Where the graph gives integers a zero point, the zero point counts as zero: the numbers of a sparse affine weight.
 
-Nothing is lost: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`, and
-integers in a bitmap did not move; its files still load. Version 3 is version 2 with `sign`, version 4 version 3 with
-zero points, and only files that hold some say so.
+The packing is lossless: `unpack(pack(model))` is `model`. Version 1 of the format had neither `ternary` nor `index`,
+and did not lower the integers in a bitmap; its files still load. Version 3 is version 2 with `sign`, and version 4 is
+version 3 with zero points; only files that use these carry their version.
 
-The header is written here and not by the safetensors library, so that it has one form: a file is intact exactly when
-its parts, written again, give the same bytes.
+The header is written here and not by the safetensors library, so that it is unique: a file is intact exactly when its
+parts, written again, give the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _CODES = {TensorProto.INT8: 8, TensorProto.INT4: 4, TensorProto.INT2: 2}  # and 
 
 
 def width(values: NDArray[np.int8]) -> int:
-    """The bits of a two's complement number that hold every value.
+    """The fewest bits of a two's complement number that can hold every value.
 
     >>> width(np.array([-3, 3], np.int8)), width(np.array([-4, 3], np.int8)), width(np.array([0], np.int8))
     (3, 3, 1)
@@ -62,7 +63,7 @@ def width(values: NDArray[np.int8]) -> int:
 
 
 def pack_bits(values: NDArray[Any], bits: int) -> bytes:
-    """Unsigned numbers below `2 ** bits` (8 bits at most) in a row without gaps, the lowest bit first.
+    """Unsigned numbers below `2 ** bits` (8 bits at most), one after the other without gaps, the lowest bit first.
 
     >>> pack_bits(np.array([1, 2, 3], np.uint8), 3).hex()
     'd100'
@@ -100,7 +101,7 @@ def _signed(raw: NDArray[Any], bits: int) -> NDArray[np.int8]:
 
 
 def pack_ternary(values: NDArray[np.int8]) -> bytes:
-    """Numbers of {-1, 0, 1}, five to a byte: its digits to base 3, the first the lowest.
+    """Numbers of {-1, 0, 1}, five to a byte: the digits of a number to base 3, the first the lowest.
 
     >>> pack_ternary(np.array([1, 0, -1, -1, 1, 0], np.int8)).hex()
     'a779'
@@ -128,7 +129,7 @@ def signs(values: NDArray[Any]) -> bool:
 
 
 def pack_positions(positions: NDArray[np.int64], count: int) -> bytes:
-    """An increasing sequence of numbers below `count`, by Elias and Fano.
+    """An increasing sequence of numbers below `count`, in the code of Elias and Fano.
 
     The low bits of each number stand one after the other; the high ones are counted in unary, which takes at most two
     bits a number when as many low ones are taken as `position_bits` says.
@@ -149,7 +150,7 @@ def unpack_positions(data: bytes, count: int, nonzero: int) -> NDArray[np.int64]
     return positions
 
 
-# How long each way is, of `count` numbers of `bits` bits of which `nonzero` are not zero.
+# By encoding, the bytes of `count` numbers of `bits` bits of which `nonzero` are not zero.
 _SIZES: dict[str, Callable[[int, int, int], Any]] = {
     "zeros": lambda count, bits, nonzero: 0,
     "dense": lambda count, bits, nonzero: dense_bytes(count, bits),
@@ -203,8 +204,17 @@ def _encode(raw: NDArray[Any], zero: int = 0) -> tuple[list[Any], bytes]:
 def _decode(
     kind: str, bits: int, data: bytes, count: int, dtype: Any, nonzero: int, moved: bool, zero: int = 0
 ) -> NDArray[Any]:
-    """The reverse of `_encode`; a dtype of int8 stands for integers. moved: those above zero stand one lower among
-    nonzeros.
+    """The reverse of `_encode`.
+
+    Args:
+        kind: The encoding.
+        bits: The bits of a number.
+        data: The bytes.
+        count: How many numbers there are.
+        dtype: The type of the numbers; int8 for integers.
+        nonzero: How many numbers are not zero, where the encoding needs it.
+        moved: Whether nonzero integers above zero are stored lowered by one.
+        zero: The number that counts as zero.
     """
     integer = dtype == np.int8
     stored = np.uint8 if integer else dtype
@@ -239,9 +249,9 @@ def pack(model: onnx.ModelProto) -> bytes:
     index: list[list[Any]] = []
     parts: list[bytes] = []
     for position, raw, zero in large_tensors(model):
-        way, data = _encode(raw, zero)
+        encoding, data = _encode(raw, zero)
         skeleton.graph.initializer[position].ClearField("raw_data")
-        index.append([position, *way])
+        index.append([position, *encoding])
         parts.append(data)
     graph = zlib.compress(skeleton.SerializeToString(deterministic=True), 9)
     listing = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
@@ -249,7 +259,7 @@ def pack(model: onnx.ModelProto) -> bytes:
 
 
 def _version(index: Sequence[Any], zeros: Mapping[str, int]) -> int:
-    """The least version that knows all ways in which the tensors are stored."""
+    """The lowest version that has all the encodings and zero points of the tensors."""
     return 4 if zeros else 3 if any(kind == "sign" for _, kind, *_ in index) else 2
 
 
@@ -274,7 +284,14 @@ def large_tensors(model: onnx.ModelProto) -> Iterator[tuple[int, NDArray[Any], i
 
 
 def tensor_bytes(data: bytes) -> dict[bytes, int]:
-    """What each tensor that a packed file stores outside its graph takes, by a hash of its type, shape and numbers."""
+    """The bytes of each tensor that a packed file stores outside its graph.
+
+    Args:
+        data: The packed file.
+
+    Returns:
+        The bytes by the SHA-256 of the tensor's type, shape and numbers.
+    """
     model = unpack(data)
     sizes = {}
     for position, raw, zero in large_tensors(model):
@@ -285,7 +302,7 @@ def tensor_bytes(data: bytes) -> dict[bytes, int]:
 
 
 def _nibbles(model: onnx.ModelProto) -> set[str]:
-    """The tensors that are weights of MatMulNBits: bytes to ONNX, but two numbers of 4 bits in each."""
+    """The names of the weights of MatMulNBits: ONNX stores them as bytes, each of which holds two 4-bit numbers."""
     return {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
 
 
@@ -294,7 +311,7 @@ _SUBTRACT = {"DequantizeLinear": (0, 2), "Sub": (0, 1), "MatMulInteger": (1, 3)}
 
 
 def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
-    """By tensor of integers the zero point that the graph gives all of its numbers, where that is not 0."""
+    """By integer tensor, the zero point that the graph gives to all of its numbers, where that is not 0."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     single = {name: numpy_helper.to_array(t).item() for name, t in tensors.items() if t.dims in ([], [1])}
     cast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
@@ -309,7 +326,7 @@ def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:
-    """The safetensors file of byte tensors, in one form: sorted keys, no gaps, the header padded to 8 bytes."""
+    """The unique safetensors file of byte tensors: sorted keys, no gaps, the header padded to 8 bytes."""
     digest = hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(version), "sha256": digest}}
     offset = 0
@@ -323,7 +340,11 @@ def _file(parts: Mapping[str, bytes], version: int = VERSION) -> bytes:
 
 
 def _parts(data: bytes) -> tuple[dict[str, bytes], int]:
-    """The three parts of an intact file, and its version; raises `ArtifactError`."""
+    """The three parts of an intact file, and its version.
+
+    Raises:
+        ArtifactError: The file is damaged, of a later version, or not a packed model.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8:start])
@@ -366,7 +387,7 @@ def unpack(data: bytes) -> onnx.ModelProto:
         model.ParseFromString(zlib.decompress(parts["graph"]))
         _restore(model, json.loads(zlib.decompress(parts["index"])), parts["payload"], version)
     except (zlib.error, DecodeError, KeyError, IndexError, TypeError, ValueError) as error:
-        # The digest fits: the file is whole, but something else wrote it.
+        # The digest is right, so the file is intact, but `pack` did not write it.
         raise ArtifactError(f"not a packed model: {error!r}") from error
     return model
 
@@ -382,7 +403,7 @@ def onnx_bytes(packed: bytes) -> bytes:
 
 
 def _restore(model: onnx.ModelProto, index: Sequence[Any], payload: bytes, version: int) -> None:
-    """Give the graph's tensors their numbers back, in place."""
+    """Restore the numbers of the graph's tensors, in place."""
     nibbles, zeros = _nibbles(model), _zero_points(model)
     if version > 1 and version != _version(index, zeros):  # the digest does not cover it
         raise ValueError(f"version {version} of a file of version {_version(index, zeros)}")

@@ -1,13 +1,13 @@
 """Several exported networks as one ONNX graph that averages their outputs.
 
-The graphs stand side by side in one file, on the same input, and one `Mean` is added; so it runs wherever they run, and
-everything that is done with a file (packing, measuring, its simulation, production) is done with this one.
+The graphs share one file and one input, and a `Mean` node is added. So the file runs wherever its members run, and is
+packed, measured, simulated and deployed like any other.
 
-The outputs are averaged as they are: of a classifier the logits, not the probabilities. The file then gives what
-every other candidate of the study gives, and the same operation is right for outputs that are no class scores. In
-accuracy the two are alike: of all 561 pairs of 34 candidates of the digits quickstart the logits are 0.010 points
-better on the 359 validation images and 0.014 worse on the 360 of the test split, and fewer than 1 answer in 1,000
-differs.
+The outputs are averaged as they are: for a classifier, the logits and not the probabilities. So the file returns the
+same kind of output as every other candidate of the study, and the same operation is right for outputs that are no class
+scores. The accuracy is nearly the same: over all 561 pairs of 34 candidates of the digits quickstart, averaging logits
+is 0.010 points better on the 359 validation images and 0.014 points worse on the 360 images of the test split, and
+fewer than 1 prediction in 1,000 differs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from ...errors import ExportFailed
 
 
 def merge(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """One graph of several with the same input, whose output is the mean of theirs; tensors that are equal are stored
-    once.
+    """Merge networks with the same input into one graph whose output is the mean of their outputs.
 
-    Names of the networks' tensors begin with the place of the network: `0/`, `1/`, ... Raises `ExportFailed` when the
-    networks do not fit together.
+    Equal tensors are stored once. The names of a network's tensors get its position as a prefix: `0/`, `1/`, ...
+
+    Args:
+        models: The networks.
+
+    Raises:
+        ExportFailed: The inputs differ, or the merged graph is not valid ONNX.
     """
     first = models[0].graph
     given, made = first.input[0], first.output[0]

@@ -1,14 +1,14 @@
-"""What an exported graph means, computed without the runtime that ships it: the other side of the parity check.
+"""A simulation of exported graphs that does not use ONNX Runtime: the reference of the parity check.
 
-Quantize and Dequantize are carried out as ONNX writes them down (divide, round half to even, saturate, and back to
-floats); a layer between quantized numbers adds up whole numbers and is requantised where the runtime's are
-(`integer`). What is left computes on floats, node by node, by ONNX's own reference implementation; the few operators
-that it takes minutes for are those of the torch target. ONNX Runtime optimizes the same graph in its own way, and
-`agreement` says how often both come to the same answer.
+Quantize and Dequantize are computed as ONNX specifies them (divide, round half to even, saturate, and back to floats).
+A layer between quantized tensors adds up integers and is requantized where the runtime requantizes (`integer`). All
+else is computed on floats, node by node, by ONNX's reference implementation, except for a few operators that take
+minutes there and are computed by the torch target. ONNX Runtime optimizes the same graph, and `agreement` says how
+often both give the same prediction.
 
-Where every layer is quantized they agree to the last bit. Where floats are added up they do not: in another order a
-number at the border of two steps falls to the other side. So answers are compared, and the size of the differences is
-told beside them.
+Where every layer is quantized they agree to the last bit. Where floats are added they do not: in another order, a
+number on the border between two steps may round the other way. So predictions are compared, and the size of the
+differences is reported as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..targets.runtime import session
 from ..targets.torch_graph import OPERATORS, NotHere, held
 from .integer import OPS, fuse
 
-_BATCH = 16  # the reference keeps every tensor of the network until the end
+_BATCH = 16  # inputs per run, because the reference keeps every tensor of the network until the end
 
 
 class _ByTorch(OpRun):  # type: ignore[misc]  # ONNX has no types
@@ -74,7 +74,7 @@ class MaxPool(ReferenceMaxPool):  # type: ignore[misc]  # ONNX has no types
 
 
 class MatMulNBits(OpRun):  # type: ignore[misc]  # ONNX has no types
-    """ONNX Runtime's product with packed 4-bit weights, which ONNX does not know, by torch on the unpacked ones."""
+    """ONNX Runtime's product with packed 4-bit weights, which ONNX does not have, by torch on unpacked weights."""
 
     op_domain = "com.microsoft"
 
@@ -89,17 +89,20 @@ class MatMulNBits(OpRun):  # type: ignore[misc]  # ONNX has no types
 
 
 def _by_torch(name: str, inputs: Sequence[NDArray[Any] | None], attributes: Mapping[str, Any]) -> tuple[NDArray[Any]]:
-    """What the torch target makes of an operator, with the attributes as the file holds them."""
+    """Compute an operator by the torch target, with its attributes in the form of a file."""
     result: Tensor = OPERATORS[name]([None if array is None else _tensor(array) for array in inputs], held(attributes))
     return (result.numpy(),)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of arrays that must not be written
+    return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of read-only arrays
 
 
 class Simulation:
-    """An ONNX graph, computed as it is written. One float input, the first output counts.
+    """An ONNX graph of one float input, computed node by node; it returns the first output.
+
+    Args:
+        model: The model.
 
     >>> from onnx import TensorProto, helper
     >>> x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 3]) for n in "xy")
@@ -124,11 +127,15 @@ class Simulation:
 
 @dataclass(frozen=True)
 class SimulationAgreement:
-    """A file in ONNX Runtime against the simulation of its graph.
+    """A file in ONNX Runtime compared with the simulation of its graph.
 
-    n: inputs. answers: how many answers were compared (one per input, more where outputs have positions); 0 for outputs
-    without classes. agree: the share of equal ones. mean_difference, max_difference: of the outputs, as a share of the
-    largest simulated output.
+    Args:
+        n: The number of inputs.
+        answers: The number of predictions that were compared: one per input, more where outputs have positions, 0 for
+            outputs without classes.
+        agree: The share of equal predictions.
+        mean_difference: The mean difference of the outputs, as a share of the largest simulated output.
+        max_difference: The largest difference, in the same unit.
     """
 
     n: int
@@ -143,13 +150,24 @@ def agreement(
 ) -> tuple[SimulationAgreement, Tensor, Tensor]:
     """Compare a packed file in ONNX Runtime with the simulation of its graph on the first `limit` of the inputs.
 
-    Gives the comparison, the simulated outputs and the runtime's, each `[n, ...]`. The answer to an input is the class
-    (second axis) of the largest output. Raises `ArtifactError`, and `ExportFailed` when the file does not load.
+    The prediction for an input is the class (second axis) of the largest output.
+
+    Args:
+        packed: The packed file.
+        inputs: Batches of inputs.
+        limit: Inputs at most.
+
+    Returns:
+        The comparison, the simulated outputs and the runtime's outputs, each `[n, ...]`.
+
+    Raises:
+        ArtifactError: `packed` is not a packed file.
+        ExportFailed: ONNX Runtime cannot load the network.
     """
     model = packing.unpack(packed)
     simulation, runtime = Simulation(model), session(model)
     name = runtime.get_inputs()[0].name
-    # Where ranges are found at run time, both must see the same inputs at once.
+    # Dynamic ranges depend on the whole batch, so both must see the same inputs at once.
     dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
     simulated: list[Tensor] = []
     returned: list[Tensor] = []
@@ -167,7 +185,7 @@ def agreement(
 
 
 def compared(expected: Tensor, outputs: Tensor) -> SimulationAgreement:
-    """Outputs against expected outputs of the same shape, `[n, classes, ...]`.
+    """Compare outputs with expected outputs of the same shape, `[n, classes, ...]`.
 
     >>> compared(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 0.9], [0.0, 0.1]])).agree
     0.5

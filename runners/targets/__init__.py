@@ -1,1 +1,1 @@
-"""The targets that files run on, their runtimes, and latency on them. Nothing here knows of weights or studies."""
+"""The targets that files run on, their runtimes, and the latency on them. Knows no weights and no studies."""

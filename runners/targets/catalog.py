@@ -1,7 +1,7 @@
 """The targets that have a name. A new one is a file in this folder and a line of `TARGETS`.
 
 Importing this module imports no runtime and no NumPy, so that the schema of the configuration, the records of artifacts
-and the help of the command line read the names here, too. What a target needs is imported when it is asked for.
+and the help of the command line can read the names here, too. A target's runtime is imported when the target is made.
 """
 
 from __future__ import annotations

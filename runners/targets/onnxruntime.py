@@ -13,12 +13,23 @@ from .target import Network, Target
 
 
 def make(name: str) -> Target:
-    """The target; the environment records the version."""
+    """The target; its environment holds the version."""
     return Target(name, load, calling_thread=True, environment={"onnxruntime": onnxruntime.__version__})
 
 
 def load(model: bytes, threads: int) -> Network:
-    """A function that computes an ONNX file with so many threads; raises `ExportFailed` where it cannot."""
+    """Load an ONNX file.
+
+    Args:
+        model: The bytes of the file.
+        threads: CPU threads of each run.
+
+    Returns:
+        A function from a batch of inputs to the first output; it raises `ExportFailed` when the network does not run.
+
+    Raises:
+        ExportFailed: ONNX Runtime cannot load the file.
+    """
     runtime = session(model, threads)
     entry = runtime.get_inputs()[0].name
 

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, for large networks.
 
 On x86 with VNNI and AMX an int8 resnet18 takes about 0.93 and an int8 mobilenet_v2 0.95 of its time in ONNX Runtime,
-and floats take the same (`benchmarks/targets.py`). A call costs about 0.02 ms. What to know of it (all measured):
+and floats take the same (`benchmarks/targets.py`). A call costs about 0.02 ms. Its peculiarities, all measured:
 
 - By default it computes floats in bfloat16, and the activations of weight-only linear layers in int8, whatever the file
   says. Both are turned off here, and must be turned off where the file is deployed.
@@ -32,7 +32,11 @@ _OPTIONS = {
 
 
 def make(name: str) -> Target:
-    """The target; raises `TargetError` where OpenVINO is not installed."""
+    """The target.
+
+    Raises:
+        TargetError: OpenVINO is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
@@ -64,13 +68,13 @@ def supports(step: Step) -> str | None:
 
 def _network(compiled: Any) -> Network:
     """A function that runs a compiled model, from several threads at once if need be."""
-    own = threading.local()  # a request holds the tensors of one run
+    own = threading.local()  # by thread, because a request holds the tensors of one run
 
     def run(batch: NDArray[Any]) -> NDArray[Any]:
         if not hasattr(own, "request"):
             own.request = compiled.create_infer_request()
         try:
-            # Shared, a call costs a quarter; the outputs are copied because the next run overwrites them.
+            # Sharing quarters the cost of a call. The outputs are copied, because the next run overwrites them.
             outputs = own.request.infer(np.ascontiguousarray(batch), share_inputs=True, share_outputs=True)
         except Exception as error:  # as above
             raise ExportFailed(f"the exported network does not run in OpenVINO: {_brief(error)}") from error

@@ -1,13 +1,13 @@
-"""An accelerator that is not at hand: the milliseconds of a file by the roofline model, from a profile of the hardware.
+"""Accelerators without a device: the milliseconds of a file by the roofline model, from a profile of the hardware.
 
 A layer takes as long as the slowest of three processes that overlap (Williams et al. 2009, "Roofline"): its
 multiply-adds on the unit for its bit widths, the transfer of its weights, and the transfer of its inputs and outputs.
 Where weights and activations share one memory, their bytes add up. Only convolutions and matrix products count; other
-operators are taken to be fused into them. Zero weights are computed like others. Weights and activations have the bit
+operators are assumed to be fused into them. Zero weights cost as much as others. Weights and activations have the bit
 widths of the file, rounded up to those of the profile. The bytes of scales and biases, 1% of a layer's, are left out.
 
-Everything is read from the ONNX file, so the metric is exact. It is a bound on what the hardware can do, not what a
-compiler will reach. Accuracy is that of the file in ONNX Runtime.
+Everything is read from the ONNX file, so the metric is exact. It is a lower bound of the latency on the hardware, not
+what a compiler will reach. Accuracy is that of the file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Profile:
 
     Attributes:
         name: The name of the target.
-        operations: Per second, by the bits of weights and activations (`8x8`). A multiply-add is two. `32x32` is
-            required.
-        weight_bytes: Per second, from the memory of the weights.
-        activation_bytes: Per second, from and to the memory of the activations.
-        shared: Whether both are one memory.
-        layer_seconds: To start a layer.
+        operations: Operations per second, by the bits of weights and activations (`8x8`). A multiply-add is two
+            operations. `32x32` is required.
+        weight_bytes: Bytes per second from the memory of the weights.
+        activation_bytes: Bytes per second from and to the memory of the activations.
+        shared: Whether weights and activations share one memory.
+        layer_seconds: Seconds to start a layer.
     """
 
     name: str
@@ -59,7 +59,11 @@ class Profile:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Profile:
-        """The profile that `asdict` gave; raises `TargetError` for anything else."""
+        """The profile of the plain data that `asdict` gives.
+
+        Raises:
+            TargetError: The data is something else.
+        """
         try:
             return cls(**data)
         except TypeError as error:
@@ -74,15 +78,27 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer of a file computes and moves: multiply-adds, and numbers with their bits."""
+    """The work and the traffic of one layer of a file.
+
+    Args:
+        name: The name of the layer.
+        macs: Multiply-adds.
+        weights: How many weights there are; 0 for a product of two activations.
+        weight_bits: Bits of a weight.
+        activation_bits: Bits of the activations that the layer computes on.
+        inputs: How many inputs it reads.
+        input_bits: Bits of an input in memory.
+        outputs: How many outputs it writes.
+        output_bits: Bits of an output in memory.
+    """
 
     name: str
     macs: int
     weights: int
     weight_bits: int
-    activation_bits: int  # that it computes on
+    activation_bits: int
     inputs: int
-    input_bits: int  # that it reads
+    input_bits: int
     outputs: int
     output_bits: int
 
@@ -114,7 +130,10 @@ def analytic(profile: Profile) -> Target:
 
 
 def seconds(cost: Cost, profile: Profile) -> float:
-    """The seconds of a layer; raises `ExportFailed` where the profile has no unit that is wide enough.
+    """The seconds of a layer.
+
+    Raises:
+        ExportFailed: The profile has no unit that is wide enough.
 
     >>> profile = Profile("npu", {"8x8": 2e12, "32x32": 1e11}, 1e10, 1e10)
     >>> seconds(Cost("fc", 10**6, 10**6, 8, 8, 1000, 8, 1000, 8), profile)  # a million bytes of weights
@@ -134,9 +153,16 @@ def seconds(cost: Cost, profile: Profile) -> float:
 
 
 def costs(model: bytes, batch: int = 1) -> list[Cost]:
-    """What each layer of an ONNX file computes and moves for a batch of inputs; raises `ExportFailed`.
+    """The work and the traffic of each layer of an ONNX file for a batch of inputs.
 
-    The shapes are those of a run, because ONNX's shape inference does not know those of every operator.
+    The shapes are taken from a run, because ONNX's shape inference does not cover every operator.
+
+    Args:
+        model: The bytes of the file.
+        batch: Inputs per run.
+
+    Raises:
+        ExportFailed: The bytes are no ONNX file, or the network does not run.
     """
     graph = _CostGraph(model)
     shapes = graph.shapes(batch)
@@ -163,7 +189,7 @@ class _CostGraph:
         self.layers = [n for n in self.model.graph.node if n.op_type in _LAYERS and n.output[0] not in self.constant]
 
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of what the layers read and write, from a run on zeros that returns only shapes."""
+        """The shapes of the layers' inputs, weights and outputs, from a run on zeros that returns only shapes."""
         wanted = sorted({name for node in self.layers for name in (*node.input[:2], node.output[0])})
         probe = onnx.ModelProto()
         probe.CopyFrom(self.model)
@@ -198,7 +224,7 @@ class _CostGraph:
         else:
             macs = outputs * (x[0] if attributes.get("transA") else x[-1])
         read = self._made_bits(source)
-        if not stored:  # a product of two activations: both are read, neither is kept
+        if not stored:  # a product of two activations, which are both read
             other = self._made_bits(weight)
             bits = (max(read, other),) * 2
             inputs, weights, read = inputs + weights, 0, max(read, other)
@@ -233,7 +259,7 @@ class _CostGraph:
         return 32
 
     def _stored_bits(self, weight: str, count: int) -> int:
-        """The bits of a weight: those of its code where the file stores codes one by one, else of its bytes."""
+        """The bits of a weight: those of its code where the file stores one per weight, else its share of the bytes."""
         sources: dict[str, onnx.TensorProto] = {}
         waiting = [weight]
         while waiting:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's sessions, with the same options wherever a file is measured or shipped. Needs no torch."""
+"""ONNX Runtime's sessions, with the same options wherever a file is measured or shipped. Imports no torch."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def _with_tensors_of_their_own(source: str | bytes) -> bytes:
 
 @cache
 def sums_are_exact() -> bool:
-    """Whether ONNX Runtime, as it is when nobody sets an option, adds up products of uint8 and int8 exactly here.
+    """Whether ONNX Runtime with its default options adds up products of uint8 and int8 exactly on this machine.
 
     Without VNNI, x86 adds them in pairs in 16 bits, which saturate: 255 * 127 + 255 * 127 becomes 32767. Weights of at
-    most 7 bits (63) never get there, and the sessions of `session_options` are exact everywhere. Tried out once.
+    most 7 bits (63) never reach that, and the sessions of `session_options` are exact everywhere. Tested by one run.
     """
     from onnx import TensorProto, helper, numpy_helper
 

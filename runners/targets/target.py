@@ -1,13 +1,13 @@
 """Where a network is deployed: the hardware and the runtime on which latency and accuracy are measured.
 
-A `Target` is a few functions under a name. The protocol is this small on purpose: whoever can turn the bytes of an ONNX
-file into a function of arrays has a target, and everything else (pairs, medians, intervals, scores) is done here in the
-same way for all. A target without a device at hand, such as the roofline of a profile (`roofline.analytic`), computes
+A `Target` is a few functions under a name. The protocol is small on purpose: a function that turns the bytes of an ONNX
+file into a function of arrays makes a target, and everything else (pairs, medians, intervals, scores) is the same for
+all targets. A target without a device, such as the roofline of a profile (`roofline.analytic`), computes the
 milliseconds from the file instead of timing it.
 
-The targets that have a name are in `catalog`; the docstring of each one's file says what it is good for and what to
-know of it. ExecuTorch is no target: it compiles torch programs and not the ONNX file that ships, and what it compiled
-of a CIFAR ResNet did not run (`slice_copy: tensors have different dim orders`).
+The targets that have a name are in `catalog`; the module of each one describes its strengths and limits. ExecuTorch is
+not among them: it compiles torch programs and not the ONNX file that ships, and the CIFAR ResNet that it compiled did
+not run (`slice_copy: tensors have different dim orders`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Network = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def everything(step: Step) -> str | None:
-    """The `supports` of a target that runs every step: there is no reason against any."""
+    """The `supports` of a target that runs every step."""
     return None
 
 
@@ -37,15 +37,17 @@ class Target:
 
     Attributes:
         name: Letters, digits and `-_.`; results are filed under it.
-        load: From the bytes of an ONNX file and a number of CPU threads to a function from a batch of inputs to
-            outputs. Several threads may call that function at once. Raises `ExportFailed` for a file that cannot run.
-        supports: Why a step of a recipe cannot run there, None when it can. A study asks this of its whole space before
-            the first trial.
-        milliseconds: Of a run of an ONNX file on a batch of so many inputs, where that is computed; None: it is timed.
+        load: `load(model, threads)` gets the bytes of an ONNX file and the number of CPU threads, and returns a
+            function from a batch of inputs to outputs, which several threads may call at once. It raises `ExportFailed`
+            for a file that cannot run.
+        supports: `supports(step)` returns why a step of a recipe cannot run there, None when it can. A study calls it
+            for its whole space before the first trial.
+        milliseconds: `milliseconds(model, batch)` computes the milliseconds of a run of an ONNX file on so many inputs;
+            None: runs are timed.
         calling_thread: Whether, with one thread, everything is computed in the thread that calls. Then the CPU time of
             that thread is measured, otherwise the wall clock.
         environment: Versions and devices, for the record.
-        profile: For a target that has no name in `catalog.TARGETS`: plain data that `as_target` makes it from.
+        profile: Plain data that `as_target` makes the target from, if it has no name in `catalog.TARGETS`.
         int8_products: Whether products of two activations (those of attention) are faster in int8 than in floats. The
             files for such a target have them in int8 where the projections have 8-bit activations, and quantize the
             inputs of linear layers over tokens symmetrically where that costs little (`onnx_export`).
@@ -64,7 +66,7 @@ class Target:
 
     @property
     def spec(self) -> str | dict[str, Any]:
-        """What `catalog.as_target` makes the target from: its name, or its profile. JSON can hold either."""
+        """What `catalog.as_target` makes the target from, its name or its profile; either can be stored as JSON."""
         return self.name if self.profile is None else dict(self.profile)
 
     def latency(
@@ -76,7 +78,19 @@ class Target:
         seconds: float = 0.5,
         threads: int = 1,
     ) -> tuple[Estimate, Estimate]:
-        """`(milliseconds, ratio to the baseline)` of an ONNX file: see `measure.latency`; exact where computed."""
+        """The latency of an ONNX file, see `targets.latency.latency`; exact where it is computed.
+
+        Args:
+            candidate: The bytes of the file.
+            baseline: The loaded baseline.
+            batch: The inputs of each run.
+            baseline_ms: The baseline's milliseconds, one number for a whole study; None: as measured here.
+            seconds: How long to measure.
+            threads: CPU threads of the candidate.
+
+        Returns:
+            `(milliseconds, ratio to the baseline)`
+        """
         if self.milliseconds is not None:
             ms = self.milliseconds(candidate, len(batch))
             return Estimate.exact(ms), Estimate.exact(ms / (baseline_ms or ms))

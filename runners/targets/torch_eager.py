@@ -1,8 +1,8 @@
 """PyTorch without a compiler: the float file node by node, on the CPU or a CUDA device.
 
 It takes two to four times as long as ONNX Runtime. Eager PyTorch has no int8 kernels, so 8-bit activations are refused;
-weights of few bits are unpacked when the file is loaded and compute as floats. `torch-cuda` was never run: no machine
-with such a device was at hand.
+weights of few bits are unpacked when the file is loaded, and computed with as floats. `torch-cuda` has never been run,
+for lack of a machine with such a device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def make_cpu(name: str) -> Target:
 
 
 def make_cuda(name: str) -> Target:
-    """The target on a CUDA device; raises `TargetError` where torch sees none."""
+    """The target on a CUDA device.
+
+    Raises:
+        TargetError: torch sees no such device.
+    """
     if not torch.cuda.is_available():
         raise TargetError(f"the target {name} needs a CUDA device, and torch sees none here; choose another target")
     environment = {"torch": str(torch.__version__), "cuda device": torch.cuda.get_device_name()}

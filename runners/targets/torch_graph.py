@@ -1,8 +1,8 @@
 """An ONNX file as a program in eager PyTorch: a function of torch per node, called in order.
 
 Whatever depends on constants alone (unpacking weights of few bits, shapes) is computed once by ONNX Runtime when the
-file is loaded, so that only the layers are left to run, in floats. `OPERATORS` lists the operators. A file with
-another one is refused with the operator's name, and nothing is computed in another way than the file says.
+file is loaded, so that only the layers are left to run, in floats. `OPERATORS` lists the operators. A file with another
+one is rejected with the operator's name; no operator is replaced by something similar.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...errors import ExportFailed
 from .runtime import session
 
 Attributes = Mapping[str, Any]
-Inputs = Sequence[Tensor]  # None in the place of one that is left out: `_at` tells
+Inputs = Sequence[Tensor]  # None for an optional input that is left out; see `_at`
 _Kernels = dict[int, Callable[..., Tensor]]  # by the number of spatial dimensions
 _CONV: _Kernels = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: _Kernels = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -53,21 +53,21 @@ def load(model: bytes, threads: int, device: str = "cpu") -> Callable[[NDArray[A
     values, nodes = _constants(graph, model)
     steps = [(_compiled(node), tuple(node.input), tuple(node.output)) for node in nodes]
     place = torch.device(device)
-    # Shapes and indices stay on the CPU, where eager programs have them.
+    # Shapes and indices stay on the CPU, as in eager programs.
     held = {name: v.to(place) if v.is_floating_point() else v for name, v in values.items()}
     name, result = graph.input[0].name, graph.output[0].name
     last = _last_uses(steps, result)
 
     def run(batch: NDArray[Any]) -> NDArray[Any]:
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)  # 0.1 us; whoever trains in this process keeps the threads that it has
+        torch.set_num_threads(threads)  # takes 0.1 us; restored below for training in the same process
         known: dict[str, Any] = {**held, name: torch.from_numpy(np.ascontiguousarray(batch)).to(place), "": None}
         try:
             with torch.inference_mode():
                 for (function, inputs, outputs), gone in zip(steps, last, strict=True):
                     made = function([known[i] for i in inputs])
                     known.update(zip(outputs, made if isinstance(made, tuple | list) else (made,), strict=False))
-                    for old in gone:  # or every activation of the network would be in memory at once
+                    for old in gone:  # otherwise every activation of the network would be in memory at once
                         del known[old]
         except Exception as error:  # torch raises RuntimeError, TypeError, IndexError, ... for shapes that do not fit
             raise ExportFailed(f"the exported network does not run in PyTorch: {error}") from error
@@ -93,7 +93,7 @@ def _last_uses(steps: Sequence[tuple[Any, tuple[str, ...], tuple[str, ...]]], re
 
 
 def _constants(graph: onnx.GraphProto, model: bytes) -> tuple[dict[str, Tensor], list[onnx.NodeProto]]:
-    """The values that do not depend on the input and that other nodes read, and the nodes that do depend on it."""
+    """The constants that the other nodes read, and the nodes that depend on the input."""
     known = {t.name for t in graph.initializer}
     folded, left = [], []
     for node in graph.node:
@@ -115,6 +115,7 @@ def _constants(graph: onnx.GraphProto, model: bytes) -> tuple[dict[str, Tensor],
 
 
 def _compiled(node: onnx.NodeProto) -> Callable[[Sequence[Any]], Any]:
+    """A node as a function of its inputs; raises `ExportFailed` for an operator that is not in `OPERATORS`."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     function = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if function is None:
@@ -124,7 +125,7 @@ def _compiled(node: onnx.NodeProto) -> Callable[[Sequence[Any]], Any]:
 
 
 def held(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes as ONNX's reference evaluator passes them, in the form of a file: bytes for texts, no None."""
+    """The attributes that ONNX's reference evaluator passes, in the form of a file: bytes for texts, no None."""
     return {
         key: value.encode() if isinstance(value, str) else value
         for key, value in attributes.items()
@@ -133,7 +134,7 @@ def held(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class NotHere(ValueError):
-    """An operator with attributes that torch has no equivalent of."""
+    """An operator has attributes without an equivalent in torch."""
 
 
 def _symmetric(
@@ -215,7 +216,7 @@ def _dynamic_quantize(i: Inputs, a: Attributes) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _matmul_integer(i: Inputs, a: Attributes) -> Tensor:
-    """In double precision, which is exact for sums of up to 2^37 products and fast, unlike torch's integers."""
+    """Computed in double precision: exact for sums of up to 2^37 products, and faster than torch's integers."""
     x, w = (
         (t.double() if zero is None else t.double() - zero.double())
         for t, zero in ((i[0], _at(i, 2)), (i[1], _at(i, 3)))

@@ -1,3 +1,1 @@
-"""Timing and scoring in processes of their own: paired comparison, clean processes, random inputs. Nothing here knows a
-study.
-"""
+"""Timing and scoring in processes of their own: paired comparison, clean processes, random inputs. Knows no study."""

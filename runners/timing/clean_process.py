@@ -1,14 +1,14 @@
-"""Packed files measured in a clean process: what is on the disk, and nothing of the search that wrote it.
+"""Packed files measured in a clean process, which has only the file on the disk and no state of the search.
 
 The process is a fresh Python that imports NumPy and the target's runtime (ONNX Runtime, and then no torch), and nothing
-of the user's. It reads a packed file, unpacks it and runs it on the target. The task stays with the parent, because it
-may be an object of the user's program that no other process can make: the parent reads the samples, sends the inputs,
-gets the outputs and scores them. So it is the same for a task of a configuration and for one that lives in a notebook,
-and no data set is loaded twice.
+of the user's. It reads a packed file, unpacks it and runs it on the target. The task stays in the parent process,
+because it may be an object of the user's program that no other process can create: the parent reads the samples, sends
+the inputs, receives the outputs and scores them. So a task from a configuration and one defined in a notebook are
+measured in the same way, and no data set is loaded twice.
 
-Inputs and outputs go through one socket per batch in flight, as raw bytes after a line of JSON; nothing is pickled. A
-socket whose other end is gone ends its thread, and the kernel ends the process when the parent dies (`prctl(2)`,
-PR_SET_PDEATHSIG), so that no kill leaves anything running.
+Inputs and outputs go through one socket per batch in flight, as raw bytes after a line of JSON; nothing is pickled.
+When the other end of a socket is closed, the thread that serves it ends. When the parent dies, the kernel ends the
+process (`prctl(2)`, PR_SET_PDEATHSIG), so that nothing is left running.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ _PRECISION = 0.01  # half the interval of a latency's ratio at which timing ends
 
 
 class CleanProcess:
-    """A process that runs packed files, one at a time; it starts with the first and ends with the `with` block.
+    """A process that runs packed files, one at a time.
 
-    target: what runs the files there, as `Target.spec` says it. After a file that made it crash the next one gets a new
-    process.
+    It starts with the first file and ends with the `with` block. After a file that makes it crash, the next one gets a
+    new process.
+
+    Args:
+        target: The target that runs the files there, as `Target.spec` gives it.
     """
 
     def __init__(self, target: str | dict[str, Any] = DEFAULT) -> None:
@@ -75,9 +78,18 @@ class CleanProcess:
     def scores(
         self, path: Path, task: Task, batches: Iterable[tuple[Tensor, Tensor]], plan: EvaluationPlan
     ) -> NDArray[np.float64]:
-        """The task's metric of a packed file on every sample, in the samples' order.
+        """The task's metric of a packed file on every sample, in the order of the samples.
 
-        Raises `ExportFailed` when the file does not run, and what `runners.task.scores` raises.
+        Args:
+            path: The packed file.
+            task: The task whose metric is computed.
+            batches: Batches `(inputs, targets)`.
+            plan: How to evaluate.
+
+        Raises:
+            ExportFailed: The file does not run.
+            Diverged: As `runners.task.scores`.
+            TaskError: As `runners.task.scores`.
         """
         from ..evaluate import evaluate
 
@@ -97,10 +109,19 @@ class CleanProcess:
         return evaluate(network, task, batches, plan)
 
     def ratio(self, path: Path, against: Path, batch: NDArray[Any], threads: int, seconds: float) -> Estimate:
-        """A packed file's latency as a share of another one's, by the protocol of `runners.timing.compare`, on this
-        batch.
+        """The latency of a packed file as a share of another one's, by the protocol of `runners.timing.compare`.
 
-        It ends when half the 95% interval is within 1%, or after `seconds`. Raises `ExportFailed`.
+        The measurement ends when half the 95% interval is within 1%, or at the time limit.
+
+        Args:
+            path: The packed file.
+            against: The packed file that it is compared with.
+            batch: The inputs of each run.
+            threads: CPU threads of the runtime.
+            seconds: The time limit.
+
+        Raises:
+            ExportFailed: A file does not run.
         """
         self._need(1)
         request = {
@@ -113,14 +134,14 @@ class CleanProcess:
         return Estimate(**self._ask(request, batch)["ratio"])
 
     def _need(self, workers: int) -> None:
-        """Start a process with as many sockets, unless there is one."""
+        """Start a process with a socket per worker, unless one is running."""
         if self._process and self._process.poll() is None and len(self._connections) >= workers:
             return
         self._end()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # stays open as long as the process
         pairs = [Pipe() for _ in range(workers)]
         ends = [theirs.fileno() for _, theirs in pairs]
-        # The child finds the modules that this process found; -P keeps it from looking into the current folder first.
+        # The child imports from the same places as this process; -P keeps it from searching the current folder first.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, *map(str, ends)],
@@ -160,7 +181,7 @@ class CleanProcess:
         return outputs
 
     def _death(self) -> str:
-        """How the process ended."""
+        """How the process ended, for people."""
         assert self._process is not None
         try:
             code = self._process.wait(10)
@@ -173,7 +194,7 @@ class CleanProcess:
 
 
 class ThisProcess:
-    """The same in this process: for a target that only the user's program has."""
+    """The same as `CleanProcess` but in this process, for a target that only the user's program can create."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -200,7 +221,7 @@ class ThisProcess:
 
 
 def process_for(target: Target) -> CleanProcess | ThisProcess:
-    """What measures the files of a target: a clean process where another process can have it too."""
+    """What measures the files of a target: a clean process, if the target can be created in another process."""
     shared = target.profile is not None or target.name in TARGETS
     return CleanProcess(target.spec) if shared else ThisProcess(target)
 
@@ -208,11 +229,12 @@ def process_for(target: Target) -> CleanProcess | ThisProcess:
 def _exchange(
     connection: Connection[Any, Any], request: dict[str, Any], array: NDArray[Any] | None
 ) -> tuple[dict[str, Any], NDArray[Any] | None]:
+    """Send a request and receive the answer; raises `ExportFailed` for an answer that is an error."""
     _send(connection, request, array)
-    answer, found = _receive(connection)
+    answer, outputs = _receive(connection)
     if "error" in answer:
         raise ExportFailed(answer["error"])
-    return answer, found
+    return answer, outputs
 
 
 def _send(connection: Connection[Any, Any], message: dict[str, Any], array: NDArray[Any] | None = None) -> None:
@@ -237,13 +259,13 @@ def _receive(connection: Connection[Any, Any]) -> tuple[dict[str, Any], NDArray[
 
 
 class _Server:
-    """Answers the requests of a parent; `load` comes when no run is under way."""
+    """Answers the requests of the parent process, which sends `load` only when nothing is running."""
 
     def __init__(self) -> None:
         self.network: Network | None = None
 
     def serve(self, connection: Connection[Any, Any]) -> None:
-        """Answer until the other end is gone."""
+        """Answer until the other end is closed."""
         while True:
             try:
                 request, array = _receive(connection)
@@ -254,7 +276,7 @@ class _Server:
             try:
                 match request["do"]:
                     case "load":
-                        self.network = None  # two at a time may be more than the memory holds
+                        self.network = None  # two networks at once may not fit into memory
                         self.network = as_target(request["target"]).load(_model(request["path"]), request["threads"])
                     case "run":
                         assert self.network is not None
@@ -263,8 +285,8 @@ class _Server:
                     case "time":
                         assert array is not None
                         target, paths = as_target(request["target"]), [Path(path) for path in request["paths"]]
-                        found = _ratio(target, paths, array, request["threads"], request["seconds"])
-                        answer = {"ratio": asdict(found)}
+                        ratio = _ratio(target, paths, array, request["threads"], request["seconds"])
+                        answer = {"ratio": asdict(ratio)}
             except ParetorchError as error:
                 answer = {"error": str(error)}
             except Exception as error:  # ONNX Runtime raises a class per status, without a common base but this
@@ -276,7 +298,7 @@ class _Server:
 
 
 def _model(path: str | Path) -> bytes:
-    """A packed file as ONNX."""
+    """The bytes of the ONNX file of a packed one."""
     try:
         return packing.onnx_bytes(Path(path).read_bytes())
     except OSError as error:
@@ -289,7 +311,7 @@ def _ratio(target: Target, paths: Sequence[Path], batch: NDArray[Any], threads: 
         own, other = (target.milliseconds(_model(path), len(batch)) for path in paths)
         return Estimate.exact(own / other)
     cores = os.sched_getaffinity(0)
-    pin(threads)  # this thread, and those that the sessions start from here
+    pin(threads)  # this thread, and those that the sessions start from it
     try:
         networks = [target.load(_model(path), threads) for path in paths]
         clock = time.thread_time_ns if threads == 1 and target.calling_thread else time.perf_counter_ns

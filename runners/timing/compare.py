@@ -1,29 +1,29 @@
 """Whether one ONNX file is faster than another: the protocol of `paretorch measure`.
 
-1. A fresh process that imports ONNX Runtime and NumPy only and has no past, with the number of threads fixed and pinned
-   to as many cores (where the system allows it). Both files are loaded there as a study loads them, and get the same
-   made-up inputs (`feed`).
+1. The files run in a fresh process that imports only ONNX Runtime and NumPy, with a fixed number of threads pinned to
+   as many cores (where the system allows it). Both files are loaded there as a study loads them, and get the same
+   random inputs (`feed`).
 2. Time is taken in blocks of at least 2 ms: one run that is not counted, because the other file has just filled the
-   caches with its own weights, and then a row of runs. With one thread the clock is the thread's own CPU time, which
-   preemption by other programs does not reach; with more it is the wall clock.
-3. Warm-up: both in turns, at least ten blocks each, until the last five are not clearly faster than the five before;
-   for a tenth of the time limit at most.
-4. Pairs: a block of each file, in an order that is drawn anew for every pair. What makes the machine slower for a while
-   meets both, and what being second costs meets either.
-5. The estimate is the median of the ratios within pairs, candidate / baseline; its 95% interval is that of a median by
-   order statistics, which asks of the times no distribution. Outliers move neither of them by much.
-6. It ends when half the interval is within the asked precision, or with the time limit, but not below six pairs, the
-   fewest for which such an interval exists. Whether it is narrow enough is looked at after 20, 40, 80, ... pairs only.
-   Whoever looks after every pair and stops when it looks good stops at lucky moments: the interval then holds the true
-   ratio in 91 to 94% of simulated cases, with growing numbers of pairs in 94 to 98%.
+   caches with its own weights, and then several runs in a row. With one thread the clock is the thread's CPU time,
+   which excludes preemption by other programs; with more it is the wall clock.
+3. Warm-up: both files in turns, at least ten blocks each, until the last five blocks are not clearly faster than the
+   five before; for a tenth of the time limit at most.
+4. Pairs: a block of each file, in an order that is drawn anew for every pair. So a temporary slowdown of the machine
+   affects both files, and the cost of running second affects each of them as often.
+5. The estimate is the median of the ratios within pairs, candidate / baseline. Its 95% interval is that of a median by
+   order statistics, which assumes no distribution of the times. Outliers change neither of them by much.
+6. The measurement ends when half the interval is within the requested precision, or at the time limit, but not before
+   six pairs, the fewest for which such an interval exists. The precision is checked only after 20, 40, 80, ... pairs.
+   If it were checked after every pair, the measurement would tend to stop at intervals that are narrow by chance: they
+   hold the true ratio in 91 to 94% of simulated cases, those of growing numbers of pairs in 94 to 98%.
 7. The verdict: *faster* when the whole interval is below 1, *slower* when it is above 1, else *no significant
   difference*.
 
-With one file alone steps 2 to 6 are the same for its milliseconds.
+With a single file, steps 2 to 6 are the same for its milliseconds.
 
-What it cannot do: the interval is about the times of one process in these seconds. Where a process got its memory and
-what state its core is in stay the same throughout and differ in the next process: on a shared virtual machine the ratio
-of int8 to float spreads by 4 to 5% between processes, whatever the interval of each (`benchmarks/latency.py`).
+Limits: the interval covers the times of one process in these seconds. The placement of its memory and the state of its
+core stay the same throughout, but differ in the next process: on a shared virtual machine the ratio of int8 to float
+spreads by 4 to 5% between processes, whatever the interval of each (`benchmarks/latency.py`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,17 @@ Timer = Callable[[], float]  # runs a block and gives the milliseconds of one ru
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """What was measured: of each file the milliseconds of a run, and with two the ratio of the first to the second.
+    """The latency of one file, or of two files and their ratio.
 
-    pairs: timed blocks per file. reached: whether the interval (of the ratio, or of the one file's time) is as narrow
-    as asked. inputs: by name, of each file. environment: what the numbers depend on beside the files.
+    Args:
+        ms: For each file, the milliseconds of a run.
+        ratio: The latency of the first file as a share of the second's; None for one file.
+        verdict: What the interval of the ratio says, in words; None for one file.
+        pairs: Timed blocks per file.
+        reached: Whether the interval (of the ratio, or of the one file's time) is as narrow as requested.
+        seconds: How long the measurement took.
+        inputs: For each file, type and shape of its inputs by name.
+        environment: What the numbers depend on beside the files.
     """
 
     ms: tuple[Estimate, ...]
@@ -84,11 +91,21 @@ def compare(
     shapes: Shapes | None = None,
     seed: int = 0,
 ) -> LatencyComparison:
-    """Measure a file, or the first of two against the second, in a fresh process as the module says.
+    """Measure a file, or the first of two against the second, by the protocol of this module.
 
-    precision: half the interval as a share of the estimate. batch: 1 when None, or what a file fixes. shapes: of inputs
-    with other open dimensions. Raises `ConfigError` for options that do not fit, `ArtifactError` for a file that is
-    missing or does not run, `TargetError` when the process dies.
+    Args:
+        files: One or two ONNX files, or directories of artifacts.
+        threads: CPU threads of the runtime.
+        batch: Inputs per run; when None, 1 or what a file fixes.
+        precision: Half the interval as a share of the estimate at which the measurement ends.
+        seconds: The time limit.
+        shapes: By input, the shapes of inputs with other open dimensions.
+        seed: The seed of the inputs and of the order within pairs.
+
+    Raises:
+        ConfigError: An option does not fit.
+        ArtifactError: A file is missing or does not run.
+        TargetError: The process died.
     """
     paths = [onnx_file(path) for path in files]
     cores = len(os.sched_getaffinity(0))
@@ -112,7 +129,7 @@ def compare(
         "shapes": {k: list(v) for k, v in (shapes or {}).items()},
         "seed": seed,
     }
-    # The child finds the modules that this process found; -P keeps it from looking into the current folder first.
+    # The child imports from the same places as this process; -P keeps it from searching the current folder first.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     done = subprocess.run(
         [sys.executable, "-P", "-m", __name__],
@@ -144,7 +161,11 @@ def compare(
 
 
 def onnx_file(path: Path) -> Path:
-    """The file that is meant: itself, or `model.onnx` of an artifact's directory; raises `ArtifactError`."""
+    """The ONNX file that a path stands for: the file itself, or `model.onnx` in the directory of an artifact.
+
+    Raises:
+        ArtifactError: There is no such file.
+    """
     file = path / "model.onnx" if path.is_dir() else path
     if not file.is_file():
         said = f"{path} holds no model.onnx" if path.is_dir() else f"there is no file {path}"
@@ -155,7 +176,10 @@ def onnx_file(path: Path) -> Path:
 
 
 def parse_precision(text: str) -> float:
-    """A share above 0 and below 1; raises `ConfigError`.
+    """Parse a share above 0 and below 1.
+
+    Raises:
+        ConfigError: The text is not such a share.
 
     >>> parse_precision("2%"), parse_precision("0.005")
     (0.02, 0.005)
@@ -171,17 +195,23 @@ def parse_precision(text: str) -> float:
 
 
 def verdict(ratio: Estimate) -> str:
-    """In words what the interval of candidate / baseline says."""
+    """What the interval of candidate / baseline says, in words."""
     return "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no significant difference"
 
 
 def warm_up(timers: Sequence[Timer], seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
-    """Run all in turns until their times settle: at least ten blocks each, then until `seconds` are over at most."""
+    """Run all timers in turns until their times settle.
+
+    Args:
+        timers: The timers; each runs at least ten blocks.
+        seconds: The limit after which the warm-up ends with fewer.
+        now: Gives seconds from any start.
+    """
     end = now() + seconds
     times: list[list[float]] = []
     while len(times) < 10 or (now() < end and not _settled(np.array(times))):
         times.append([timer() for timer in timers])
-        if now() > end and len(times) >= 2:  # so slow a network has done its warming in two
+        if now() > end and len(times) >= 2:  # a network this slow is warm after two
             return
 
 
@@ -197,7 +227,18 @@ def sample(
     seed: int = 0,
     now: Callable[[], float] = time.perf_counter,
 ) -> NDArray[np.float64]:
-    """Times, a row per pair and a column per file, as many as the precision needs or the time limit allows."""
+    """Time pairs of blocks until the precision is reached or the time is over.
+
+    Args:
+        timers: A timer per file.
+        precision: Half the interval as a share of the estimate at which the measurement ends.
+        seconds: The time limit; at least `FEWEST` pairs are timed.
+        seed: The seed of the order within pairs.
+        now: Gives seconds from any start.
+
+    Returns:
+        Milliseconds, a row per pair and a column per file.
+    """
     rng = np.random.default_rng(seed)
     rows: list[list[float]] = []
     end, look = now() + seconds, FIRST_LOOK
@@ -216,13 +257,13 @@ def sample(
 
 
 def estimate(times: NDArray[np.float64]) -> Estimate:
-    """The ratio of the first column to the second with its interval; of one column, its median."""
+    """The median of the ratios of the first column to the second; with one column, the median of its times."""
     return median(times[:, 0] / times[:, 1] if times.shape[1] > 1 else times[:, 0])
 
 
-def precise(found: Estimate, precision: float) -> bool:
+def precise(measured: Estimate, precision: float) -> bool:
     """Whether half the interval is within `precision` of the value."""
-    return (found.high - found.low) / 2 <= precision * found.value
+    return (measured.high - measured.low) / 2 <= precision * measured.value
 
 
 # --- in the fresh process ---------------------------------------------------------------------------------------------
@@ -257,8 +298,8 @@ def _measure(request: dict[str, Any]) -> LatencyComparison:
     warm_up(timers, request["seconds"] / 10)
     started = time.perf_counter()
     times = sample(timers, request["precision"], request["seconds"], request["seed"])
-    found = estimate(times)
-    ratio = found if len(files) > 1 else None
+    measured = estimate(times)
+    ratio = measured if len(files) > 1 else None
     about = {
         "threads": str(threads),
         "cores": ", ".join(map(str, cores)) or "not pinned",
@@ -270,7 +311,7 @@ def _measure(request: dict[str, Any]) -> LatencyComparison:
         ratio=ratio,
         verdict=verdict(ratio) if ratio else None,
         pairs=len(times),
-        reached=precise(found, request["precision"]),
+        reached=precise(measured, request["precision"]),
         seconds=time.perf_counter() - started,
         inputs=tuple({name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()} for arrays in feeds),
         environment=about,
@@ -278,7 +319,11 @@ def _measure(request: dict[str, Any]) -> LatencyComparison:
 
 
 def pin(threads: int) -> list[int]:
-    """Bind this process, and so the threads that it starts later, to as many cores; which ones, none if not allowed."""
+    """Bind this process, and so the threads that it starts later, to as many cores as threads.
+
+    Returns:
+        The numbers of the cores; empty where the system does not allow it.
+    """
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     try:
         os.sched_setaffinity(0, cores)
@@ -292,7 +337,17 @@ def _told(arrays: dict[str, Any]) -> str:
 
 
 def timer_of(file: str, run: Callable[[], object], inputs: str, clock: Callable[[], int]) -> Timer:
-    """What times a row of runs of a file's network; `inputs` is what it is given, for people."""
+    """A timer of a file's network, which runs it several times in a row.
+
+    Args:
+        file: The name of the file, for messages.
+        run: Runs the network once.
+        inputs: A description of the inputs, for messages.
+        clock: Gives nanoseconds.
+
+    Raises:
+        ArtifactError: The network does not run.
+    """
 
     def once() -> int:
         begin = clock()
@@ -309,7 +364,7 @@ def timer_of(file: str, run: Callable[[], object], inputs: str, clock: Callable[
 
 
 def _main() -> None:
-    """Read a request, print the answer, both a line of JSON."""
+    """Read a request from standard input and print the answer, each as a line of JSON."""
     try:
         answer = asdict(_measure(json.load(sys.stdin)))
     except ParetorchError as error:

@@ -1,4 +1,4 @@
-"""Made-up inputs for an ONNX file, in the shapes and types that it asks for."""
+"""Random inputs for an ONNX file, in the shapes and types that it declares."""
 
 from __future__ import annotations
 
@@ -12,37 +12,57 @@ from ...errors import ConfigError
 
 Shapes = Mapping[str, Sequence[int]]
 _FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
-# Of integers 0 and 1: they are rows of every embedding, and a mask or a token's place may be such a number too.
+# Integers are 0 or 1, which are rows of every embedding, and valid as a mask or as the position of a token.
 _INTEGERS = {
     f"tensor({n})": np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")
 }
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes by input, from `input=1,3,224,224`; raises `ConfigError` with all problems.
+    """Parse the shapes of inputs.
+
+    Args:
+        texts: Such as `input=1,3,224,224`.
+
+    Returns:
+        The shapes by input.
+
+    Raises:
+        ConfigError: Some texts are not of this form; the error lists all of them.
 
     >>> parse_shapes(["input=1,3,224,224"])
     {'input': (1, 3, 224, 224)}
     """
-    found, problems = {}, []
+    shapes, problems = {}, []
     for text in texts:
         name, _, numbers = text.rpartition("=")
         parts = numbers.replace("x", ",").split(",")
         if name and all(part.strip().isdecimal() and int(part) for part in parts):
-            found[name.strip()] = tuple(int(part) for part in parts)
+            shapes[name.strip()] = tuple(int(part) for part in parts)
         else:
             problems.append(f"{text!r}: write NAME=SIZES with whole numbers from 1 on, such as input=1,3,224,224")
     if problems:
         raise ConfigError(problems, "--shape")
-    return found
+    return shapes
 
 
 def feed(inputs: Sequence[Any], batch: int | None, shapes: Shapes, seed: int) -> dict[str, NDArray[Any]]:
-    """An array for each of a session's inputs (anything with `name`, `shape` and `type`), from a seed.
+    """Draw an array for each input of a session.
 
-    Floats are normal, bytes uniform, other integers 0 or 1. An open first dimension is the batch, 1 when None; any
-    other open one must be in `shapes`, which gives whole shapes by name and may name inputs that are not here. Raises
-    `ConfigError` for what does not fit, with all problems.
+    Floats are normal, bytes uniform, other integers 0 or 1.
+
+    Args:
+        inputs: The session's inputs, or anything with `name`, `shape` and `type`.
+        batch: The size of an open first dimension; 1 when None.
+        shapes: By input, whole shapes; needed where another dimension is open. It may name other inputs, too.
+        seed: The seed of the draw.
+
+    Returns:
+        The arrays by input.
+
+    Raises:
+        ConfigError: The batch or a shape does not fit an input, or its type is not supported; the error lists all
+            problems.
     """
     rng = np.random.default_rng(seed)
     arrays, problems = {}, []
@@ -74,7 +94,7 @@ def _shape(entry: Any, batch: int | None, asked: Sequence[int] | None) -> tuple[
         raise ConfigError(
             f"{says} in the file: its batch is fixed, and --batch {batch} does not fit; leave --batch out"
         )
-    return tuple(size or batch or 1 for size in sizes)  # type: ignore[misc]
+    return tuple(size or batch or 1 for size in sizes)
 
 
 def _draw(entry: Any, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:

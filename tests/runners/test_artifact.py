@@ -409,8 +409,8 @@ def test_an_artifact_of_version_1_still_loads(tmp_path):
     sound = inspect(VERSION_1)
     assert sound.recipe == Recipe((Quantize("0", 4), Recover("batchnorm")))
     found = {row.name: row for row in sound.record.rows}
-    assert found["accuracy, validation"].found.value == 0.9
-    assert found["accuracy, test"].found.value == 0.88
+    assert found["accuracy, validation"].estimate.value == 0.9
+    assert found["accuracy, test"].estimate.value == 0.88
     assert found["latency_ms"].change() == "1.22x faster"
     assert sound.record.check is None
     assert sound.record.protocol is None
