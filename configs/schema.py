@@ -27,7 +27,8 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError
 from ..objectives.objective import Budget, Limit, Objective
-from ..runners.targets.catalog import TARGETS
+from ..runners.settings import MeasurementSettings
+from ..runners.targets.catalog import DEFAULT, TARGETS
 from ..spaces.space import Space
 from .fields import (
     NO_BOOL,
@@ -183,16 +184,16 @@ class Search(Strict):
 class Measure(Strict):
     """How candidates are measured."""
 
-    threads: Count = 1
+    threads: Count = MeasurementSettings.threads
     """CPU threads of the runtime while latency is measured. Default: 1."""
-    batch: Count = 1
+    batch: Count = MeasurementSettings.batch
     """Inputs per call while latency is measured. Default: 1."""
-    seconds: Positive = 0.5
+    seconds: Positive = MeasurementSettings.seconds
     """Time spent on one latency measurement, in seconds; a fifth where latency is neither an objective nor limited, and
     up to four times as much for the finalists. Default: 0.5."""
-    calibration_images: Annotated[int, Field(ge=16), NO_BOOL] = 512
+    calibration_images: Annotated[int, Field(ge=16), NO_BOOL] = MeasurementSettings.calibration_images
     """Training inputs that set activation ranges and BatchNorm statistics. Default: 512."""
-    target: Annotated[str, AfterValidator(_checked_target)] = "onnxruntime"
+    target: Annotated[str, AfterValidator(_checked_target)] = DEFAULT
     """What runs the files while latency and the metric are measured: onnxruntime, openvino, torch, torch-cuda; or the
     .yaml file of an accelerator's profile, relative to this file, from which the latency is computed.
     Default: onnxruntime."""
