@@ -25,7 +25,7 @@ def short(text):
         (Either(Number(above=0), Text(short), lambda value: isinstance(value, str)), (1, "abc"), (0, "abcd")),
         (Settings("S", "", (Entry("x", Flag(), ""),)), (), ({}, {"x": True})),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_choice_is_possible_or_not(value, good, bad):
     assert [choice for choice in good if not possible(value, choice)] == []
