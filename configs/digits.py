@@ -58,7 +58,7 @@ class DigitsNet(nn.Module):
         x = self.layer1(F.relu(self.bn1(self.conv1(x))))
         x = self.layer2(F.relu(self.bn2(self.conv2(x))))
         x = F.relu(self.bn3(self.conv3(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]  # torch's modules give Any
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
@@ -108,7 +108,7 @@ def trained() -> nn.Module:
             for _ in range(EPOCHS):
                 for x, y in loader:
                     optimizer.zero_grad()
-                    F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+                    F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]  # torch's stub
                     optimizer.step()
                     schedule.step()
     finally:

@@ -93,7 +93,7 @@ def compress(
 
 def chunks(inputs: Tensor, size: int) -> Sequence[Tensor]:
     """Batches of `size`, the last one possibly smaller but never a single input, which BatchNorm cannot use."""
-    parts: list[Tensor] = list(inputs.split(size))  # type: ignore[no-untyped-call]
+    parts: list[Tensor] = list(inputs.split(size))  # type: ignore[no-untyped-call]  # torch's stub
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts

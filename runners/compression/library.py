@@ -73,9 +73,9 @@ class Method:
     @property
     def needs(self) -> frozenset[str]:
         """What must be known of the layer beside its weight: `hessian`, `fisher`, `seed`, `function` (the user's)."""
-        found = {"taylor": "fisher", "random": "seed", "activation": "hessian", "obs": "hessian", "magnitude": ""}
+        asked = {"taylor": "fisher", "random": "seed", "activation": "hessian", "obs": "hessian", "magnitude": ""}
         rounding = "" if self.rounding == "nearest" else "hessian"
-        return frozenset({found.get(self.criterion, "function"), rounding} - {""})
+        return frozenset({asked.get(self.criterion, "function"), rounding} - {""})
 
     @property
     def adjusts(self) -> bool:
@@ -136,7 +136,8 @@ def compress_layer(
         )
     mask, scale, adjusted, zero = None, None, None, None
     if ratio and method.criterion == "obs":
-        hessian = layer_statistics.hessian()  # type: ignore[union-attr]
+        assert layer_statistics is not None  # checked above: the method needs it
+        hessian = layer_statistics.hessian()
         places = sweep(weight, hessian, method.pattern) if sweepable(weight) else None
         mask, adjusted = obs(weight, hessian, ratio, method.pattern, places)
     elif ratio:
@@ -183,19 +184,19 @@ def _own_scores(weight: Tensor, name: str, layer_statistics: LayerStatistics) ->
     norms = input_norms(weight, layer_statistics.hessian()) if weight[0].numel() <= LARGEST_HESSIAN else None
     try:
         with torch.no_grad():
-            found = layer_statistics.criteria[name](weight.clone(), norms)
+            scores = layer_statistics.criteria[name](weight.clone(), norms)
     except Exception as error:  # whatever the user's function raises
         raise TaskError(
             f"criterion {name!r} failed for a weight of shape {tuple(weight.shape)}: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(found, Tensor) or found.shape != weight.shape or not bool(found.isfinite().all()):
-        shown = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape or not bool(scores.isfinite().all()):
+        shown = f"the shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise TaskError(
             f"criterion {name!r} returned {shown} for a weight of shape {tuple(weight.shape)}; it must return a "
             "finite score for each "
             "weight, a tensor of the same shape; the lowest scores become zero"
         )
-    return found
+    return scores
 
 
 ROUNDINGS: dict[str, Callable[..., Tensor]] = {"gptq": gptq, "adaround": adaround}
@@ -338,8 +339,8 @@ class LayerLibrary:
             entry: _Entry = load(path.read_bytes())
         except (OSError, SafetensorError, KeyError, ValueError):  # not there, torn, or not ours: all the same
             return None
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entry.items()}
-        if found != {"check": (torch.uint8, (32,)), **wanted} or not torch.equal(entry["check"], _check(key, entry)):
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entry.items()}
+        if layout != {"check": (torch.uint8, (32,)), **wanted} or not torch.equal(entry["check"], _check(key, entry)):
             return None
         with contextlib.suppress(OSError):  # of another user, or pruned just now; it was read, and that is enough
             os.utime(path)
@@ -375,7 +376,7 @@ class LayerLibrary:
         look.
         """
         assert self.folder is not None
-        found: list[tuple[float, int, Path]] = []
+        entries: list[tuple[float, int, Path]] = []
         listed: list[Path] = []
         with contextlib.suppress(OSError):  # somebody takes the whole folder away
             listed.extend(self.folder.glob("*/*"))
@@ -383,11 +384,11 @@ class LayerLibrary:
             with contextlib.suppress(OSError):  # another process prunes too
                 about = path.stat()
                 if path.suffix == ".safetensors":
-                    found.append((about.st_mtime, _blocks(about.st_size), path))
+                    entries.append((about.st_mtime, _blocks(about.st_size), path))
                 elif path.suffix == ".partial" and time.time() - about.st_mtime > _STALE:
                     path.unlink()
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
             if total <= self.limit - self.limit // 16:
                 return
             with contextlib.suppress(OSError):
@@ -401,11 +402,11 @@ def _raw(tensor: Tensor) -> bytes:
 
 def digest(*tensors: Tensor) -> str:
     """The SHA-256 of tensors: their types, shapes and numbers."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for tensor in tensors:
-        found.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0")
-        found.update(_raw(tensor.detach().contiguous()))
-    return found.hexdigest()
+        sha.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0")
+        sha.update(_raw(tensor.detach().contiguous()))
+    return sha.hexdigest()
 
 
 def _key(
@@ -424,9 +425,9 @@ def _key(
             about = (*about, scheme, "" if factor is None else digest(factor))
     if layer_statistics is not None and method.needs:
         about = (*about, layer_statistics.seed if method.needs == {"seed"} else layer_statistics.key)
-    found = hashlib.sha256(repr(about).encode() + b"\0")
-    found.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
-    return found.hexdigest()
+    sha = hashlib.sha256(repr(about).encode() + b"\0")
+    sha.update(weight.reshape(-1).view(torch.uint8).numpy().data if weight.numel() else b"")
+    return sha.hexdigest()
 
 
 def _entry(made: CompressedLayer) -> _Entry:

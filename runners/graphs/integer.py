@@ -189,7 +189,7 @@ class _Layer(OpRun):  # type: ignore[misc]  # ONNX has no types
     op_domain = DOMAIN
 
     # ONNX reads the names of the arguments.
-    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, **attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, xs, xz, w, ws, wz, ys, yz, bias=None, **attributes):  # type: ignore[no-untyped-def]  # as ONNX
         name = type(self).__name__.removeprefix("Integer")
         given = held(attributes)
         axis = ONNX[name].output_axis(given, w.ndim)

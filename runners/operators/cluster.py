@@ -48,8 +48,8 @@ def kmeans(values: NDArray[np.floating], count: int) -> NDArray[np.float64]:
         if np.array_equal(moved, cuts):
             break
         cuts = moved
-    found: NDArray[np.float64] = np.diff(sums[cuts]) / np.diff(cuts) + ordered.mean()
-    return found
+    centres: NDArray[np.float64] = np.diff(sums[cuts]) / np.diff(cuts) + ordered.mean()
+    return centres
 
 
 def _intervals(
@@ -64,8 +64,8 @@ def _intervals(
 
     def within(begin: NDArray[np.intp], end: NDArray[np.intp]) -> NDArray[np.float64]:
         total = sums[end] - sums[begin]
-        found: NDArray[np.float64] = squares[end] - squares[begin] - total**2 / np.maximum(sizes[end] - sizes[begin], 1)
-        return found
+        costs: NDArray[np.float64] = squares[end] - squares[begin] - total**2 / np.maximum(sizes[end] - sizes[begin], 1)
+        return costs
 
     every = np.arange(last + 1)
     least = within(np.zeros_like(every), every)
