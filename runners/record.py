@@ -166,7 +166,7 @@ def rows(
         base: The same of the baseline.
         protocol: The measurement settings; None where they are not known.
         test: What `LocalRunner.measure_again` gave for the file on the test split, or a study for a finalist
-            (`search.finalists`).
+            (`results.parity`).
         test_base: The baseline's metric on the test split.
         box: Seconds that the latency in `measurement` was measured for.
     """
