@@ -16,8 +16,8 @@ from .artifact import card, check_free, verify, write
 from .compression.fits import check_fits
 from .files.packing import unpack
 from .local import LocalRunner
+from .progress import Progress
 from .record import Record, RecordRow, rows
-from .runner import Progress
 from .settings import MeasurementSettings
 from .targets.runtime import session
 

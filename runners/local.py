@@ -37,6 +37,7 @@ from .files.candidates import CandidateFiles
 from .files.entropy import zstd_bytes
 from .graphs.onnx_export import batch_of
 from .graphs.simulate import Simulation, agreement
+from .progress import Progress, silent
 from .runner import (
     BuildFile,
     CompareSimulation,
@@ -47,7 +48,6 @@ from .runner import (
     MeasureOverhead,
     Outcome,
     PredictValidation,
-    Progress,
     Request,
     RestoreBaseline,
     Result,
@@ -61,9 +61,8 @@ from .runner import (
     TunePlan,
     done,
     outcome_of,
-    silent,
 )
-from .settings import PARITY_INPUTS, MeasurementSettings
+from .settings import PARITY_INPUTS, PARITY_SECONDS, MeasurementSettings
 from .targets.catalog import DEFAULT, as_target
 from .targets.runtime import sums_are_exact
 from .targets.target import Network, Target
@@ -75,7 +74,6 @@ from .training.finetune import finetune
 # takes 0.01 s and 0.2% to 3% more bytes (12% more at 2 bits and 90% sparsity).
 _ZSTD_19 = 1 << 19
 _IN_MEMORY = 1 << 30  # bytes of validation images that are kept decoded between trials
-PARITY_SECONDS = 20.0  # after which a file is compared with its simulation on fewer inputs
 _SIMULATED = 4  # inputs on which the time of a simulation is measured
 
 

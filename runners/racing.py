@@ -17,7 +17,7 @@ from ..errors import Stopped
 from ..objectives.display import is_rate, show
 from ..objectives.measurement import Z95, Estimate
 from ..objectives.paired import difference
-from .evaluate import Watch as Watch
+from .evaluate import Watch
 
 
 @dataclass(frozen=True)

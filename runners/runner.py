@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +33,14 @@ from ..spaces.recipe import Recipe
 from ..spaces.rules import Axis
 from ..spaces.structure import Structure
 from ..spaces.techniques.student import Student
-from .evaluate import EvaluationPlan
-from .racing import Rival, Watch, race
+from .evaluate import EvaluationPlan, Watch
+from .progress import Progress, silent
+from .racing import Rival, race
 
 Result = TypeVar("Result")
-# Hears in words what is being done.
-Progress = Callable[[str], None]
 OVER_BUDGET: Literal["over_budget"] = "over_budget"
 STOPPED: Literal["stopped"] = "stopped"
 FAILED: Literal["failed"] = "failed"
-
-
-def silent(phase: str) -> None:
-    """A listener of progress that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -347,6 +342,3 @@ def outcome_of(
         failure = Failure(FAILED, f"{name}: {error}", error=name)
         return Outcome(None, failure, time.perf_counter() - begin)
     return Outcome(measurement, None, time.perf_counter() - begin)
-
-
-AnyRequest = Request[Any]

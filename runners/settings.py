@@ -39,4 +39,5 @@ class MeasurementSettings:
 # The comparison of a finalist's file with the simulation of its graph.
 PARITY_INPUTS = 1000  # inputs that are compared, or all if there are fewer
 PARITY_AGREEMENT = 0.995  # the least share of equal predictions
+PARITY_SECONDS = 20.0  # after which fewer inputs are compared
 PARITY_DIFFERENCE = 0.05  # the largest mean difference of outputs without classes, as a share of the largest

@@ -26,6 +26,7 @@ from ..spaces.techniques.recover import Recover
 from .compression.fits import check_fits
 from .evaluate import EvaluationPlan
 from .files.candidates import CandidateFiles
+from .progress import Progress, silent
 from .runner import (
     BuildFile,
     CompareSimulation,
@@ -36,7 +37,6 @@ from .runner import (
     MeasureOverhead,
     Outcome,
     PredictValidation,
-    Progress,
     Request,
     RestoreBaseline,
     Result,
@@ -51,7 +51,6 @@ from .runner import (
     TunePlan,
     done,
     outcome_of,
-    silent,
 )
 
 # Results that are the same for everybody.

@@ -19,10 +19,10 @@ from ..objectives.paired import paired
 from ..results.candidate import Candidate
 from ..results.folder import BASELINE, StudyFolder
 from ..runners.runner import CompareSimulation, MeasureFinalist, Runner
+from ..runners.settings import PARITY_SECONDS
 from .listener import Listener
 
 START = 2.0  # seconds that the clean process takes to start
-PARITY_SECONDS = 20.0  # seconds for the comparison of a file with its simulation; a slower one uses fewer inputs
 PARITY_AT_LEAST = 2.0  # seconds for the same comparison even if the study's time is used up
 
 Finalists = dict[str, dict[str, Estimate]]

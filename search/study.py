@@ -44,7 +44,7 @@ from ..runners.files.atomic import write_atomic
 from ..runners.local import LocalRunner
 from ..runners.runner import BuildFile, Inspect, Outcome, Runner, RunTrial, TaskFacts
 from ..runners.runner import RestoreBaseline as Restore
-from ..runners.settings import MeasurementSettings
+from ..runners.settings import PARITY_SECONDS, MeasurementSettings
 from ..runners.targets.catalog import DEFAULT, as_target
 from ..runners.targets.target import Target
 from ..runners.task import Task
@@ -53,7 +53,7 @@ from ..spaces.recipe import Recipe
 from ..spaces.rules import Axis
 from ..spaces.space import Space
 from .combine import combine
-from .finalists import PARITY_AT_LEAST, PARITY_SECONDS, measure_finalists
+from .finalists import PARITY_AT_LEAST, measure_finalists
 from .history import History
 from .housekeeping import keep_files
 from .judge import Judge

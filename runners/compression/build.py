@@ -33,6 +33,7 @@ from ..graphs.onnx_export import quantized_graph
 from ..operators.attention import open_attention
 from ..operators.fold import calibration_bias, fold_batchnorms, reestimate_batchnorms
 from ..operators.moments import Moments, match_moments, output_moments
+from ..progress import Progress, silent
 from ..task import Task, example_input, inputs
 from ..training import distill
 from ..training.finetune import State, finetune
@@ -42,18 +43,12 @@ from .freeze import freeze, one_factor
 from .library import LayerLibrary
 from .trace import trace
 
-# Called with a description of what is being done.
-Progress = Callable[[str], None]
 # Images at a time for BatchNorm statistics. In the memory format that convolutions on a CPU run fastest in, that is 1.5
 # to 2.5 times as fast as 128 images in their own format (ResNet-20, ResNet-18, mobilenet_v2 at 96 and 224 pixels).
 _CHUNK = 32
 
 
-def silent(phase: str) -> None:
-    """A `Progress` that does nothing."""
-
-
-def fast_layout(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format in which networks on such inputs run fastest."""
     return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
@@ -153,7 +148,7 @@ class Builder:
                 name = f"student {student.factory}"
                 state = State.read(self.files.partial(alone), model)
                 self._finetune(model, alone, step, lambda phase: progress(f"{name}: {phase}"), state)
-                in_layout(model, fast_layout(self.calibration))
+                in_layout(model, memory_format_of(self.calibration))
                 reestimate_batchnorms(model, self.calibration_parts, None)
                 in_layout(model, torch.contiguous_format)
                 write_atomic(path, save({k: v.clone() for k, v in model.state_dict().items()}))
@@ -164,7 +159,7 @@ class Builder:
     def calibration_parts(self) -> list[Tensor]:
         """The calibration images in the batches and the memory format in which BatchNorm statistics are estimated."""
         parts = chunks(self.calibration, _CHUNK)
-        return [part.contiguous(memory_format=fast_layout(part)) for part in parts]
+        return [part.contiguous(memory_format=memory_format_of(part)) for part in parts]
 
     @cached_property
     def teacher_logits(self) -> Tensor | None:
@@ -192,7 +187,7 @@ class Builder:
 
     def comparable(self, model: nn.Module | None = None) -> nn.Module:
         """A copy of the network (or of a student) in the layout of `calibration_parts`."""
-        return in_layout(copy.deepcopy(self.model if model is None else model), fast_layout(self.calibration))
+        return in_layout(copy.deepcopy(self.model if model is None else model), memory_format_of(self.calibration))
 
     def build(
         self, recipe: Recipe, progress: Progress = silent, *, recovery: bool = True, keep_trained: bool = False
@@ -252,7 +247,7 @@ class Builder:
         comparable = not pruned and not any(step.epochs for step in steps)
         bias = self.calibration_bias if comparable else None
         factors: dict[str, Tensor] = {}
-        in_layout(model, fast_layout(self.calibration))
+        in_layout(model, memory_format_of(self.calibration))
         reestimate_batchnorms(model, self.calibration_parts, bias, one_factor=one_factor)
         if any(step.method == "statistics" for step in steps):
             moments = self.output_moments if source is self.model else self._moments(source, recipe)

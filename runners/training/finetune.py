@@ -25,10 +25,10 @@ from ...spaces.techniques.recover import Recover
 from ..operators.hooks import run_once
 from ..operators.quantize import FakeQuantize
 from ..operators.sparsify import cubic, growing_mask
+from ..progress import Progress, silent
 from ..task import Task, batches, dataset, loss
 from .distill import fast_layout, feature_loss, mixed_precision, pairs, recorded, soft_loss, temperature
 
-Progress = Callable[[str], None]
 CLIP = 5.0  # the largest norm of all gradients together (of scales aside); one bad batch must not undo an epoch
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1024  # share of the training samples that patience looks at, and how many at most
 _RAMP, _UPDATES = 0.5, 32  # gradual zeros: the share of training during which they grow, and in how many steps at most
@@ -90,7 +90,7 @@ def finetune(
     step: Recover,
     task: Task,
     seed: int,
-    progress: Progress = lambda text: None,
+    progress: Progress = silent,
     *,
     teacher_logits: Tensor | None = None,
     state: State | None = None,
