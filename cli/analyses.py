@@ -244,7 +244,6 @@ def retarget(
     """
     from ..configs.accelerator import load_target
     from ..errors import StudyError
-    from ..results.retarget import FOLDER
     from ..results.retarget import retarget as measure_front
     from ..results.tracking.tracker import add_targets
     from .show import show_retargeted
@@ -262,6 +261,6 @@ def retarget(
     console.print(f"\nwrote {path}", markup=False)
     try:
         if add_targets(study):
-            console.print(f"the study's MLflow run has it, too: {FOLDER}/{path.name}", markup=False)
+            console.print(f"the study's MLflow run has it, too: {path.parent.name}/{path.name}", markup=False)
     except StudyError as error:  # the file is on disk, and a mirror must not fail what it mirrors
         console.print(f"warning: {error}. The study's MLflow run gets it when the search runs again", markup=False)

@@ -177,6 +177,7 @@ def apply(
     """
     from ..errors import ConfigError
     from ..results.export import recorded_in
+    from ..results.folder import StudyFolder
     from ..runners.apply import apply_recipe, read_recipe
     from ..runners.artifact import check_free, inspect
     from ..runners.record import compare
@@ -188,7 +189,7 @@ def apply(
     wanted, home = read_recipe(recipe)
     where = against or home
     recorded: Record | None = None
-    if where is not None and (where / "study.json").exists():
+    if where is not None and StudyFolder(where).about.exists():
         recorded = recorded_in(where, wanted)
     elif where is not None:
         artifact = inspect(where)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import StudyError
 from ..objectives.measurement import Measurement
@@ -57,8 +59,8 @@ def record_of(folder: StudyFolder, candidate: Candidate) -> Record:
     """
     if candidate.measurement is None:
         raise StudyError(f"candidate {candidate.number} was never measured")
-    settings, task = settings_of(folder)
     stored = folder.read_about()
+    settings, task = settings_of(folder, stored)
     objectives = [Objective(**entry) for entry in stored["objectives"]]
     budget = Budget.parse(stored["snapshot"]["budget"])
     baseline = Measurement.from_dict(stored["baseline"])
@@ -80,14 +82,14 @@ def record_of(folder: StudyFolder, candidate: Candidate) -> Record:
     )
 
 
-def settings_of(folder: StudyFolder) -> tuple[MeasurementSettings, str]:
-    """The measurement settings of a study on disk, and the name of its task.
+def settings_of(folder: StudyFolder, stored: Mapping[str, Any]) -> tuple[MeasurementSettings, str]:
+    """The measurement settings of a study on disk, and the name of its task; `stored` is its `study.json`.
 
     Raises:
         StudyError: `study.json` does not hold them.
     """
     try:
-        asked = folder.read_about()["snapshot"]
+        asked = stored["snapshot"]
         return MeasurementSettings(**asked["measure"], seed=asked["seed"]), str(asked["task"])
     except (KeyError, TypeError) as error:
         raise StudyError(f"{folder.about} does not say how was measured: {error!r}") from error

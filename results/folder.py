@@ -74,8 +74,12 @@ class StudyFolder:
     def report(self) -> Path:
         return self.root / "report"
 
+    @property
+    def targets(self) -> Path:
+        return self.root / "targets"
+
     def target(self, name: str) -> Path:
-        return self.root / "targets" / f"{name}.json"
+        return self.targets / f"{name}.json"
 
     def suggestion(self, number: int) -> Path:
         return self.root / "explain" / f"{number}.yaml"

@@ -33,7 +33,6 @@ from .export import settings_of
 from .folder import StudyFolder
 from .front import Front, open_front
 
-FOLDER = "targets"
 VERSION = 1
 _INPUTS, _CHUNK = 256, 32  # how many inputs outputs are compared on, and how many of them at a time
 
@@ -144,7 +143,7 @@ def retarget(
     if not front.members:
         raise StudyError(f"the front of {study} is empty: there is nothing to measure")
     folder = StudyFolder(study)
-    protocol, _ = settings_of(folder)
+    protocol, _ = settings_of(folder, folder.read_about())
     baseline = _onnx(folder.baseline)
     if baseline is None:
         raise StudyError(f"{folder.baseline} is missing, and every latency is relative to it; restore the file")

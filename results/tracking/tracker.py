@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ...errors import ArtifactError, StudyError
 from ...objectives.measurement import flat
 from ..candidate import FAILED, Candidate
+from ..folder import StudyFolder
 from ..report.tables import rows
 from ..report.write import FILES
 from . import charts
@@ -357,16 +358,17 @@ def _put_sensitivity(store: Store, run: RunInfo, directory: Path) -> None:
 
 def _put_targets(store: Store, run: RunInfo, directory: Path) -> None:
     """Write what was measured of a study's front on other targets, each file as it is and as a table."""
-    from ..retarget import FOLDER, table_rows
+    from ..retarget import table_rows
 
-    for path in sorted((directory / FOLDER).glob("*.json")):
+    folder = StudyFolder(directory).targets
+    for path in sorted(folder.glob("*.json")):
         text = path.read_text(errors="replace")
-        store.put(run, f"{FOLDER}/{path.name}", text)
+        store.put(run, f"{folder.name}/{path.name}", text)
         try:
             data = table_rows(json.loads(text))
         except (ValueError, KeyError, TypeError):  # of a newer version, or edited by hand: the file is shown as it is
             continue
-        store.put_table(run, f"{FOLDER}/{path.stem}_table.json", data)
+        store.put_table(run, f"{folder.name}/{path.stem}_table.json", data)
 
 
 def _is_complete(run: Run, candidate: Candidate) -> bool:
