@@ -119,6 +119,7 @@ class LocalRunner:
         weights = sum(layer.params for layer in self.structure.layers)
         self.zstd_level = 19 if weights <= _ZSTD_19 else 1  # one level for a study, or its sizes could not be compared
         self.plan = plan or obvious()
+        self.environment = environment(self.target)  # the same for every trial
         self._validation: list[tuple[Tensor, Tensor]] | None = None
         self._baseline: Network | None = None
         self._baseline_ms: float | None = None
@@ -152,7 +153,7 @@ class LocalRunner:
             student_weights={name: weights_digest(model) for name, model in self.builder.students.items()},
             samples={s: _count(self.task, s) for s in splits if getattr(self.task, s) is not None},
             criteria=tuple(self.task.criteria),
-            environment=environment(self.target),
+            environment=self.environment,
             exact_products=sums_are_exact()
             or not (self.target.name == DEFAULT or self.target.milliseconds is not None),
         )
@@ -190,7 +191,7 @@ class LocalRunner:
             self.task.metric_name: self._keep_scores(Recipe(), self.scores(packed)),
         }
         seconds = {"total": time.perf_counter() - started}
-        return Measurement(estimates, seconds, environment(self.target)), packed
+        return Measurement(estimates, seconds, self.environment), packed
 
     def use_baseline(self, packed: bytes, latency_ms: float | None = None) -> None:
         """Take a packed baseline as what latencies are relative to; `latency_ms` is what it took when it was
@@ -291,7 +292,7 @@ class LocalRunner:
         lap("evaluate")
         write_atomic(self.files.packed(recipe), packed)
         lap("store")
-        return Measurement(estimates, laps, environment(self.target))
+        return Measurement(estimates, laps, self.environment)
 
     def _trial(self, request: RunTrial, progress: Progress) -> Outcome:
         metric = self.task.metric_name
@@ -307,7 +308,7 @@ class LocalRunner:
                 seconds=request.seconds,
             )
 
-        return outcome_of(measure, metric, environment(self.target))
+        return outcome_of(measure, metric, self.environment)
 
     def scores(self, packed: bytes, split: Split = "validation", watch: Watch | None = None) -> NDArray[np.float64]:
         """The metric of a packed file on every sample of a split, in the split's order."""

@@ -103,8 +103,6 @@ class Promotions:
             left: The number of remaining trials.
             may: Whether there is time for a trial on a rung.
         """
-        if not self.space.ladder:
-            return None
         above = self.ladder.above
         rung_of = {s.number: rung for rung, entries in enumerate(self.ladder.rungs) for s in entries if s.eligible}
         waiting = [
@@ -133,11 +131,11 @@ class Promotions:
     def rivals(self, rung: int) -> tuple[Rival, ...]:
         """The candidates that a new one on a rung is compared with; if significantly worse, it is stopped early."""
         judge, base = self.judge, self.judge.baseline.value(self.judge.metric)
-        rivals: list[Rival] = []
         last = rung == self.top
-        original = self._read_scores(Recipe()) if last else None
+        limits = judge.metric_limits() if last else []
+        original = self._read_scores(Recipe()) if limits else None
+        rivals: list[Rival] = []
         if original is not None:
-            limits = judge.metric_limits()
             rivals = [Rival("the untouched network", original, base - limit.resolve(base)) for limit in limits]
         # Below the top, training may still change the order, unless tau shows that it changes little.
         tau = None if last else self.ladder.tau(rung)
