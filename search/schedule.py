@@ -98,7 +98,7 @@ class Schedule:
     def time_left(self, members: int) -> float:
         """Seconds left for trials, without the time reserved for the end; `members` is the size of the front so far."""
         later = self.reserve(members) + self._for_ensembles()
-        return self.remaining() - min(later, self.limit / 4) if math.isfinite(self.limit) else math.inf
+        return self.remaining() - min(later, self.limit / 4)
 
     def remaining(self) -> float:
         """Seconds left for everything."""

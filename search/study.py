@@ -381,10 +381,12 @@ class Study:
         if pending:
             label, recipe = pending.pop(0)
             return label, None, self.space.encode(structure, recipe), recipe
-        left = self.schedule.trials_left(trials, self._time_left()) if self.space.ladder else math.inf
-        trial, picks = None, self.promotions.next(self.front, left, self._may) if self.space.ladder else None
-        if picks is None:
-            trial, picks = self.trials.ask(self.suggester.sampler(self.history.records))
+        if self.space.ladder:
+            left = self.schedule.trials_left(trials, self._time_left())
+            promoted = self.promotions.next(self.front, left, self._may)
+            if promoted is not None:
+                return "", None, promoted, self.space.recipe(structure, promoted)
+        trial, picks = self.trials.ask(self.suggester.sampler(self.history.records))
         return "", trial, picks, self.space.recipe(structure, picks)
 
     def _members(self) -> int:
